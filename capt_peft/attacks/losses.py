@@ -1,0 +1,118 @@
+"""What attacks climb: losses of the logits, one value an image, and their gradient at the pixels.
+
+Attacks use the direction of an image's gradient, never its length, and compare losses of one image with each other
+only. Both leave room to choose a form of each loss that does not drown in rounding when the model is confident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .threat import LogitsFn, wide_dtype
+
+
+def _split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    index = labels[:, None]
+    return logits.gather(1, index).squeeze(1), logits.scatter(1, index, -torch.inf)  # (B,), (B, N) without the label
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy before it saturates: the log-odds against the label, `logsumexp_{j != y} z_j - z_y`.
+
+    CE = log(1 + exp(log-odds)). It rises with the log-odds, so the two rank an image's variants alike, and their
+    gradients differ by a positive factor: the probability of the other classes. For a confident model that factor
+    rounds to zero and an attack on CE itself stands still (false robustness). The log-odds have no such factor.
+
+    Args:
+        logits: (B, N) float.
+        labels: (B,) int64.
+
+    Returns:
+        (B,) log-odds.
+    """
+    label, others = _split_off(logits, labels)
+    return others.logsumexp(1) - label
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the margin `max_{j != y} z_j - z_y` (B,), positive where misclassified (Carlini & Wagner 2017, f_6)."""
+    label, others = _split_off(logits, labels)
+    return others.amax(1) - label
+
+
+def kl_divergence(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """Return `KL(softmax(clean_logits) || softmax(logits))` (B,), as TRADES climbs it (Zhang et al. 2019, Eq. 5)."""
+    log_p = clean_logits.to(logits.dtype).log_softmax(1)
+    return F.kl_div(logits.log_softmax(1), log_p, reduction="none", log_target=True).sum(1)
+
+
+# The second argument is the labels (B,), or for "kl" the clean logits (B, N).
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "kl": kl_divergence,
+    "margin": margin,
+}
+
+
+def check_logits(logits: Tensor, batch: int) -> Tensor:
+    """Refuse logits that are not (`batch`, N) finite floats with N >= 2; return them.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: wrong shape, or values that are not finite.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"the model returned {kind}: logits must be a floating tensor ({batch}, N)")
+    if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model returned shape {tuple(logits.shape)} for {batch} images: logits must be ({batch}, N) "
+            "with N >= 2 classes"
+        )
+    if not logits.isfinite().all():
+        raise ValueError("the model returned logits that are not finite: check its weights and its precision")
+    return logits
+
+
+def pixel_gradient(
+    logits_fn: LogitsFn, images: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one forward and one backward to the pixels; no parameter's `.grad` is touched.
+
+    The loss is taken in float64 (float32 on MPS) whatever the model runs in. Each image's gradient at the logits is
+    scaled to a largest entry of 1 before it enters the model: half-precision layers then do not round it to zero.
+
+    Args:
+        logits_fn: images (B, 3, H, W) -> logits (B, N).
+        images: (B, 3, H, W) float.
+        loss: logits (B, N) -> one value an image (B,).
+
+    Returns:
+        The logits (B, N) and losses (B,), detached, and a positive multiple of each loss's gradient (B, 3, H, W).
+
+    Raises:
+        TypeError: the model does not return floats.
+        ValueError: the logits do not fit, do not depend on the pixels, or something is not finite.
+    """
+    with torch.enable_grad():
+        pixels = images.detach().requires_grad_()
+        logits = check_logits(logits_fn(pixels), len(images))
+        leaf = logits.detach().to(wide_dtype(logits.device)).requires_grad_()
+        losses = loss(leaf)
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)  # (B, N)
+    slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+    gradient = None
+    if logits.grad_fn is not None:  # not requires_grad: a view taken under no_grad claims it and has no history
+        (gradient,) = torch.autograd.grad(logits, pixels, slope.to(logits.dtype), allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "the model does not pass gradients to its pixels: remove torch.no_grad, detach or a trip through numpy "
+            "from logits_fn, or use an attack that needs no gradients"
+        )
+    if not gradient.isfinite().all():
+        raise ValueError("the model's gradient at the pixels is not finite: check its weights and its precision")
+    return logits.detach(), losses.detach(), gradient

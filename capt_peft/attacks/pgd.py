@@ -1,0 +1,296 @@
+"""Projected gradient descent, and FGSM as its one-step case."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import LOSSES, check_logits, pixel_gradient
+from .threat import (
+    Generators,
+    LogitsFn,
+    ThreatModel,
+    check_label_range,
+    parse_fraction,
+    resolve_generator,
+    select_generators,
+    wide_dtype,
+)
+
+_NAME = re.compile(r"(?:(fgsm)|pgd-(\d{1,9})(?:x(\d{1,9}))?)(?:-(kl|margin))?")
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack made and saw.
+
+    Attributes:
+        images: (B, 3, H, W) adversarial images in [0, 1].
+        zero_gradient_share: (B,) float, the share (0 to 1) of an image's pixel values whose gradient was exactly zero
+            at the first step; NaN where no step was taken. Large values are a sign of masked gradients.
+    """
+
+    images: Tensor
+    zero_gradient_share: Tensor
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083, section 2.1).
+
+    From a random point of the ball, `steps` times: `x <- project(x + step_size * direction(gradient of the loss at
+    x))`. The direction is the sign for L-inf and the unit gradient for L2. The last point is returned. One step without
+    random start is FGSM; one step with it is the fast attack of Wong et al. (2020, arXiv 2001.03994).
+
+    The default `step_size` follows what this field runs: `epsilon / 4` from 10 steps on (the evaluation of APT); below
+    that `2 * epsilon / steps`, enough to cross the ball (`2/3 epsilon` at 3 steps as APT trains, `epsilon` at 2 steps
+    as FAP); at one step `1.25 * epsilon` from a random start (Wong et al.) and `epsilon` from the image itself.
+
+    A call changes no parameter, no `.grad`, no mode and no global random state (a model with dropout in train mode
+    draws from the global state itself). It costs `steps` forwards and backwards, for "kl" one forward more unless
+    `clean_logits` are given, and with several restarts one forward more for each.
+
+    Args:
+        threat_model: the ball to stay in.
+        steps: gradient steps, at least 0 (0 returns the start).
+        step_size: length of a step, a fraction of the [0, 1] range above 0 (texts such as "1/255" are read), or None.
+        loss: "ce" (cross-entropy), "kl" (divergence from the prediction on the clean image), or "margin" (the best
+            other logit less the label's).
+        restarts: runs from different random points, at least 1. An image that is misclassified is kept and not attacked
+            again; otherwise the run with the highest loss is kept.
+        random_start: start at a random point of the ball, not at the image.
+        targeted: labels are the classes to reach.
+
+    Raises:
+        TypeError: a setting has the wrong type.
+        ValueError: a setting is out of range, or settings contradict each other.
+    """
+
+    threat_model: ThreatModel
+    _: KW_ONLY
+    steps: int = 10
+    step_size: float | str | None = None
+    loss: str = "ce"
+    restarts: int = 1
+    random_start: bool = True
+    targeted: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings and read the step size."""
+        if not isinstance(self.threat_model, ThreatModel):
+            raise TypeError(f"threat_model must be a ThreatModel, got {self.threat_model!r}")
+        for setting, least in (("steps", 0), ("restarts", 1)):
+            value = getattr(self, setting)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{setting}={value!r} must be an integer, {least} or more")
+            if value < least:
+                raise ValueError(f"{setting}={value} must be {least} or more")
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}: it must be one of {', '.join(map(repr, LOSSES))}")
+        if self.step_size is not None:
+            step_size = parse_fraction(self.step_size)
+            if step_size == 0:
+                raise ValueError(f"step_size={self.step_size!r} must be more than 0, such as '1/255'")
+            object.__setattr__(self, "step_size", step_size)
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        if self.loss == "kl" and not self.random_start:
+            raise ValueError(
+                "loss='kl' needs random_start=True: at the clean image its gradient is exactly zero, so that no step "
+                "would move"
+            )
+        if self.loss == "kl" and self.targeted:
+            raise ValueError("loss='kl' takes no target class: use loss='ce' or 'margin' with targeted=True")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"restarts={self.restarts} needs random_start=True: without it every restart is the same")
+
+    @property
+    def default_step_size(self) -> float:
+        """The step size that `step_size=None` stands for."""
+        epsilon = self.threat_model.epsilon
+        if self.steps <= 1:
+            return 1.25 * epsilon if self.random_start else epsilon
+        return epsilon / 4 if self.steps >= 10 else 2 * epsilon / self.steps
+
+    @property
+    def resolved_step_size(self) -> float:
+        """The length of a step that the attack takes."""
+        return self.default_step_size if self.step_size is None else float(self.step_size)
+
+    @property
+    def name(self) -> str:
+        """The settings in short, those at their default left out: "pgd-20", "fgsm", "pgd-100x5-margin"."""
+        fgsm = self.steps == 1 and not self.random_start
+        parts = ["fgsm" if fgsm else f"pgd-{self.steps}" + (f"x{self.restarts}" if self.restarts > 1 else "")]
+        if self.loss != "ce":
+            parts.append(self.loss)
+        if self.targeted:
+            parts.append("targeted")
+        if not self.random_start and not fgsm:
+            parts.append("nostart")
+        if self.resolved_step_size != self.default_step_size:
+            parts.append(f"step{self.resolved_step_size:.4g}")
+        return "-".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the name, the threat model and every setting, with the step size as taken."""
+        return {
+            "name": self.name,
+            "threat_model": self.threat_model.to_dict(),
+            "steps": self.steps,
+            "step_size": self.resolved_step_size,
+            "loss": self.loss,
+            "restarts": self.restarts,
+            "random_start": self.random_start,
+            "targeted": self.targeted,
+        }
+
+    def __call__(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generator: Generators | None = None,
+        *,
+        clean_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Attack a batch; as `run`, which also says what the attack saw.
+
+        Returns:
+            (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
+        """
+        return self.run(logits_fn, images, labels, generator, clean_logits=clean_logits).images
+
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generator: Generators | None = None,
+        *,
+        clean_logits: Tensor | None = None,
+    ) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N), differentiable.
+            images: (B, 3, H, W) float32 or float64 in [0, 1].
+            labels: (B,) int64 in [0, N): the true classes, or the targets if `targeted`.
+            generator: source of the random starts: one generator for each image (an image's start then does not depend
+                on the batch it comes in), one for the batch, or None for a fresh one of seed 0.
+            clean_logits: (B, N) logits of `images`, which save "kl" a forward. Other losses ignore them.
+
+        Returns:
+            The adversarial images, and the share of zero gradients.
+
+        Raises:
+            TypeError: wrong type or dtype.
+            ValueError: wrong shape or range, or a model without usable logits or gradients.
+        """
+        threat = self.threat_model
+        threat.check(images, labels)
+        generator = resolve_generator(generator, len(images))
+        # Copies, outside inference mode: tensors made inside it carry no gradients, and a model may write to its input.
+        with torch.inference_mode(False), torch.no_grad():
+            images, labels = images.detach().clone(), labels.to(images.device, copy=True)
+            if threat.epsilon == 0:
+                return AttackResult(threat.project(images, images), images.new_full(labels.shape, torch.nan))
+            reference = labels
+            if self.loss == "kl":
+                clean = logits_fn(images.clone()) if clean_logits is None else clean_logits
+                reference = check_logits(clean, len(images)).to(images.device, copy=True)  # (B, N)
+            result = self._ascend(logits_fn, images, labels, reference, generator)
+            if self.restarts == 1:
+                return result
+            best = self._restart(logits_fn, result.images, images, labels, reference, generator)
+            return AttackResult(best, result.zero_gradient_share)
+
+    def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        check_label_range(labels, logits.shape[1])
+        if self.loss == "kl" and reference.shape != logits.shape:
+            raise ValueError(
+                f"clean_logits have shape {tuple(reference.shape)} but the model returns {tuple(logits.shape)}: give "
+                "the logits of the same model on the same images"
+            )
+        losses = LOSSES[self.loss](logits, reference)  # (B,)
+        return -losses if self.targeted else losses
+
+    def _ascend(
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, reference: Tensor, generator: Generators
+    ) -> AttackResult:
+        """Run the steps once, from one start."""
+        threat = self.threat_model
+        adversarial = threat.random_start(images, generator) if self.random_start else threat.project(images, images)
+        zero_share = images.new_full(labels.shape, torch.nan)  # (B,)
+        loss = partial(self._losses, labels=labels, reference=reference)
+        for step in range(self.steps):
+            _, _, gradient = pixel_gradient(logits_fn, adversarial, loss)
+            if step == 0:
+                zero_share = (gradient == 0).to(images.dtype).mean(dim=(1, 2, 3))
+            adversarial = threat.project(adversarial + self.resolved_step_size * threat.direction(gradient), images)
+        return AttackResult(adversarial, zero_share)
+
+    def _score(
+        self, logits_fn: LogitsFn, adversarial: Tensor, labels: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return whether each image reached its goal (B,) bool, and its loss (B,)."""
+        logits = check_logits(logits_fn(adversarial.clone()), len(adversarial)).detach()
+        losses = self._losses(logits.to(wide_dtype(logits.device)), labels, reference)
+        return (logits.argmax(1) == labels) == self.targeted, losses
+
+    def _restart(
+        self,
+        logits_fn: LogitsFn,
+        best: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        reference: Tensor,
+        generator: Generators,
+    ) -> Tensor:
+        """Run the remaining restarts on the images that `best` (B, 3, H, W) leaves standing; return the best of all."""
+        done, losses = self._score(logits_fn, best, labels, reference)
+        for _ in range(1, self.restarts):
+            alive = (~done).nonzero().squeeze(1)  # (A,) rows
+            if len(alive) == 0:
+                break
+            rows = images[alive], labels[alive], reference[alive]
+            found = self._ascend(logits_fn, *rows, select_generators(generator, alive)).images  # (A, 3, H, W)
+            won, gained = self._score(logits_fn, found, *rows[1:])
+            better = won | (gained > losses[alive])
+            kept = alive[better]
+            best[kept], done[kept], losses[kept] = found[better], won[better], gained[better]
+        return best
+
+
+def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str | None = None) -> PGD:
+    """Build an attack from its name.
+
+    Args:
+        name: "fgsm", "pgd-20", "pgd-100x5" (5 restarts); "-kl" or "-margin" at the end sets the loss.
+        threat_model: the ball to stay in.
+        step_size: as for `PGD`.
+
+    Raises:
+        ValueError: any other name.
+    """
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(
+            f"unknown attack {name!r}: write 'fgsm', 'pgd-STEPS' or 'pgd-STEPSxRESTARTS' (such as 'pgd-100x5'), "
+            "and '-kl' or '-margin' after it for another loss than cross-entropy"
+        )
+    fgsm, steps, restarts, loss = match.groups()
+    return PGD(
+        threat_model,
+        steps=1 if fgsm else int(steps),
+        restarts=int(restarts or 1),
+        loss=loss or "ce",
+        random_start=not fgsm,
+        step_size=step_size,
+    )

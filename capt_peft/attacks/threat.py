@@ -1,0 +1,296 @@
+"""The threat model: which images an adversary may turn an image into, and what every attack checks and draws."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+NORMS = {"linf": "L-inf", "l2": "L2"}
+PIXEL_TOLERANCE = 1e-6
+
+# Four float32 roundings (norm, factor, product, difference) lie between a step and its length as a caller measures it:
+# aiming this much inside the L2 ball keeps the result inside it whatever they add up to.
+_L2_MARGIN = 1 - 2**-21
+_FRACTION = re.compile(r"\s*(\d+\.?\d*)\s*/\s*(\d+\.?\d*)\s*")
+
+LogitsFn = Callable[[Tensor], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator]
+
+
+class Attack(Protocol):
+    """What an attack is to the rest of the package: an object that turns images into adversarial ones."""
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """The ball that the attack stays in."""
+
+    @property
+    def name(self) -> str:
+        """A short name for logs and results, the same for the same settings."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, in types that JSON has."""
+
+    def __call__(
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Generators | None = None
+    ) -> Tensor:
+        """Return adversarial images (B, 3, H, W) for `images` of the same shape."""
+
+
+def parse_fraction(value: float | int | str) -> float:
+    """Read a non-negative number, exactly where it is written as a fraction.
+
+    Args:
+        value: a number, or a text such as `"4/255"` or `"0.03"`.
+
+    Returns:
+        The float nearest to the value.
+
+    Raises:
+        TypeError: `value` is neither a number nor a text.
+        ValueError: the text cannot be read, or the number is negative or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        raise TypeError(f"a number or a text such as '4/255' is needed, got {value!r} of type {type(value).__name__}")
+    try:
+        fraction = _FRACTION.fullmatch(value) if isinstance(value, str) else None
+        number = float(Fraction(fraction[1]) / Fraction(fraction[2])) if fraction else float(value)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"{value!r} is not a number: write a fraction such as '4/255' or a decimal such as '0.03'"
+        ) from None
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{value!r} is not allowed: the value must be finite and at least 0, such as '4/255' or 0.03")
+    return number + 0.0  # minus zero becomes zero
+
+
+def format_fraction(value: float) -> str:
+    """Write a number as this field does: a short decimal if that is exact, else n/255 if that is, else six digits."""
+    levels = round(value * 255)
+    short = f"{value:.6g}"
+    if float(short) != value and math.isclose(levels / 255, value, rel_tol=1e-12):
+        return f"{levels}/255"
+    return short
+
+
+def resolve_generator(generator: Generators | None, batch: int) -> Generators:
+    """Check the source of an attack's noise; without one, give a fresh generator of seed 0.
+
+    Raises:
+        TypeError: `generator` is neither a `torch.Generator` nor a sequence of them.
+        ValueError: the sequence does not hold one generator for each of the `batch` images.
+    """
+    if generator is None:
+        return torch.Generator().manual_seed(0)
+    if isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, a sequence of them (one for each image) or None, got {generator!r}"
+        )
+    if len(generator) != batch:
+        raise ValueError(
+            f"{len(generator)} generators were given for {batch} images: give one for each image, or a single one"
+        )
+    return generator
+
+
+def select_generators(generator: Generators, index: Tensor) -> Generators:
+    """Return the generators of the rows in `index` (K,) int64; a single generator serves any rows."""
+    return generator if isinstance(generator, torch.Generator) else [generator[row] for row in index.tolist()]
+
+
+def draw(sample: Callable[..., Tensor], shape: Sequence[int], generator: Generators) -> Tensor:
+    """Draw float32 noise on the generator's device, row i from generator i where there is one for each row.
+
+    Args:
+        sample: `torch.rand`, `torch.randn` or another sampler with their arguments.
+        shape: (B, ...).
+        generator: what `resolve_generator` returned.
+    """
+    if isinstance(generator, torch.Generator):
+        return sample(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+    rows = [sample(tuple(shape[1:]), generator=g, device=g.device, dtype=torch.float32) for g in generator]
+    return torch.stack(rows)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest float of the device: sums over 150,000 pixels and softmax tails need more than float32 has."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)  # (B,) -> (B, 1, 1, 1)
+
+
+@dataclass(frozen=True, init=False)
+class ThreatModel:
+    """The images within `epsilon` of an image, in a norm over its pixels, that are images themselves (in [0, 1]).
+
+    The adversary moves pixels before normalisation. `str(threat_model)` reads "L-inf 4/255" or "L2 0.5".
+
+    Args:
+        norm: `"linf"` (the largest change of any pixel) or `"l2"` (the Euclidean length over the flattened image).
+        epsilon: the radius, as a fraction of the [0, 1] range: 0 to 1 for L-inf, any length from 0 for L2. Texts such
+            as `"4/255"` are read exactly.
+
+    Raises:
+        TypeError: `epsilon` is neither a number nor a text.
+        ValueError: an unknown norm, or a radius outside its range.
+    """
+
+    norm: str
+    epsilon: float
+
+    def __init__(self, norm: str, epsilon: float | str) -> None:
+        """Check the settings and read epsilon."""
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}: it must be 'linf' or 'l2'")
+        radius = parse_fraction(epsilon)
+        if norm == "linf" and radius > 1:
+            raise ValueError(
+                f"epsilon={epsilon!r} is more than the whole range of a pixel: an L-inf epsilon is a fraction of "
+                "[0, 1], such as '4/255'"
+            )
+        object.__setattr__(self, "norm", norm)
+        object.__setattr__(self, "epsilon", radius)
+
+    def __str__(self) -> str:
+        """Write the norm and the radius, as in "L-inf 4/255"."""
+        return f"{NORMS[self.norm]} {format_fraction(self.epsilon)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings: `ThreatModel(**threat_model.to_dict())` is the same threat model."""
+        return {"norm": self.norm, "epsilon": self.epsilon}
+
+    def norm_of(self, delta: Tensor) -> Tensor:
+        """Return the length (B,) of each perturbation in `delta` (B, 3, H, W)."""
+        if self.norm == "linf":
+            return delta.abs().amax(dim=(1, 2, 3))
+        wide = wide_dtype(delta.device)
+        lengths: Tensor = torch.linalg.vector_norm(delta, dim=(1, 2, 3), dtype=wide)
+        return lengths.to(delta.dtype)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Return the step of length 1 along which a loss with this gradient rises fastest (no step where it is zero).
+
+        Args:
+            gradient: (B, 3, H, W) float.
+
+        Returns:
+            (B, 3, H, W): the sign for L-inf, the gradient over its Euclidean length for L2.
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        tiny = torch.finfo(gradient.dtype).tiny
+        scaled = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+        return scaled / _per_image(
+            self.norm_of(scaled).clamp_min(1)
+        )  # its largest entry is 1, so its norm is at least 1
+
+    def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Bring images back into the ball around `images` and into [0, 1].
+
+        The result never leaves [0, 1], and leaves the ball by no more than 1e-6 (rounding).
+
+        Args:
+            adversarial: (B, 3, H, W) float.
+            images: (B, 3, H, W) float in [0, 1], the centres.
+        """
+        if self.norm == "linf":
+            nearer = torch.minimum(torch.maximum(adversarial, images - self.epsilon), images + self.epsilon)
+        else:
+            nearer = self._into_l2_ball(adversarial, images)
+        return nearer.clamp(0, 1)  # the centre is in [0, 1]: this brings no pixel farther from it
+
+    def _into_l2_ball(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        radius = self.epsilon * _L2_MARGIN
+        delta = adversarial - images
+        norm = _per_image(self.norm_of(delta))  # (B, 1, 1, 1)
+        delta = delta * (radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+        moved = images + delta
+        # On a flat image all pixels may round away from the centre together, which adds up to 1e-5 at 224 x 224.
+        overshot = (moved - images).abs() > delta.abs()
+        moved = torch.where(overshot, torch.nextafter(moved, images), moved)
+        return torch.where(norm <= radius, adversarial, moved)
+
+    def random_start(self, images: Tensor, generator: Generators | None = None) -> Tensor:
+        """Draw a point for each image, uniformly in the ball, then cut it to [0, 1].
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1].
+            generator: one for all, or one for each image (then a row does not depend on the others), or None for a
+                fresh one of seed 0. The noise is drawn on the generator's device in float32.
+
+        Returns:
+            (B, 3, H, W) in the ball around `images` and in [0, 1].
+        """
+        generator = resolve_generator(generator, len(images))
+        if self.norm == "linf":
+            offset = (2 * draw(torch.rand, images.shape, generator) - 1) * self.epsilon
+        else:
+            towards = self.direction(draw(torch.randn, images.shape, generator))  # (B, 3, H, W), uniform on the sphere
+            share = draw(torch.rand, (len(images), 1, 1, 1), generator)
+            offset = towards * share.pow(1 / images[0].numel()) * self.epsilon  # volume grows with radius ** dimensions
+        return self.project(images + offset.to(images), images)
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse what is not a batch of images (B, 3, H, W), float32 or float64, in [0, 1] within 1e-6.
+
+        Raises:
+            TypeError: `images` is not a tensor of float32 or float64.
+            ValueError: wrong shape, an empty batch, or values that are not finite or not in [0, 1].
+        """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
+        if images.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"images are {images.dtype}: attacks need float32 or float64 pixels in [0, 1], because half precision "
+                "rounds away steps of a fraction of 1/255 (and 8-bit pixels must be divided by 255)"
+            )
+        if images.ndim != 4 or images.numel() == 0:
+            raise ValueError(f"images have shape {tuple(images.shape)}: a non-empty batch (B, 3, H, W) is needed")
+        low, high = torch.stack(images.detach().aminmax()).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("images hold values that are not finite (NaN or infinity): check how they were loaded")
+        if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
+            raise ValueError(
+                f"images range from {low:.4g} to {high:.4g}: attacks work on pixels in [0, 1] before normalisation; "
+                "scale them to [0, 1] and normalise inside the model"
+            )
+
+    def check(self, images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
+        """Refuse images that `check_images` refuses, and labels that do not fit them.
+
+        Args:
+            images: (B, 3, H, W) float32 or float64 in [0, 1].
+            labels: (B,) int64 in [0, N).
+            num_classes: N, where it is known.
+
+        Raises:
+            TypeError: wrong type.
+            ValueError: wrong shape or range.
+        """
+        self.check_images(images)
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels are {kind}: a torch.int64 tensor of class numbers is needed")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}: ({len(images)},) is needed, one for each image")
+        check_label_range(labels, num_classes)
+
+
+def check_label_range(labels: Tensor, num_classes: int | None) -> None:
+    """Refuse labels (B,) outside [0, `num_classes`); None leaves the upper end open."""
+    low, high = torch.stack(labels.aminmax()).tolist()
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}, for {num_classes} classes"
+        raise ValueError(f"labels range from {low} to {high}: they must be {allowed}")

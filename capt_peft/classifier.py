@@ -1,0 +1,279 @@
+"""ZeroShotClassifier: from pixels in [0, 1] to logits over class names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoProcessor
+
+from .data.task import DEFAULT_TEMPLATE, check_class_names, check_template
+from .data.transforms import PixelTransform
+from .tuner import CaptConfig, PromptLayer
+
+logger = logging.getLogger(__name__)
+
+TEXT_INPUTS = ("input_ids", "attention_mask")
+
+
+class ZeroShotClassifier(nn.Module):
+    """A CLIP and the texts of N classes: the callable that attacks attack, `pixels in [0, 1] -> logits`.
+
+    Normalisation is inside, so that an adversary moves pixels as the model sees them. The texts are padded to the longest of
+    them only, which changes nothing but the cost. In eval mode the text features are computed once, and again when a
+    parameter or the active adapter changes.
+
+    Args:
+        model: A CLIPModel, with or without adapters (`PeftModel` too).
+        processor: Its processor: an image processor and a tokenizer (`AutoProcessor.from_pretrained`).
+        class_names: The N class names; at least two, no two alike.
+        template: The text of a class; `{}` stands for its name.
+
+    Raises:
+        ValueError: A template without one `{}`, class names that repeat, a text that is too long for the model, or one so short
+            that the adapter's prompts would overwrite the class name.
+    """
+
+    def __init__(
+        self, model: nn.Module, processor: Any, class_names: Sequence[str], template: str = DEFAULT_TEMPLATE
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.transform = PixelTransform(processor)
+        self.class_names = tuple(class_names)
+        self.template = template
+        check_template(template)
+        check_class_names(self.class_names)
+        self.texts = [template.format(name) for name in self.class_names]
+        text_inputs = tokenize(processor.tokenizer, self.texts, max_text_length(model))
+        check_prompts_fit(model, processor.tokenizer, template)
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
+        for name, value in {**text_inputs, "mean": mean, "std": std}.items():
+            self.register_buffer(name, value, persistent=False)
+        self.to(next(model.parameters()).device)
+        self._cache: tuple[Any, Tensor] | None = None
+        self.train(model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        class_names: Sequence[str] | None = None,
+        template: str | None = None,
+        **kwargs: Any,
+    ) -> ZeroShotClassifier:
+        """Loads an adapter with its base model and processor, or a bare CLIP.
+
+        Args:
+            name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
+            class_names: The classes; by default those the adapter was tuned on.
+            template: The text of a class; by default the adapter's.
+            kwargs: Further arguments for loading (`revision`, `token`, `cache_dir`, `subfolder`).
+
+        Raises:
+            ValueError: No class names given, and none recorded in the adapter.
+        """
+        model, processor = load_model(name_or_path, **kwargs)
+        config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+        names = class_names if class_names is not None else getattr(config, "class_names", None)
+        if not names:
+            raise ValueError(f"{name_or_path} records no class names. Give the classes: class_names=['cat', 'dog'].")
+        template = template if template is not None else getattr(config, "template", DEFAULT_TEMPLATE)
+        return cls(model.eval(), processor, names, template)
+
+    # ------------------------------------------------------------------------------------------------------ logits
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Returns the logits of images.
+
+        Args:
+            pixels: (B, 3, H, W) float in [0, 1], of the model's size.
+
+        Returns:
+            (B, N) float32 logits, at the model's own temperature.
+        """
+        return self.logits(self.image_features(pixels), self.text_features())
+
+    def text_inputs(self) -> dict[str, Tensor]:
+        """Returns the tokens of the N texts: `input_ids` and `attention_mask`, (N, L) with L the length of the longest."""
+        return {name: getattr(self, name) for name in TEXT_INPUTS if hasattr(self, name)}
+
+    def text_features(self) -> Tensor:
+        """Returns the (N, D) normalised text features: cached and without gradient in eval mode, fresh while training."""
+        if self.training:
+            return self.encode_texts()
+        key = self._state()
+        if self._cache is None or self._cache[0] != key:
+            # not inference_mode, whose tensors could not be part of an attack's graph
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = (key, self.encode_texts())
+        return self._cache[1]
+
+    def encode_texts(self) -> Tensor:
+        """Runs the text tower on the N texts: (N, D) normalised features, with gradient if the caller wants one."""
+        return normalize(pooled(self.model.get_text_features(**self.text_inputs())))
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Runs the image tower: (B, 3, H, W) pixels in [0, 1] -> (B, D) normalised features."""
+        return normalize(pooled(self.model.get_image_features(pixel_values=self.pixel_values(pixels))))
+
+    def pixel_values(self, pixels: Tensor) -> Tensor:
+        """Normalises pixels in [0, 1] to what the model takes, in its precision."""
+        return ((pixels - self.mean) / self.std).to(self._parameter.dtype)  # type: ignore[operator]
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Returns (B, N) float32 logits of normalised features (B, D) and (N, D)."""
+        scale = self._clip.logit_scale.float().exp()
+        return (text_features.float() @ image_features.float().t() * scale).t()  # CLIPModel's own order of operations
+
+    @contextmanager
+    def frozen(self) -> Iterator[ZeroShotClassifier]:
+        """Within it, this is the classifier of the base model: adapters are off."""
+        layers = [m for m in self.model.modules() if isinstance(m, PromptLayer)]
+        before = [layer.disable_adapters for layer in layers]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield self
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer.enable_adapters(not disabled)
+
+    # -------------------------------------------------------------------------------------------------- prediction
+
+    @torch.no_grad()
+    def predict(self, images: Any, *, top_k: int | None = None, batch_size: int = 32) -> list[list[dict[str, Any]]]:
+        """Classifies images.
+
+        Args:
+            images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
+            top_k: Return the k best classes; by default all.
+            batch_size: Images a forward pass.
+
+        Returns:
+            For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.
+
+        Raises:
+            ValueError: An image that cannot be read (the file is named), or a `top_k` or `batch_size` below 1.
+        """
+        if batch_size < 1 or (top_k is not None and top_k < 1):
+            raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        was_training = self.training
+        self.eval()
+        try:
+            scores = [
+                self(self.transform.batch(images[i : i + batch_size]).to(self._parameter.device)).softmax(-1).cpu()
+                for i in range(0, len(images), batch_size)
+            ]
+        finally:
+            self.train(was_training)
+        best = [row.topk(min(top_k or len(row), len(row))) for batch in scores for row in batch]
+        return [
+            [{"label": self.class_names[i], "score": p} for p, i in zip(b.values.tolist(), b.indices.tolist(), strict=True)]
+            for b in best
+        ]
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    @property
+    def _clip(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def _parameter(self) -> Tensor:
+        return next(self.model.parameters())
+
+    def _state(self) -> Any:
+        """What the text features depend on: the parameters' versions and the adapters in use."""
+        versions = [(id(p), p.device, p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+        layers = (m for m in self.model.modules() if isinstance(m, PromptLayer))
+        return versions, [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
+
+
+def load_model(name_or_path: str, **kwargs: Any) -> tuple[nn.Module, Any]:
+    """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
+
+    Returns:
+        The model (`PeftModel` for an adapter) in eval mode, and its processor.
+
+    Raises:
+        ValueError: The adapter is of another method, damaged, or does not say what its base model is.
+    """
+    try:
+        config = PeftConfig.from_pretrained(name_or_path, **kwargs)
+    except ValueError as error:
+        if "Can't find" not in str(error):
+            raise
+        return AutoModel.from_pretrained(name_or_path, **kwargs).eval(), AutoProcessor.from_pretrained(name_or_path, **kwargs)
+    if not isinstance(config, CaptConfig):
+        raise ValueError(f"{name_or_path} is a {config.peft_type} adapter; capt_peft loads CAPT adapters.")
+    if not config.base_model_name_or_path:
+        raise ValueError(f"The adapter {name_or_path} does not name its base model. Load that yourself and use PeftModel.")
+    token = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
+    base = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, **token)
+    processor = AutoProcessor.from_pretrained(config.base_model_name_or_path, revision=config.revision, **token)
+    return PeftModel.from_pretrained(base, name_or_path, **kwargs).eval(), processor
+
+
+def pooled(output: Any) -> Tensor:
+    """Returns the projected features of `get_image_features` or `get_text_features`, whose type differs by version."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def normalize(features: Tensor) -> Tensor:
+    """Scales each row to length 1."""
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def max_text_length(model: nn.Module) -> int:
+    """Returns the number of tokens that the model's texts may have."""
+    config: Any = model.config
+    return int(getattr(config, "text_config", config).max_position_embeddings)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    """Tokenizes texts, padded to the longest of them; CLIP sees nothing behind a text's end, so the rest would be waste.
+
+    Raises:
+        ValueError: A text with more than `max_length` tokens: cutting it would cut off its end token.
+    """
+    lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    longest = max(range(len(texts)), key=lengths.__getitem__)
+    if lengths[longest] > max_length:
+        raise ValueError(
+            f"The text {texts[longest]!r} has {lengths[longest]} tokens, but the model takes {max_length}. Shorten the class "
+            "name or the template."
+        )
+    # SigLIP was trained on padded texts and reads its last token, whatever it is
+    siglip = "siglip" in type(tokenizer).__name__.lower()
+    padding: dict[str, Any] = {"padding": "max_length", "max_length": max_length} if siglip else {"padding": True}
+    inputs = tokenizer(list(texts), return_tensors="pt", **padding)
+    return {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+
+
+def check_prompts_fit(model: nn.Module, tokenizer: Any, template: str) -> None:
+    """Raises a ValueError if the text prompts of an adapter would overwrite more than the template's words.
+
+    The n prompts replace the n tokens after the start token, so the template needs n tokens before the class name.
+    """
+    adapters = getattr(model, "peft_config", {})
+    words = len(tokenizer(template.split("{}")[0].rstrip())["input_ids"]) - 2  # without start and end token
+    for name, config in adapters.items():
+        if isinstance(config, CaptConfig) and config.depth("text") and words < config.num_text_tokens:
+            raise ValueError(
+                f"The template {template!r} has {max(words, 0)} tokens before the class name, but the {config.num_text_tokens} "
+                f"text prompts of adapter {name!r} would overwrite {config.num_text_tokens}. Put more words before {{}}, or "
+                "set num_text_tokens lower."
+            )

@@ -1,0 +1,220 @@
+"""From a name, a folder or a file to a `Task`: which splits, which columns, which class names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image
+
+from .columns import check_number, label_splits, with_labels
+from .images import check_image
+from .sampling import sample_shots, stratified_split
+from .sources import SPLIT_NAMES, open_hub, open_local, split_of
+from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values
+
+logger = logging.getLogger(__name__)
+
+COOP_FRACTIONS = (0.5, 0.2, 0.3)
+VALIDATION_FRACTION = 0.2
+MAX_VALIDATION_PER_CLASS = 50
+MAX_CHECKED_IMAGES = 5000
+
+
+def load_task(
+    name_or_path: str | Path,
+    *,
+    name: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    template: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    test_split: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Task:
+    """Loads labelled images as a task.
+
+    Splits are found by their names (`train`/`training`, `validation`/`val`/`valid`/`dev`, `test`/`testing`/`eval`).
+    What is missing is made up, and logged: without a test split the validation split is the test split; with training
+    images alone they are split 50/20/30 as CoOp does; a missing validation split is a fifth of the training images of
+    each class, at most 50. All of it is stratified and drawn by `seed`.
+
+    Args:
+        name_or_path: In this order: a name of `list_tasks()`; a local path (`./digits` is a path, `digits` a name);
+            the id of a Hub dataset. A path is a folder of class folders, with or without split folders around them; a
+            parquet file, or a folder of them whose names begin with their split; what `save_to_disk` wrote; or a CoOp
+            root with its `split_zhou_*.json` (or that file).
+        name: Configuration of a Hub dataset.
+        image_column: Column of the images; needed if there are several.
+        label_column: Column of the labels; needed if there is no or more than one `ClassLabel`. A column of strings
+            gives the class names itself, sorted; a column of whole numbers needs `class_names`.
+        class_names: The class names in the order of the labels, instead of those in the data. Names that come from the
+            data have their underscores turned into spaces; these stay as they are.
+        template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one.
+        train_split: Name of the split to train on, where its name does not tell.
+        validation_split: Likewise, to choose settings on.
+        test_split: Likewise, to measure accuracy on.
+        seed: An integer of at least 0: draws the splits that are missing, and the images of procedural tasks.
+        revision: Branch, tag or commit of a Hub dataset.
+
+    Returns:
+        A task whose splits have the columns `image` and `label`.
+
+    Raises:
+        FileNotFoundError: Nothing of that name, or an image file that is missing.
+        ValueError: Columns, labels, class names, splits or image files that do not make a task.
+    """
+    if template is not None:
+        check_template(template)
+    if class_names is not None:
+        check_class_names(class_names)
+        class_names = tuple(class_names)
+    source, path = str(name_or_path), Path(os.path.abspath(Path(name_or_path).expanduser()))
+    chosen = {"train": train_split, "validation": validation_split, "test": test_split}
+    if isinstance(name_or_path, str) and source in list_tasks():
+        _refuse(source, name=name, revision=revision, image_column=image_column, label_column=label_column, **chosen)
+        return _customized(_catalog_task(source, seed), class_names, template)
+    if path.exists():
+        _refuse(source, name=name, revision=revision)
+        kind, available = open_local(path)
+    else:
+        kind, available = "hub", open_hub(source, name, revision, list_tasks())
+    if kind == "folder":
+        label_column = label_column or "label"
+    splits = _choose_splits(available, chosen)
+    splits, found_names = label_splits(splits, image_column, label_column, class_names)
+    task = Task(
+        name=_task_name(path) if kind != "hub" else f"{source}:{name}" if name else source,
+        class_names=found_names,
+        splits=_complete(splits, seed),
+        template=template or DEFAULT_TEMPLATE,
+        source=f"{source}@{revision}" if revision else source,
+    )
+    if kind in ("folder", "coop") and sum(map(len, task.splits.values())) <= MAX_CHECKED_IMAGES:
+        check_images(task)
+    return task
+
+
+def list_tasks() -> list[str]:
+    """Returns the names that `load_task` knows without a network or files."""
+    from .toy import TOY_TASKS
+
+    return ["digits", *TOY_TASKS]
+
+
+def check_images(task: Task, splits: Iterable[str] | None = None) -> None:
+    """Opens every image of a task, so that a damaged one is found before training and not in the middle of it.
+
+    `load_task` does this by itself for image files, unless there are more than 5,000.
+
+    Args:
+        task: The task.
+        splits: Names of the splits to check; all by default.
+
+    Raises:
+        FileNotFoundError: An image file that does not exist.
+        ValueError: An image that cannot be read. Either message names the file and says how many there are.
+    """
+    for split in task.splits if splits is None else splits:
+        errors: list[Exception] = []
+        with ThreadPoolExecutor() as pool:
+            for batch in encoded_images(task[split]).iter(batch_size=256):
+                errors += [error for error in pool.map(_problem, batch["image"]) if error is not None]
+        if errors:
+            message = f"{len(errors)} of the {len(task[split])} images of split {split!r} cannot be used. {errors[0]}"
+            raise type(errors[0])(message) from errors[0]
+
+
+def encoded_images(dataset: Dataset) -> Dataset:
+    """Returns the dataset with its images not yet decoded, as `load_image` takes them to name a damaged file."""
+    return dataset.cast_column("image", Image(decode=False))
+
+
+def _problem(image: Any) -> FileNotFoundError | ValueError | None:
+    try:
+        check_image(image)
+    except (FileNotFoundError, ValueError) as error:
+        return error
+    return None
+
+
+def _task_name(path: Path) -> str:
+    if path.is_dir():
+        return path.name
+    return path.parent.name if path.suffix == ".json" else path.stem
+
+
+def _refuse(source: str, **settings: Any) -> None:
+    given = [key if key not in SPLITS else f"{key}_split" for key, value in settings.items() if value is not None]
+    if given:
+        raise ValueError(f"{source!r} is local or in the catalog and takes no {' or '.join(given)}. Leave it out.")
+
+
+def _catalog_task(name: str, seed: int) -> Task:
+    from .toy import load_digits_task, load_toy_task
+
+    return load_digits_task(seed=seed) if name == "digits" else load_toy_task(name, seed=seed)
+
+
+def _customized(task: Task, class_names: tuple[str, ...] | None, template: str | None) -> Task:
+    """Returns the task with other class names or another template, where they are given."""
+    if class_names is not None:
+        check_number(class_names, task.num_classes)
+        splits = {split: with_labels(task[split], "image", task.labels(split), class_names) for split in task.splits}
+        task = replace(task, class_names=class_names, splits=splits)
+    return replace(task, template=template) if template is not None else task
+
+
+def _choose_splits(available: Mapping[str, Dataset], given: Mapping[str, str | None]) -> dict[str, Dataset]:
+    """Returns which of the available splits is which, by the names given or else by alias."""
+    listed = ", ".join(available)
+    chosen = {split: name for split, name in given.items() if name is not None}
+    for split, name in chosen.items():
+        if name not in available:
+            raise ValueError(f"There is no split {name!r} for `{split}_split`. Available: {listed}.")
+    if len(set(chosen.values())) < len(chosen):
+        raise ValueError(f"One split cannot serve twice, got {chosen}: accuracy would be measured on training images.")
+    for split in SPLIT_NAMES:
+        names = [name for name in available if split_of(name) == split and name not in chosen.values()]
+        if split in chosen or not names:
+            continue
+        if len(names) > 1:
+            raise ValueError(f"Several splits could be the {split} split: {', '.join(names)}. Set `{split}_split`.")
+        chosen[split] = names[0]
+    if not chosen and len(available) > 1:
+        raise ValueError(f"The split names do not tell which is which: {listed}. Set `train_split` and `test_split`.")
+    chosen = chosen or {"train": next(iter(available))}
+    for name in chosen.values():
+        if not len(available[name]):
+            raise ValueError(f"Split {name!r} is empty. Give another one, or remove it.")
+    return {split: available[chosen[split]] for split in SPLITS if split in chosen}
+
+
+def _complete(splits: dict[str, Dataset], seed: int) -> dict[str, Dataset]:
+    """Makes up the splits that are missing, as `load_task` documents."""
+    splits = dict(splits)
+    if "test" not in splits and "validation" in splits:
+        logger.warning("There is no test split, so the validation split serves as one.")
+        splits["test"] = splits.pop("validation")
+    if "train" in splits and "validation" not in splits:
+        train, labels = splits["train"], column_values(splits["train"], "label")
+        if "test" not in splits:
+            logger.warning("There is no split but the training images: they are split 50/20/30 by seed %d.", seed)
+            parts = stratified_split(labels, COOP_FRACTIONS, seed)
+        else:
+            logger.info("There is no validation split, so a part of the training images becomes one, by seed %d.", seed)
+            held_out = np.array(stratified_split(labels, (1 - VALIDATION_FRACTION, VALIDATION_FRACTION), seed)[1], int)
+            few = sample_shots(labels[held_out], MAX_VALIDATION_PER_CLASS, seed, allow_fewer=True)
+            parts = [np.setdiff1d(np.arange(len(labels)), held_out[few]).tolist(), held_out[few].tolist()]
+        # Classes with a single image leave the other parts empty; such a part is no split.
+        splits |= {split: train.select(part) for split, part in zip(SPLITS, parts, strict=False) if part}
+    return {split: splits[split] for split in SPLITS if split in splits}

@@ -1,0 +1,152 @@
+"""Objectives: from what a training step saw to a loss and its parts. They know tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WEIGHTINGS = ("confidence", "entropy", "batch", "schedule")
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a training step saw, for B images and N classes.
+
+    Args:
+        clean: (B, N) logits of the tuned model on the clean images.
+        adversarial: (B, N) logits of the tuned model on the adversarial images.
+        labels: (B,) class indices.
+        frozen: (B, N) logits of the frozen model on the clean images, without gradient; None if the objective has no use for it.
+        progress: Share of the training that is done, in [0, 1].
+        clean_features: (B, D) normalised image features of the tuned model on the clean images.
+        adversarial_features: (B, D) the same on the adversarial images.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    frozen: Tensor | None = None
+    progress: float = 0.0
+    clean_features: Tensor | None = None
+    adversarial_features: Tensor | None = None
+
+
+class Objective(Protocol):
+    """Maps views to a loss and its named parts (scalars, for the log)."""
+
+    needs_frozen: bool
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss, a scalar with gradient, and its parts by name, without."""
+        ...
+
+
+class CaptObjective:
+    r"""CAPT's adversarial consistency objective (arXiv 2405.11154).
+
+    `L = CE(clean, y) + λ · mean_i [(1 - α_i) · KL(clean_i ‖ adversarial_i) + α_i · KL(frozen_i ‖ adversarial_i)]`
+
+    with the softmax at the model's own temperature, and the KL terms as TRADES codes them, `kl_div(log_softmax(adversarial),
+    softmax(target))`. The gradient flows through the tuned clean predictions, not through the frozen ones. The paper's α is
+    not public: every `weighting` here is this project's own. α = 0 is TRADES with prompts, α = 1 is frozen guidance alone.
+
+    Args:
+        consistency: λ, the weight of the consistency terms, 0 or more.
+        weighting: How α_i is chosen; it never has a gradient. With p(y) the probability of the true class on the clean image:
+            `"confidence"`: α_i = p_frozen(y) / (p_frozen(y) + p_tuned(y)). `"entropy"`: the same with certainties, 1 minus the
+            entropy over log N, in place of p(y). `"batch"`: one α for the batch, from the means of p(y). `"schedule"`: from 1
+            at the start of training to 0 at its end. A number in [0, 1]: that number.
+
+    Raises:
+        ValueError: λ negative or not finite, or an unknown weighting.
+    """
+
+    def __init__(self, consistency: float = 1.5, weighting: str | float = "confidence") -> None:
+        if not 0 <= consistency < float("inf"):
+            raise ValueError(f"consistency={consistency} (λ) must be a finite number, 0 or more.")
+        self.consistency = float(consistency)
+        self.weighting = parse_weighting(weighting)
+
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether the frozen model's logits have any effect."""
+        return self.consistency > 0 and self.weighting != 0.0
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts `clean_loss`, `consistency_tuned`, `consistency_frozen` and `alpha`."""
+        clean_loss = F.cross_entropy(views.clean, views.labels)
+        tuned = kl_to(views.adversarial, views.clean)  # (B,)
+        if self.needs_frozen:
+            if views.frozen is None:
+                raise ValueError("CAPT's objective needs the frozen model's logits (Views.frozen) unless α is 0.")
+            frozen = kl_to(views.adversarial, views.frozen.detach())  # (B,)
+            alpha = self.alpha(views)  # (B,)
+        else:
+            frozen, alpha = torch.zeros_like(tuned), torch.zeros_like(tuned)
+        loss = clean_loss + self.consistency * ((1 - alpha) * tuned + alpha * frozen).mean()
+        parts = {"clean_loss": clean_loss, "consistency_tuned": tuned.mean(), "consistency_frozen": frozen.mean()}
+        return loss, {name: part.detach() for name, part in (parts | {"alpha": alpha.mean()}).items()}
+
+    @torch.no_grad()
+    def alpha(self, views: Views) -> Tensor:
+        """Returns the weights α_i of the frozen model's predictions: (B,) in [0, 1]."""
+        if isinstance(self.weighting, float):
+            return torch.full_like(views.clean[:, 0], self.weighting)
+        if self.weighting == "schedule":
+            return torch.full_like(views.clean[:, 0], 1.0 - views.progress)
+        assert views.frozen is not None  # __call__ has checked
+        trust: Callable[[Tensor], Tensor] = certainty if self.weighting == "entropy" else lambda z: true_probability(z, views.labels)
+        frozen, tuned = trust(views.frozen), trust(views.clean)  # (B,)
+        if self.weighting == "batch":
+            frozen, tuned = frozen.mean().expand_as(frozen), tuned.mean().expand_as(tuned)
+        # both can be 0 to rounding; neither then deserves more trust than the other
+        return torch.where(frozen + tuned > 0, frozen / (frozen + tuned).clamp_min(1e-30), 0.5)
+
+
+class AdversarialCrossEntropy:
+    """Cross-entropy on the adversarial images alone: the objective of TeCoA, APT and the Adv- baselines (Madry et al. 2018)."""
+
+    needs_frozen = False
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts `clean_loss` (for the log only) and `adversarial_loss`."""
+        loss = F.cross_entropy(views.adversarial, views.labels)
+        return loss, {"clean_loss": F.cross_entropy(views.clean.detach(), views.labels), "adversarial_loss": loss.detach()}
+
+
+def parse_weighting(weighting: str | float) -> str | float:
+    """Returns a weighting's name, or its number as a float.
+
+    Raises:
+        ValueError: Neither a known name nor a number in [0, 1].
+    """
+    if weighting in WEIGHTINGS:
+        return weighting
+    try:
+        number = float(weighting)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 <= number <= 1:
+        raise ValueError(f"weighting={weighting!r} is unknown. Allowed: {', '.join(WEIGHTINGS)}, or a number in [0, 1].")
+    return number
+
+
+def kl_to(logits: Tensor, target: Tensor) -> Tensor:
+    """Returns KL(softmax(target) ‖ softmax(logits)) for each row: (B, N), (B, N) -> (B,)."""
+    return F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+
+
+def true_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the probability of each image's true class: (B, N), (B,) -> (B,) in [0, 1]."""
+    return logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def certainty(logits: Tensor) -> Tensor:
+    """Returns 1 minus the entropy of each prediction over log N: (B, N) -> (B,) in [0, 1], 0 for the uniform one."""
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return (1 - entropy / torch.log(torch.tensor(float(logits.shape[-1])))).clamp(0, 1)

@@ -1,0 +1,302 @@
+"""CaptTrainer: adversarial consistency tuning on transformers' Trainer. It writes the step, not the loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalPrediction
+
+from .attacks import Attack
+from .classifier import ZeroShotClassifier, normalize, pooled
+from .data.pixels import PixelDataset
+from .data.task import Task
+from .data.transforms import PixelTransform
+from .evaluation import outcomes, wilson_interval
+from .objectives import CaptObjective, Objective, Views
+from .randomness import example_generators
+from .training_args import CaptTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """Training went wrong beyond repair: a loss that is not finite, or a model that has become constant."""
+
+
+class CaptTrainer(Trainer):
+    r"""Tunes a CAPT adapter on adversarial images.
+
+    A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
+    and backward, and the attack reuses them; the frozen model's logits are kept for each image while nothing is augmented.
+    The random numbers of an image depend on the seed, the epoch and its place in the dataset alone, so that the batch size,
+    accumulation, workers and the number of processes change a run by rounding only.
+
+    Args:
+        model: A `PeftModel` with a CAPT adapter, or any model with CLIP's `get_image_features` and trainable parameters.
+        args: The arguments.
+        task: What is classified: training images in `train`, evaluation images in `validation`, or in `test` if there is none.
+        processor: The model's processor (`AutoProcessor.from_pretrained`).
+        objective: Maps a step's views to a loss; by default CAPT's, with the arguments' `consistency` and `weighting`.
+        attack: The training attack; by default PGD with the arguments' settings.
+        teacher: Another CLIP whose predictions on clean images guide the tuning: a classifier over the same class names, or the
+            folder or Hub id of a model. By default the base model itself, with the adapter off.
+        kwargs: Further arguments of [`~transformers.Trainer`] (`callbacks`, `optimizers`).
+
+    Raises:
+        ValueError: No training images, or a teacher with other classes or another image size.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: CaptTrainingArguments,
+        *,
+        task: Task,
+        processor: Any,
+        objective: Objective | None = None,
+        attack: Attack | None = None,
+        teacher: ZeroShotClassifier | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.task = task
+        # checks the texts before any long work
+        self.classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
+        self.objective = objective or CaptObjective(args.consistency, args.weighting)
+        self.attack = attack or args.train_attack
+        self.teacher = self._load_teacher(teacher)
+        transform = PixelTransform(processor, augment=args.augment)
+        train = PixelDataset(task["train"], transform, args.seed)
+        held_out = task.splits.get("validation", task.splits.get("test"))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=None if held_out is None else PixelDataset(held_out, self.classifier.transform),
+            compute_metrics=self._metrics,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = True  # the loss is a sum over the step's images, whatever the batches it comes in
+        self._frozen_logits: dict[int, Tensor] = {}
+        self._frozen_texts: Tensor | None = None
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
+        self._last_step_logged = 0
+        if isinstance(model, PeftModel):
+            config: Any = model.peft_config[model.active_adapter]
+            config.class_names, config.template = list(task.class_names), task.template
+
+    def _load_teacher(self, teacher: ZeroShotClassifier | str | None) -> ZeroShotClassifier | None:
+        if teacher is None:
+            return None
+        if isinstance(teacher, str):
+            teacher = ZeroShotClassifier.from_pretrained(
+                teacher, class_names=self.task.class_names, template=self.task.template
+            )
+        if teacher.class_names != self.task.class_names:
+            raise ValueError("The teacher classifies other classes than the task; give it the task's class names, in order.")
+        if teacher.transform.size != self.classifier.transform.size:
+            raise ValueError(f"The teacher takes {teacher.transform.size} pixels, the model {self.classifier.transform.size}.")
+        return teacher.eval().requires_grad_(False)
+
+    # ----------------------------------------------------------------------------------------------------- the step
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Attacks the batch and returns the objective's loss on it.
+
+        Args:
+            model: The model as Accelerate wrapped it.
+            inputs: `pixels` (B, 3, H, W) in [0, 1], `labels` (B,) and `index` (B,), the images' places in the training set.
+            return_outputs: Return the views too.
+            num_items_in_batch: Number of images in the whole step, over accumulation and processes.
+        """
+        pixels, labels = inputs["pixels"], inputs["labels"]
+        indices = inputs["index"].tolist()
+        classifier = self.classifier
+        # the only call of the wrapped model, so that DDP prepares its reduction; the adversarial pass below adds to its graph
+        output = model(**classifier.text_inputs(), pixel_values=classifier.pixel_values(pixels))
+        texts, clean_features = output.text_embeds, output.image_embeds  # (N, D), (B, D)
+        clean = classifier.logits(clean_features, texts)  # (B, N)
+
+        result = self._attack(pixels, labels, indices, texts.detach(), clean.detach())
+        with self.accelerator.autocast():
+            adversarial_features = self._image_features(result.images)  # (B, D)
+        views = Views(
+            clean=clean,
+            adversarial=classifier.logits(adversarial_features, texts),
+            labels=labels,
+            frozen=self._frozen(pixels, indices) if self.objective.needs_frozen else None,
+            progress=self.state.global_step / max(1, self.state.max_steps),
+            clean_features=clean_features,
+            adversarial_features=adversarial_features,
+        )
+        loss, parts = self.objective(views)
+        self._check_finite(loss, indices)
+        self._record(views, parts, result.zero_gradient_share)
+        if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
+            loss = loss * (len(labels) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, {"views": views}) if return_outputs else loss
+
+    def _attack(self, pixels: Tensor, labels: Tensor, indices: list[int], texts: Tensor, clean: Tensor) -> Any:
+        """Makes the adversarial images of a step, through the image tower alone, in the model's own precision."""
+        # int() of a sum such as 2 + 3/3; state.epoch counts finished steps, so it is the epoch of the step that runs
+        generators = example_generators(self.args.seed, indices, epoch=int(self.state.epoch or 0))
+
+        def logits_fn(images: Tensor) -> Tensor:
+            return self.classifier.logits(self._image_features(images), texts)
+
+        return self.attack.run(logits_fn, pixels, labels, generators, clean_logits=clean)  # type: ignore[attr-defined]
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        values = self.classifier.pixel_values(pixels)
+        return normalize(pooled(self.classifier.model.get_image_features(pixel_values=values)))
+
+    @torch.no_grad()
+    def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
+        """Returns the frozen model's (B, N) logits on clean images, computed once an image while nothing is augmented."""
+        if self.args.augment:
+            return self._run_frozen(pixels)
+        new = [row for row, index in enumerate(indices) if index not in self._frozen_logits]
+        if new:
+            for row, logits in zip(new, self._run_frozen(pixels[new]), strict=True):
+                self._frozen_logits[indices[row]] = logits
+        return torch.stack([self._frozen_logits[index] for index in indices])
+
+    def _run_frozen(self, pixels: Tensor) -> Tensor:
+        if self.teacher is not None:
+            return self.teacher.to(pixels.device)(pixels)
+        with self.classifier.frozen() as frozen:
+            if self._frozen_texts is None:
+                self._frozen_texts = frozen.encode_texts()
+            return frozen.logits(frozen.image_features(pixels), self._frozen_texts)
+
+    def _check_finite(self, loss: Tensor, indices: list[int]) -> None:
+        if torch.isfinite(loss):
+            return
+        raise TrainingStopped(
+            f"The loss is {loss.item()} at step {self.state.global_step} (images {indices[:8]} of the training set). Lower the "
+            f"learning rate ({self.args.learning_rate}) or the precision's effect (bf16 instead of fp16). {self._last_good()}"
+        )
+
+    def _last_good(self) -> str:
+        checkpoint = self.state.best_model_checkpoint or self._latest_checkpoint()
+        return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
+
+    def _latest_checkpoint(self) -> str | None:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        try:
+            return get_last_checkpoint(self.args.output_dir)
+        except OSError:
+            return None
+
+    # ---------------------------------------------------------------------------------------------------- the log
+
+    @torch.no_grad()
+    def _record(self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor) -> None:
+        count = len(views.labels)
+        right = views.clean.argmax(-1) == views.labels
+        robust = right & (views.adversarial.argmax(-1) == views.labels)
+        means = parts | {
+            "clean_accuracy": right.float().mean(),
+            "robust_accuracy": robust.float().mean(),
+            "zero_gradient_share": zero_gradient_share.nan_to_num().mean(),
+        }
+        for name, mean in means.items():
+            self._sums[name] += mean.float() * count
+        self._sums["images"] += count
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Logs, with the loss, its parts, clean and robust accuracy under the training attack, and that attack's name."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
+            totals = dict(zip(names, sums, strict=True))
+            images = totals.pop("images")
+            logs |= {name: total / images for name, total in totals.items()}
+            logs["attack"] = self.attack.name
+            self._sums.clear()
+            self._check_collapse(logs)
+        super().log(logs, start_time)
+
+    def _check_collapse(self, logs: dict[str, Any]) -> None:
+        """Stops a run that has found FAP's trivial solution: the same prediction for everything is perfectly consistent."""
+        if not self.args.stop_on_collapse or "consistency_tuned" not in logs or self.state.epoch is None:
+            return
+        chance = math.log(self.task.num_classes)
+        constant = logs["consistency_tuned"] < 1e-3 and logs["clean_loss"] > 0.95 * chance
+        if constant and self.state.epoch >= 2 and self.state.global_step >= 50:
+            raise TrainingStopped(
+                f"The model has become constant at step {self.state.global_step}: consistency {logs['consistency_tuned']:.1e}, "
+                f"clean loss {logs['clean_loss']:.2f}, where guessing gives {chance:.2f}. Lower `consistency` "
+                f"({self.args.consistency}), or use another coupling or learning rate. {self._last_good()}"
+            )
+
+    # -------------------------------------------------------------------------------------------------- evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
+        """Attacks an evaluation batch; returns the predicted classes of its clean and its adversarial images."""
+        inputs = self._prepare_inputs(inputs)
+        pixels, labels, indices = inputs["pixels"], inputs["labels"], inputs["index"].tolist()
+        self.classifier.eval()
+        predicted = outcomes(self.classifier, self.args.evaluation_attack, pixels, labels, indices, self.args.seed)
+        return None, predicted, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the Trainer's loop, always keeping the predictions: accuracy is what is evaluated, not a loss."""
+        if len(args) > 2:
+            args = (*args[:2], False, *args[3:])
+        else:
+            kwargs["prediction_loss_only"] = False
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics = output.metrics
+        if f"{prefix}_clean_accuracy" in metrics:
+            attack = self.args.evaluation_attack
+            metrics[f"{prefix}_attack"] = f"{attack.name}, {attack.threat_model}"
+            logger.info(
+                "%s: clean accuracy %.1f%%; robust accuracy %.1f%% under %s", prefix,
+                100 * metrics[f"{prefix}_clean_accuracy"], 100 * metrics[f"{prefix}_robust_accuracy"], metrics[f"{prefix}_attack"],
+            )
+        return output
+
+    @staticmethod
+    def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+        clean, adversarial = prediction.predictions
+        right = clean == prediction.label_ids
+        robust = right & (adversarial == prediction.label_ids)
+        metrics: dict[str, float] = {"n": len(right)}
+        for name, hits in (("clean_accuracy", right), ("robust_accuracy", robust)):
+            low, high = wilson_interval(int(hits.sum()), len(hits))
+            metrics |= {name: float(hits.mean()), f"{name}_low": low, f"{name}_high": high}
+        return metrics
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measures clean and robust accuracy under `args.eval_attack`, white box through the prompts.
+
+        Args:
+            eval_dataset: A split of a task (columns `image` and `label`); by default the validation split.
+            args: As of [`~transformers.Trainer.evaluate`].
+            kwargs: As of [`~transformers.Trainer.evaluate`].
+
+        Returns:
+            `eval_clean_accuracy`, `eval_robust_accuracy`, each with its 95% Wilson interval (`_low`, `_high`), `eval_n` and
+            `eval_attack`.
+        """
+        if isinstance(eval_dataset, datasets.Dataset):
+            eval_dataset = PixelDataset(eval_dataset, self.classifier.transform)
+        return super().evaluate(eval_dataset, *args, **kwargs)

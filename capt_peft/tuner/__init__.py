@@ -1,0 +1,10 @@
+"""CAPT as a PEFT method: deep text and vision prompts for CLIP. Importing this module registers it with PEFT."""
+
+from .config import CaptConfig
+from .layer import PromptLayer
+from .model import CaptModel
+from .registration import register
+
+__all__ = ["CaptConfig", "CaptModel", "PromptLayer"]
+
+register(CaptConfig, CaptModel)

@@ -1,0 +1,162 @@
+"""CaptConfig: the shape of a CAPT adapter and where it came from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from .loading import check_adapter_files
+from .registration import CAPT
+
+COUPLINGS = ("text_to_vision", "vision_to_text", "none")
+INITS = ("template", "random")
+DEFAULT_DEPTH = 9
+
+
+@dataclass
+class CaptConfig(PeftConfig):
+    """Configuration of a [`CaptModel`].
+
+    Args:
+        num_text_tokens: Number of text prompts a layer; they replace the tokens 1..n after the start token.
+        num_vision_tokens: Number of vision prompts a layer; they are appended to the patches.
+        text_depth: Number of text layers with prompts of their own; 0 switches the text prompts off, 1 is the input only.
+            The default, 9, is cut to the depth of the model.
+        vision_depth: The same for the vision tower.
+        coupling: `"text_to_vision"` (MaPLe, arXiv 2210.03117): the text prompts are the parameters, each vision prompt is a
+            linear map of its text prompt. `"vision_to_text"` (FAP, arXiv 2403.14774): as before at the input, but deeper
+            prompts live in the vision tower and are mapped to text. `"none"`: both towers have prompts of their own.
+        template: The text of a class while tuning; `{}` stands for the class name. The prompts replace its first words.
+        init: `"template"`: text prompts start as the states that the frozen text tower has at their places, so that a new
+            adapter leaves the text features as they were. `"random"`: as MaPLe does, the input prompts start from the
+            template's token embeddings, the deeper ones from N(0, `init_std`).
+        init_std: Standard deviation of the random start.
+        template_token_ids: Token ids of the template up to the class name, start token first. Filled from the tokenizer of
+            the base model when there is one.
+        class_names: The class names that the adapter was tuned on, for the record; any others can be used.
+        base_model_fingerprint: Hash of the base weights that the prompts were tuned on; filled in.
+        modules_to_save: Further modules of the base model to train and save, as in every PEFT method.
+
+    Raises:
+        TypeError: A field of another type.
+        ValueError: A field out of range, or fields that contradict each other.
+    """
+
+    num_text_tokens: int = field(default=2, metadata={"help": "Text prompts a layer, in place of the tokens 1..n."})
+    num_vision_tokens: int = field(default=2, metadata={"help": "Vision prompts a layer, appended to the patches."})
+    text_depth: int = field(default=DEFAULT_DEPTH, metadata={"help": "Text layers with prompts (0: none, 1: input)."})
+    vision_depth: int = field(default=DEFAULT_DEPTH, metadata={"help": "Vision layers with prompts (0: none, 1: input)."})
+    coupling: str = field(
+        default="text_to_vision", metadata={"help": "text_to_vision (MaPLe), vision_to_text (FAP) or none."}
+    )
+    template: str = field(default="a photo of a {}.", metadata={"help": "Text of a class; {} is the class name."})
+    init: str = field(default="template", metadata={"help": "template (text features start unchanged) or random."})
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the random start."})
+    template_token_ids: list[int] | None = field(
+        default=None, metadata={"help": "Token ids of the template up to the class name, start token first."}
+    )
+    class_names: list[str] | None = field(default=None, metadata={"help": "Class names that the adapter was tuned on."})
+    base_model_fingerprint: str | None = field(
+        default=None, metadata={"help": "Hash of the base weights that the prompts were tuned on."}
+    )
+    # BaseTuner reads the attribute; the places of the prompts follow from the model's structure instead
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Not used by CAPT."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = CAPT
+        self._check_types()
+        self._check_values()
+        self._check_coupling()
+
+    def _check_types(self) -> None:
+        for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be an integer, not a {type(value).__name__}.")
+        for name in ("coupling", "template", "init"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float):
+            raise TypeError(f"init_std={self.init_std!r} must be a number.")
+        lists: list[tuple[str, type]] = [("template_token_ids", int), ("class_names", str), ("modules_to_save", str)]
+        for name, kind in lists:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, list | tuple) or not all(type(entry) is kind for entry in value):
+                raise TypeError(f"{name}={value!r} must be a list of {kind.__name__}.")
+            setattr(self, name, list(value))
+        if not isinstance(self.base_model_fingerprint, str | None):
+            raise TypeError(f"base_model_fingerprint={self.base_model_fingerprint!r} must be a string or None.")
+
+    def _check_values(self) -> None:
+        for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 switches the tower off.")
+        for name, allowed in (("coupling", COUPLINGS), ("init", INITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
+        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+            raise ValueError(f"init_std={self.init_std} must be a finite number, 0 or more.")
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template={self.template!r} must hold exactly one {{}}, the place of the class name.")
+        if self.target_modules is not None:
+            raise ValueError(f"target_modules={self.target_modules!r}: CAPT finds its places itself; use text_depth and vision_depth.")
+        if self.template_token_ids is not None and min(self.template_token_ids, default=-1) < 0:
+            raise ValueError(f"template_token_ids={self.template_token_ids} must be token ids, 0 or more, and not empty.")
+        if not self.depth("text") and not self.depth("vision"):
+            raise ValueError("The adapter has no prompts at all: give one tower a depth and a number of tokens above 0.")
+
+    def _check_coupling(self) -> None:
+        if self.coupling == "none":
+            return
+        for what, text, vision in (
+            ("numbers of tokens", self.num_text_tokens, self.num_vision_tokens),
+            ("depths", self.text_depth, self.vision_depth),
+        ):
+            if text != vision:
+                raise ValueError(
+                    f"Coupled prompts (coupling={self.coupling!r}) need equal {what} in both towers, got {text} for text "
+                    f"and {vision} for vision. Make them equal, or set coupling='none'."
+                )
+
+    def depth(self, tower: str) -> int:
+        """Returns the number of layers of `tower` ("text" or "vision") that get prompts; 0: the tower is left as it is."""
+        tokens, depth = (
+            (self.num_text_tokens, self.text_depth) if tower == "text" else (self.num_vision_tokens, self.vision_depth)
+        )
+        return depth if tokens else 0
+
+    def num_tokens(self, tower: str) -> int:
+        """Returns the number of prompts a layer of `tower` ("text" or "vision")."""
+        return self.num_text_tokens if tower == "text" else self.num_vision_tokens
+
+    def owner(self, index: int) -> str | None:
+        """Returns the tower whose prompts are the parameters at layer `index`, None where both have their own."""
+        if self.coupling == "none":
+            return None
+        return "vision" if self.coupling == "vision_to_text" and index > 0 else "text"
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> CaptConfig:
+        """Loads the configuration of an adapter, and makes sure that its weights file can be read.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of the adapter.
+            subfolder: Folder inside it.
+            kwargs: Further arguments of [`peft.PeftConfig.from_pretrained`] (`revision`, `token`, `cache_dir`, ...).
+
+        Raises:
+            ValueError: The weights are a pickle, or a file that is cut short or damaged.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # no dataclass field, so that it is never saved: names the file in errors about its tensors
+        config._weights_file = check_adapter_files(pretrained_model_name_or_path, subfolder, kwargs)
+        return config

@@ -1,0 +1,183 @@
+"""PromptLayer: writes one site's prompts into the token sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import CaptConfig
+from .sites import Site
+
+
+class PromptLayer(nn.Module, BaseTunerLayer):
+    """Wraps one module of a CLIP and writes the active adapter's prompts into its token sequence.
+
+    An adapter either owns prompts here (`capt_prompt`) or maps those of the same layer of the other tower (`capt_proj`).
+
+    Args:
+        base_layer: The wrapped module: token embedding, vision embeddings or an encoder layer.
+        site: Where in the model it stands.
+    """
+
+    adapter_layer_names = ("capt_prompt", "capt_proj")
+
+    def __init__(self, base_layer: nn.Module, site: Site) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site = site
+        self.end_token: int | str | None = None  # id, or "highest"; the text prompts must not overwrite it
+        self.capt_prompt = nn.ParameterDict()
+        self.capt_proj = nn.ModuleDict()
+        # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice
+        self.partners: dict[str, tuple[PromptLayer]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Hands out attributes of the wrapped module, such as `vision_model.embeddings.patch_embedding`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    # ----------------------------------------------------------------------------------------------------- prompts
+
+    def update_layer(
+        self, adapter_name: str, config: CaptConfig, start: torch.Tensor | None, active: list[str], inference_mode: bool
+    ) -> None:
+        """Creates the parameters of an adapter at this site.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+            start: (n, dim) values that the prompts start from; None for N(0, `config.init_std`).
+            active: Names of the active adapters.
+            inference_mode: Whether the parameters are frozen.
+        """
+        if config.owner(self.site.index) in (None, self.site.tower):
+            prompt = torch.empty(config.num_tokens(self.site.tower), self.site.dim)  # (n, dim)
+            if prompt.device.type != "meta":
+                nn.init.normal_(prompt, std=config.init_std)
+                if start is not None:
+                    prompt.copy_(start)
+            self.capt_prompt[adapter_name] = nn.Parameter(prompt)
+        else:
+            self.capt_proj[adapter_name] = nn.Linear(self.site.partner_dim, self.site.dim)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(active, inference_mode=inference_mode)
+
+    def prompt(self, adapter_name: str) -> torch.Tensor:
+        """Returns the prompts (n, dim) that `adapter_name` writes here."""
+        if adapter_name in self.capt_prompt:
+            return self.capt_prompt[adapter_name]
+        return self.capt_proj[adapter_name](self.partners[adapter_name][0].capt_prompt[adapter_name])
+
+    @torch.no_grad()
+    def bake(self, adapter_name: str) -> None:
+        """Turns prompts that are mapped from the other tower into prompts of this layer, with the same values."""
+        if adapter_name not in self.capt_proj:
+            return
+        proj = self.capt_proj[adapter_name]
+        trainable = proj.weight.requires_grad
+        baked = self.prompt(adapter_name).clone()
+        del self.capt_proj[adapter_name], self.partners[adapter_name]
+        self.capt_prompt[adapter_name] = nn.Parameter(baked, requires_grad=trainable)
+
+    def write(self, hidden: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        """Writes the prompts into the tokens.
+
+        Args:
+            hidden: (B, L, dim) tokens of this tower.
+            prompt: (n, dim).
+
+        Returns:
+            Text: (B, L, dim), the tokens `start`..`start + n - 1` replaced. Vision: (B, L + n, dim) at the embeddings, where
+            the prompts are appended; (B, L, dim) at the layers, where the last n tokens are replaced.
+        """
+        n, start = len(prompt), self.site.start
+        prompt = prompt.to(hidden.device, hidden.dtype).expand(len(hidden), -1, -1)  # (B, n, dim)
+        if self.site.tower == "text":
+            return torch.cat([hidden[:, :start], prompt, hidden[:, start + n :]], dim=1)
+        patches = hidden if self.site.index == 0 else hidden[:, : hidden.shape[1] - n]
+        return torch.cat([patches, prompt], dim=1)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Runs the wrapped module with the active adapter's prompts in its output (embeddings) or input (layers)."""
+        adapter_name = self._adapter_to_apply()
+        if adapter_name is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        prompt = self.prompt(adapter_name)
+        if self.site.index > 0:
+            return self.base_layer(self.write(hidden_states, prompt), *args, **kwargs)
+        if self.site.tower == "text":
+            self._check_room(hidden_states, len(prompt))
+        return self.write(self.base_layer(hidden_states, *args, **kwargs), prompt)
+
+    def _adapter_to_apply(self) -> str | None:
+        if self.disable_adapters:
+            return None
+        return next((a for a in self.active_adapters if a in self.capt_prompt or a in self.capt_proj), None)
+
+    def _check_room(self, input_ids: torch.Tensor, n: int) -> None:
+        """Refuses texts whose end the prompts would overwrite, which would silently classify something else."""
+        end = self.site.start + n
+        too_short = input_ids.shape[-1] < end
+        if not too_short and self.end_token is not None and not torch.compiler.is_compiling():
+            last = input_ids.max(-1, keepdim=True).values if self.end_token == "highest" else self.end_token
+            too_short = bool((input_ids[..., :end] == last).any())
+        if too_short:
+            raise ValueError(
+                f"A text is too short for {n} text prompts: they replace the {n} words after the start token, and would "
+                f"overwrite its end. Put at least {n} words before the class name, as in the template 'a photo of a {{}}.'."
+            )
+
+    # ------------------------------------------------------------------------------------------- BaseTunerLayer's API
+
+    def train(self, mode: bool = True) -> PromptLayer:
+        """Sets the mode, as any module does; refuses prompts that are not finite when the model is made ready for use.
+
+        transformers loads an adapter's tensors unchecked and then calls `eval()`.
+        """
+        if not mode:
+            for name, parameter in self.named_parameters():
+                if name.startswith("capt_") and parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+                    raise ValueError(
+                        f"The prompts of {self.site.tower} layer {self.site.index} hold NaN or infinite values ({name}). The "
+                        "adapter is damaged or its training diverged; load another one."
+                    )
+        return super().train(mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off without touching `requires_grad`.
+
+        PEFT's version also toggles `requires_grad`, which makes an adapter loaded for inference trainable after
+        `with disable_adapter()`, and makes torch.compile compile anew.
+        """
+        self._disable_adapters = not enabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one adapter the active one; prompts of several adapters do not compose."""
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(f"CAPT has one active adapter at a time, got {list(adapter_names)}. Set one of them.")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter's parameters from this site."""
+        self.partners.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises a ValueError: prompts cannot be merged."""
+        raise ValueError("CAPT's prompts are extra tokens and cannot be merged into the weights. Use `unload()`.")
+
+    def unmerge(self) -> None:
+        """Raises a ValueError: prompts cannot be merged."""
+        self.merge()
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+        # PEFT's version looks for a `weight`, which an encoder layer does not have
+        parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
+        return (None, None) if parameter is None else (parameter.device, parameter.dtype)

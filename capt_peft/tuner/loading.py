@@ -1,0 +1,131 @@
+"""Checks that PEFT does not make when it loads an adapter: damaged files, wrong tensors, another base model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+MEND = "Save the adapter again or download it anew; nothing of it was loaded."
+
+
+def check_adapter_files(name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str:
+    """Makes sure that an adapter's weights are a whole safetensors file.
+
+    Args:
+        name_or_path: Folder or Hub id of the adapter.
+        subfolder: Folder inside it.
+        kwargs: Arguments for the Hub (`revision`, `token`, `cache_dir`, ...); others are left alone.
+
+    Returns:
+        A name of the weights for messages.
+
+    Raises:
+        ValueError: The weights are a pickle, or a file that is cut short or damaged.
+    """
+    folder = os.path.join(name_or_path, subfolder) if subfolder else str(name_or_path)
+    if os.path.isdir(folder):
+        path = os.path.join(folder, SAFETENSORS_NAME)
+        if not os.path.isfile(path):
+            if os.path.isfile(os.path.join(folder, PICKLE_NAME)):
+                raise _refuse_pickle(os.path.join(folder, PICKLE_NAME))
+            return path  # a configuration alone, without weights
+    else:
+        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "repo_type")}
+        try:
+            # PEFT needs the file next, so this is no download more
+            path = hf_hub_download(name_or_path, SAFETENSORS_NAME, subfolder=subfolder, **hub)
+        except LocalEntryNotFoundError:
+            return f"{name_or_path}/{SAFETENSORS_NAME}"  # offline and not in the cache: PEFT says so when it loads
+        except EntryNotFoundError as error:
+            raise _refuse_pickle(f"{name_or_path} (it has no {SAFETENSORS_NAME})") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes) is no whole safetensors file: {error}. {MEND}"
+        ) from error
+    return path
+
+
+def _refuse_pickle(path: str) -> ValueError:
+    return ValueError(
+        f"The adapter weights {path} are not in safetensors format. CAPT reads no pickles, which can run code; ask for "
+        f"{SAFETENSORS_NAME}, or save the adapter again with `save_pretrained`."
+    )
+
+
+def check_adapter_tensors(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: str
+) -> None:
+    """Makes sure that an adapter's tensors are those that the model has a place for, and finite.
+
+    Args:
+        tensors: The loaded tensors by name.
+        expected: The model's own tensors by the same names.
+        source: Where the tensors come from, for messages.
+
+    Raises:
+        ValueError: A tensor is missing, too many, of another shape or type, or not finite.
+    """
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"lacks {_some(missing)}" if missing else "", f"has {_some(extra)} too many" if extra else ""]
+        raise ValueError(
+            f"{source} does not hold the adapter that its configuration describes: it {' and '.join(filter(None, parts))}. {MEND}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{source}: {name} has the shape {tuple(tensor.shape)}, but the configuration and the base model need "
+                f"{tuple(expected[name].shape)}. Load it on the base model it was tuned on, or mend the configuration."
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {name} is {tensor.dtype}, not floating point. {MEND}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: {name} holds NaN or infinite values. {MEND}")
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:limit])}{more})"
+
+
+def base_parameters(model: nn.Module, prefix: str) -> Iterable[tuple[str, torch.Tensor]]:
+    """Yields the parameters of the base model by their original names, whether or not adapters have been put in."""
+    for name, parameter in model.named_parameters():
+        if f".{prefix}" in name or ".modules_to_save." in name:
+            continue
+        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+
+
+def base_fingerprint(model: nn.Module, prefix: str = "capt_") -> str | None:
+    """Returns a hash of the base model's weights: names, shapes and float32 values.
+
+    The values are hashed as float32, so that a model in float16 and its float32 copy have the same fingerprint.
+
+    Args:
+        model: The base model, with or without adapters in it.
+        prefix: Marks the parameters of adapters, which do not count.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256, or None if the weights are not there (meta device).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model, prefix)):
+        if parameter.device.type == "meta":
+            return None
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach().to("cpu", torch.float32).contiguous()
+        digest.update(memoryview(values.numpy()).cast("B"))
+    return digest.hexdigest()[:16]

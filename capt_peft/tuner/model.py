@@ -1,0 +1,204 @@
+"""CaptModel: puts PromptLayers into a CLIP and pairs coupled ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .config import DEFAULT_DEPTH, CaptConfig
+from .initial import template_ids, text_start
+from .layer import PromptLayer
+from .loading import base_fingerprint, check_adapter_tensors
+from .sites import Site, check_supported, find_sites, find_towers
+
+logger = logging.getLogger(__name__)
+
+PEFT_PREFIX = "base_model.model."
+
+
+class CaptModel(BaseTuner):
+    """Deep text and vision prompts for CLIP (CAPT, arXiv 2405.11154), as a PEFT tuner.
+
+    Made by [`peft.get_peft_model`] from a [`CaptConfig`]; works with one active adapter at a time.
+
+    Args:
+        model: A CLIPModel, one of its towers, or a MetaCLIP 2; SigLIP is experimental.
+        config: The adapter's configuration.
+        adapter_name: Its name.
+
+    Raises:
+        ValueError: A model without CLIP's towers, a depth larger than the model's, or coupled prompts on a single tower.
+    """
+
+    prefix: str = "capt_"
+    tuner_layer_cls = PromptLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (declared so by BaseTuner)
+
+    # --------------------------------------------------------------------------------------------------- injection
+
+    def _prepare_adapter_config(self, peft_config: CaptConfig, model_config: dict[str, Any]) -> CaptConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: CaptConfig, model: nn.Module) -> None:
+        check_supported(model)
+        towers = find_towers(model)
+        self._sites: dict[str, Site] = find_sites(towers)
+        if peft_config.coupling != "none" and len(towers) < 2:
+            raise ValueError(
+                f"{type(model).__name__} has one tower only, so its prompts cannot be coupled ({peft_config.coupling!r}). Use "
+                "coupling='none'; `bake()` turns a coupled adapter into one that a single tower can load."
+            )
+        _fit_depths(peft_config, {kind: len(tower.modules) for kind, tower in towers.items()})
+        _check_base(peft_config, model)
+        self._start: dict[int, torch.Tensor] = {}
+        if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
+            return  # the values come from a file, or there are none
+        if next(model.parameters()).device.type != "meta":
+            peft_config.template_token_ids = template_ids(peft_config, model)
+            with _adapters_off(model):
+                self._start = text_start(peft_config, model, towers["text"])
+
+    def _check_target_module_exists(self, peft_config: CaptConfig, key: str) -> bool:  # type: ignore[override]
+        site = self._sites.get(key)
+        return site is not None and site.index < peft_config.depth(site.tower)
+
+    def _create_and_replace(
+        self,
+        peft_config: CaptConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, PromptLayer):
+            layer = PromptLayer(target, self._sites[current_key])
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        site = target.site
+        if site.tower == "text" and site.index == 0:
+            target.end_token = _end_token(self.model)
+        start = self._start.get(site.index) if site.tower == "text" else None
+        active = [name for name in self.active_adapters if name in self.peft_config]
+        target.update_layer(adapter_name, peft_config, start, active, peft_config.inference_mode)
+        if peft_config.coupling != "none" and site.partner is not None:
+            self._pair(target, self.model.get_submodule(site.partner), adapter_name)
+
+    @staticmethod
+    def _pair(layer: PromptLayer, partner: nn.Module, adapter_name: str) -> None:
+        """Lets the one of two layers that maps prompts find the one that owns them, once both are there."""
+        if not isinstance(partner, PromptLayer) or adapter_name not in partner._get_available_adapters():
+            return
+        mapping, owner = (layer, partner) if adapter_name in layer.capt_proj else (partner, layer)
+        mapping.partners[adapter_name] = (owner,)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # BaseTuner's version reads the child's `weight`
+
+    # ----------------------------------------------------------------------------------------------------- loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: CaptConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Checks the tensors on their way into the model: PEFT itself warns of a missing one and takes NaN as it is."""
+        towers = {site.tower for site in (m.site for m in model.modules() if isinstance(m, PromptLayer))}
+        if config.coupling == "none" and len(towers) == 1:  # a single tower takes its half of an adapter for both
+            absent = "vision_model." if towers == {"text"} else "text_model."
+            state_dict = {name: tensor for name, tensor in state_dict.items() if absent not in name}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if f".{cls.prefix}" in name and adapter_name in name.rsplit(f".{cls.prefix}", 1)[1].split(".")
+        }
+        allowed = {name for name in remapped if ".modules_to_save." in name}
+        source = getattr(config, "_weights_file", "The state dict")
+        check_adapter_tensors({n: t for n, t in remapped.items() if n not in allowed}, expected, source)
+        return remapped
+
+    # -------------------------------------------------------------------------------------------------- afterwards
+
+    def bake(self, adapter_name: str | None = None) -> None:
+        """Turns an adapter's coupled prompts into independent ones that give the same outputs.
+
+        The result is small (it drops the maps between the towers: 23 thousand parameters instead of 3.6 million for a
+        ViT-B/32 with the default shape) and can be loaded into a single tower. Optimizers made before hold the old parameters.
+
+        Args:
+            adapter_name: Which adapter; by default the active one.
+
+        Raises:
+            ValueError: No adapter of that name.
+        """
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.peft_config:
+            raise ValueError(f"There is no adapter {name!r} to bake; there are {', '.join(map(repr, self.peft_config))}.")
+        layers = [module for module in self.model.modules() if isinstance(module, PromptLayer)]
+        for layer in layers:
+            layer.bake(name)
+        self.peft_config[name].coupling = "none"
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError("CAPT's prompts are extra tokens and cannot be merged into the weights. Use `unload()`.")
+
+
+def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:
+    """Cuts the default depth to the model's, and refuses any other that is larger."""
+    deepest = {tower: layers.get(tower, DEFAULT_DEPTH) for tower in ("text", "vision")}
+    if config.coupling != "none":
+        deepest = dict.fromkeys(deepest, min(deepest.values()))
+    for tower, available in deepest.items():
+        depth = getattr(config, f"{tower}_depth")
+        if depth == DEFAULT_DEPTH > available:
+            setattr(config, f"{tower}_depth", available)
+        elif depth > available:
+            coupled = " that both towers have, as coupled prompts need" if config.coupling != "none" else ""
+            raise ValueError(f"{tower}_depth={depth} is more than the {available} layers{coupled}. Use {available} or fewer.")
+
+
+def _check_base(config: CaptConfig, model: nn.Module) -> None:
+    """Records the base model of a new adapter, and warns when an adapter is loaded onto another one."""
+    fingerprint = base_fingerprint(model)
+    if config.base_model_fingerprint is None or fingerprint is None:
+        config.base_model_fingerprint = config.base_model_fingerprint or fingerprint
+    elif config.base_model_fingerprint != fingerprint:
+        dtype = next(model.parameters()).dtype
+        reason = "" if dtype == torch.float32 else f" (or it is the same model, rounded to {dtype})"
+        logger.warning(
+            "The adapter was tuned on the base model %s with fingerprint %s, but is put on %s with fingerprint %s%s. Its "
+            "accuracy, clean and robust, is not what its card says.",
+            config.base_model_name_or_path, config.base_model_fingerprint, getattr(model, "name_or_path", "") or
+            type(model).__name__, fingerprint, reason,
+        )
+
+
+def _end_token(model: nn.Module) -> int | str | None:
+    """Returns how the text tower finds the end of a text: a token id, "highest" (CLIP's legacy rule), or None (SigLIP)."""
+    config: Any = model.config
+    text_config = getattr(config, "text_config", config)
+    if text_config.model_type.startswith("siglip"):
+        return None
+    # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
+    legacy = text_config.eos_token_id == 2 and text_config.model_type.startswith("clip")
+    return "highest" if legacy else int(text_config.eos_token_id)
+
+
+@contextmanager
+def _adapters_off(model: nn.Module) -> Iterator[None]:
+    layers = [module for module in model.modules() if isinstance(module, PromptLayer)]
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.enable_adapters(not disabled)

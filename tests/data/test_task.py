@@ -1,0 +1,112 @@
+"""Task: what it refuses, its texts and labels, few-shot training images."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Value
+from PIL import Image
+
+from capt_peft.data import Task
+from capt_peft.data.task import task_features
+
+NAMES = ("cat", "owl", "eel")
+
+
+def split(labels, names=NAMES):
+    images = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(len(labels))]
+    return Dataset.from_dict({"image": images, "label": labels}, features=task_features(names))
+
+
+@pytest.fixture
+def task():
+    return Task("pets", NAMES, {"train": split([0, 1, 2] * 4), "test": split([2, 1, 0])})
+
+
+def test_texts_put_each_class_name_into_the_template(task):
+    assert task.texts == ["a photo of a cat.", "a photo of a owl.", "a photo of a eel."]
+
+
+def test_a_class_name_with_braces_stays_as_it_is():
+    assert Task("t", ("{x}", "b"), {}).texts[0] == "a photo of a {x}."
+
+
+@pytest.mark.parametrize("template", ["a photo.", "{} and {}", "{name}", "a {} {", "{0}"])
+def test_a_template_needs_exactly_one_place_for_the_class_name(template):
+    with pytest.raises(ValueError, match="exactly one {}"):
+        Task("t", NAMES, {}, template)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("cat",), "two class names"), ("cat", "two class names"), (("cat", " "), "label 1"), (("cat", "cat"), "'cat'")],
+)
+def test_class_names_must_be_two_or_more_different_words(names, message):
+    with pytest.raises(ValueError, match=message):
+        Task("t", names, {})
+
+
+def test_labels_without_a_class_name_are_refused():
+    with pytest.raises(ValueError, match=r"'train'.*labels from 0 to 2, but there are 2 class names"):
+        Task("t", ("cat", "owl"), {"train": split([0, 1, 2])})
+
+
+def test_labels_below_zero_are_refused():
+    with pytest.raises(ValueError, match=r"'test'.*labels from -1 to 0"):
+        Task("t", NAMES, {"test": split([0, -1])})
+
+
+def test_labels_that_are_words_are_refused():
+    words = Dataset.from_dict(
+        {"image": ["a"], "label": ["cat"]}, features=Features(image=Value("string"), label=Value("string"))
+    )
+    with pytest.raises(ValueError, match="whole numbers"):
+        Task("t", NAMES, {"train": words})
+
+
+def test_other_columns_and_splits_are_refused():
+    with pytest.raises(ValueError, match="needs `image` and `label`"):
+        Task("t", NAMES, {"train": split([0, 1]).rename_column("label", "target")})
+    with pytest.raises(ValueError, match="Unknown split 'dev'"):
+        Task("t", NAMES, {"dev": split([0, 1])})
+
+
+def test_a_missing_split_is_named_with_those_that_there_are(task):
+    assert len(task["test"]) == 3
+    with pytest.raises(KeyError, match="no split 'validation'; it has train, test"):
+        task["validation"]
+
+
+def test_labels_are_those_of_the_selected_images(task):
+    np.testing.assert_array_equal(task.labels("test"), [2, 1, 0])
+    chosen = Task("t", NAMES, {"test": task["test"].select([2, 0])})
+    np.testing.assert_array_equal(chosen.labels("test"), [0, 2])
+
+
+def test_few_shot_and_labels_open_no_image():
+    columns = {"image": ["missing.png"] * 4, "label": [0, 1, 0, 1]}
+    task = Task("t", ("cat", "owl"), {"train": Dataset.from_dict(columns, features=task_features(("cat", "owl")))})
+    assert sorted(task.few_shot(1, 0).labels("train")) == [0, 1]
+
+
+def test_few_shot_writes_nothing_beside_a_saved_dataset(tmp_path):
+    split([0, 1, 2] * 4).save_to_disk(str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    Task("t", NAMES, {"train": Dataset.load_from_disk(str(tmp_path))}).few_shot(1, 0).labels("train")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_few_shot_draws_training_images_and_leaves_the_test_images(task):
+    few = task.few_shot(2, seed=0)
+    assert np.bincount(few.labels("train")).tolist() == [2, 2, 2]
+    assert len(few["test"]) == 3 and len(task["train"]) == 12
+    assert few.class_names == task.class_names
+
+
+def test_few_shot_images_keep_their_labels(task):
+    for row in task.few_shot(3, seed=5)["train"]:
+        assert row["image"].getpixel((0, 0))[0] % 3 == row["label"]
+
+
+def test_few_shot_names_a_class_with_too_few_images(task):
+    with pytest.raises(ValueError, match=r"'cat' has 4 images, but 5 are asked"):
+        task.few_shot(5, seed=0)
+    assert len(task.few_shot(5, seed=0, allow_fewer=True)["train"]) == 12
