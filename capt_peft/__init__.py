@@ -1,6 +1,34 @@
 """capt-peft: small adapters that make CLIP robust to adversarial images. Importing it registers CAPT with PEFT."""
 
+from .attacks import PGD, ThreatModel
+from .classifier import ZeroShotClassifier
+from .data import Task, list_tasks, load_task
+from .evaluation import Evaluation, evaluate
+from .methods import METHODS, get_method
+from .objectives import AdversarialCrossEntropy, CaptObjective, Views
+from .trainer import CaptTrainer, TrainingStopped
+from .training_args import CaptTrainingArguments
 from .tuner import CaptConfig, CaptModel
 
-__all__ = ["CaptConfig", "CaptModel"]
 __version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "PGD",
+    "AdversarialCrossEntropy",
+    "CaptConfig",
+    "CaptModel",
+    "CaptObjective",
+    "CaptTrainer",
+    "CaptTrainingArguments",
+    "Evaluation",
+    "Task",
+    "ThreatModel",
+    "TrainingStopped",
+    "Views",
+    "ZeroShotClassifier",
+    "evaluate",
+    "get_method",
+    "list_tasks",
+    "load_task",
+]

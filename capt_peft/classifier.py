@@ -75,7 +75,7 @@ class ZeroShotClassifier(nn.Module):
             name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
             class_names: The classes; by default those the adapter was tuned on.
             template: The text of a class; by default the adapter's.
-            kwargs: Further arguments for loading (`revision`, `token`, `cache_dir`, `subfolder`).
+            kwargs: Further arguments for loading (`dtype`, float32 by default; `revision`, `token`, `cache_dir`, `subfolder`).
 
         Raises:
             ValueError: No class names given, and none recorded in the adapter.
@@ -198,11 +198,13 @@ class ZeroShotClassifier(nn.Module):
         return versions, [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
 
 
-def load_model(name_or_path: str, **kwargs: Any) -> tuple[nn.Module, Any]:
+def load_model(name_or_path: str, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Module, Any]:
     """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
 
     Args:
         name_or_path: Folder or Hub id.
+        dtype: Precision of the base model, whatever it is stored in. In half precision, gradients of the pixels vanish and
+            attacks look weaker than they are.
         kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
 
     Returns:
@@ -216,13 +218,13 @@ def load_model(name_or_path: str, **kwargs: Any) -> tuple[nn.Module, Any]:
     except ValueError as error:
         if "Can't find" not in str(error):
             raise
-        return AutoModel.from_pretrained(name_or_path, **kwargs).eval(), AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        return AutoModel.from_pretrained(name_or_path, dtype=dtype, **kwargs).eval(), AutoProcessor.from_pretrained(name_or_path, **kwargs)
     if not isinstance(config, CaptConfig):
         raise ValueError(f"{name_or_path} is a {config.peft_type} adapter; capt_peft loads CAPT adapters.")
     if not config.base_model_name_or_path:
         raise ValueError(f"The adapter {name_or_path} does not name its base model. Load that yourself and use PeftModel.")
     token = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
-    base = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, **token)
+    base = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype, **token)
     processor = AutoProcessor.from_pretrained(config.base_model_name_or_path, revision=config.revision, **token)
     return PeftModel.from_pretrained(base, name_or_path, **kwargs).eval(), processor
 

@@ -196,13 +196,14 @@ class PGD:
         threat = self.threat_model
         threat.check(images, labels)
         generator = resolve_generator(generator, len(images))
-        # Copies, outside inference mode: tensors made inside it carry no gradients, and a model may write to its input.
+        # Tensors made in inference mode carry no gradients: work outside it, on a copy of what the loss keeps for backward.
         with torch.inference_mode(False), torch.no_grad():
-            images, labels = images.detach().clone(), labels.to(images.device, copy=True)
+            images, labels = images.detach(), labels.to(images.device, copy=True)
             if threat.epsilon == 0:
                 return AttackResult(threat.project(images, images), images.new_full(labels.shape, torch.nan))
             reference = labels
             if self.loss == "kl":
+                # A clone, because a model may write to its input; with gradients on, torch itself refuses that.
                 clean = logits_fn(images.clone()) if clean_logits is None else clean_logits
                 reference = check_logits(clean, len(images)).to(images.device, copy=True)  # (B, N)
             result = self._ascend(logits_fn, images, labels, reference, generator)

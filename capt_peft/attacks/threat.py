@@ -215,7 +215,7 @@ class ThreatModel:
         radius = self.epsilon * _L2_MARGIN
         delta = adversarial - images
         norm = _per_image(self.norm_of(delta))  # (B, 1, 1, 1)
-        delta = delta * (radius / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1)
+        delta = delta * (radius / norm)
         moved = images + delta
         # On a flat image all pixels may round away from the centre together, which adds up to 1e-5 at 224 x 224.
         overshot = (moved - images).abs() > delta.abs()

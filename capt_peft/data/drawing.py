@@ -41,7 +41,7 @@ def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
     number = corners * (2 if inner < 1 else 1)
     angles = np.arange(number) * 2 * math.pi / number - math.pi / 2
     radii = np.where(np.arange(number) % 2, inner, 1.0) if inner < 1 else np.ones(number)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
+    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
 @cache
@@ -79,7 +79,7 @@ def draw_shapes(shape: str, places: list[tuple[float, float]], radius: float, an
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     corners = _outline(shape) @ turn.T * radius
     for x, y in places:
-        pencil.polygon((corners + (x, y)).reshape(-1).tolist(), fill=255)
+        pencil.polygon((corners + np.array((x, y))).reshape(-1).tolist(), fill=255)
         if shape == "ring":
             hole = radius * 0.55
             pencil.ellipse((x - hole, y - hole, x + hole, y + hole), fill=0)

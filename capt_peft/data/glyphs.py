@@ -17,8 +17,8 @@ DIGITS = tuple("0123456789")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 STROKES: dict[str, tuple[str, ...]] = {
-    "0": ("~5021141628497885837150", "~50301416285978847250", "~602105275978764260", "~401115285978735140"),
-    "1": ("-5059", "-235059", "-235059 -2989", "-6039", "-324059", "~325059 -5989", "-3249", "-144059 -5979"),
+    "0": ("~5021141628497885837150", "~50301416285978847250", "~602105275978867260", "~401115285978735140"),
+    "1": ("-5059", "-235059", "-235059 -2989", "-6039", "-324059", "~325059 -5989", "-144059 -5979"),
     "2": (
         "~1231507182745519 -1989",
         "~123071735528081638 -3889",
@@ -77,6 +77,7 @@ STROKES: dict[str, tuple[str, ...]] = {
         "~82501214457482 -8279",
         "~72502113356572 ~7286683918",
         "~824012356582 -8249",
+        "~824012356582 ~8287684918",
         "~81603012457481 ~8175593909",
         "~71402124546371 -7169",
         "~72402124546372 ~7265574818",
@@ -117,7 +118,8 @@ CANVAS = 64  # pixels a side in which glyphs are drawn, twice the size of the im
 def parse_strokes(spelling: str) -> tuple[tuple[bool, np.ndarray], ...]:
     """Returns the strokes of a glyph's spelling: whether each is a curve, and its points (P, 2) in [0, 1]."""
     strokes = []
-    for pen, *digits in spelling.split():
+    for stroke in spelling.split():
+        pen, digits = stroke[0], list(stroke[1:])
         if pen not in "-~" or len(digits) < 4 or len(digits) % 2:
             raise ValueError(
                 f"The stroke {pen}{''.join(digits)!s} must be `-` or `~` and at least two points of two digits."
@@ -142,7 +144,7 @@ def _spline_weights(num_points: int, closed: bool, steps: int = 4) -> np.ndarray
 
 
 def hand_strokes(character: str, rng: np.random.Generator, jitter: float) -> list[np.ndarray]:
-    """Returns polylines (P, 2) of `character`: one of its spellings, its points moved by `jitter` (of the box's side)."""
+    """Returns polylines (P, 2) of `character`: one of its spellings, its points moved by `jitter` (of the side)."""
     spellings = STROKES[character]
     strokes = parse_strokes(spellings[rng.integers(len(spellings))])
     points, index = np.unique(np.concatenate([stroke for _, stroke in strokes]), axis=0, return_inverse=True)
@@ -232,9 +234,11 @@ def glyph_mask(character: str, font: str, rng: np.random.Generator) -> Image.Ima
 
 def scan_mask(character: str, rng: np.random.Generator) -> Image.Image:
     """Draws as the UCI scans of handwriting were prepared: a 32 x 32 bitmap, filled, counted in blocks of 4 x 4."""
-    lines = hand_strokes(character, rng, rng.uniform(0.02, 0.07))
-    box = rng.uniform(0.45, 0.85), rng.uniform(0.95, 1.05)
-    pen = rng.uniform(3.5, 11.0 if character == "1" else 7.5)  # a one is scaled up the most, its stroke with it
-    mask = stroke_mask(lines, box, pen, rng.normal(0.12, 0.18), rng.normal(0, 0.06), side=32)
+    lines = hand_strokes(character, rng, rng.uniform(0.015, 0.055))
+    box = rng.uniform(0.48, 0.76), rng.uniform(0.98, 1.06)
+    pen = rng.uniform(3.5, 11.0 if character == "1" else 6.5)  # a one is scaled up the most, its stroke with it
+    mask = stroke_mask(lines, box, pen, rng.normal(0.12, 0.16), rng.normal(0, 0.05), side=32)
     mask = mask.transform((32, 32), Image.Transform.AFFINE, (1, 0, rng.normal(0, 1.2), 0, 1, rng.normal(0, 0.5)))
-    return mask.reduce(4).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    gain = rng.uniform(0.9, 1.2)
+    counts = mask.reduce(4).point([min(round(gain * count), 255) for count in range(256)])
+    return counts.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)

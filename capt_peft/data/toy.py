@@ -232,8 +232,8 @@ def _shape_words(stated: Facts, single: bool) -> str:
     if not single:
         noun += "es" if noun == "cross" else "s"
     words = ("a" if single else stated.get("count"), stated.get("size"), stated.get("color"), noun)
-    words = " ".join(word for word in words if word)
-    return f"{words} in the {stated['position']}" if "position" in stated else words
+    joined = " ".join(word for word in words if word)
+    return f"{joined} in the {stated['position']}" if "position" in stated else joined
 
 
 def load_toy_task(

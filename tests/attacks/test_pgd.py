@@ -283,6 +283,8 @@ def test_models_that_write_to_their_input_do_not_reach_the_callers_images(batch:
     with pytest.raises(RuntimeError, match="in-place"):
         PGD(THREAT, steps=1, loss="kl")(in_place, images, labels)
     assert torch.equal(images, before)
+    start = PGD(THREAT, steps=0, restarts=2)(in_place, images, labels, seeded(0))
+    assert (start - images).abs().max() <= THREAT.epsilon + 1e-6
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
@@ -310,6 +312,17 @@ def test_half_precision_logits_are_attacked_in_full_precision(batch: tuple[Tenso
         adversarial = attack(make_model(), images, labels)
     assert adversarial.dtype == torch.float32
     assert accuracy(make_model(), adversarial, labels) < 0.5
+
+
+def test_small_losses_do_not_vanish_in_half_precision_layers(batch: tuple[Tensor, Tensor]) -> None:
+    images, labels = batch
+    model = make_model().half()
+
+    def gradient(scale: float) -> Tensor:
+        return pixel_gradient(lambda x: model(x.half()), images, lambda z: scale * LOSSES["ce"](z, labels))[2]
+
+    assert (gradient(1.0) != 0).double().mean() > 0.99
+    torch.testing.assert_close(gradient(1e-12), gradient(1.0), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

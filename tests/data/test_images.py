@@ -133,6 +133,12 @@ def test_a_file_that_is_no_image_is_named(tmp_path, read, content):
         read(path)
 
 
+def test_formats_that_are_not_for_photographs_stay_closed(tmp_path):
+    save(tmp_path / "cat.pcx")
+    with pytest.raises(ValueError, match=r"cat\.pcx cannot be read"):
+        load_image(tmp_path / "cat.pcx")
+
+
 def test_a_folder_is_no_image(tmp_path):
     with pytest.raises(ValueError, match=r"(folder|cannot be read)"):
         load_image(tmp_path)

@@ -1,5 +1,7 @@
 """k shots of a class, base and new classes, stratified splits."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -25,12 +27,17 @@ def test_the_same_seed_draws_the_same_images_and_another_seed_others():
 def test_the_draws_of_a_seed_are_nested():
     labels = np.repeat(np.arange(4), 30)
     draws = [set(sample_shots(labels, shots, seed=3)) for shots in (1, 4, 16, 30)]
-    assert all(fewer < more for fewer, more in zip(draws, draws[1:], strict=False))
+    assert all(fewer < more for fewer, more in pairwise(draws))
 
 
 def test_what_is_drawn_of_a_class_does_not_depend_on_the_other_classes():
     few, many = np.repeat([0, 1], [20, 20]), np.repeat([0, 1], [20, 500])
     assert sample_shots(few, 4, seed=1)[:4] == sample_shots(many, 4, seed=1)[:4]
+
+
+def test_classes_of_equal_size_draw_different_places():
+    chosen = np.array(sample_shots(np.repeat([0, 1], [100, 100]), 10, seed=0))
+    assert set(chosen[:10]) != set(chosen[10:] - 100)
 
 
 def test_the_draw_is_uniform_over_the_images_of_a_class():

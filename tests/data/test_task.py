@@ -31,7 +31,7 @@ def test_a_class_name_with_braces_stays_as_it_is():
 
 @pytest.mark.parametrize("template", ["a photo.", "{} and {}", "{name}", "a {} {", "{0}"])
 def test_a_template_needs_exactly_one_place_for_the_class_name(template):
-    with pytest.raises(ValueError, match="exactly one {}"):
+    with pytest.raises(ValueError, match=r"exactly one \{\}"):
         Task("t", NAMES, {}, template)
 
 

@@ -1,0 +1,142 @@
+"""Tunes a CAPT adapter and measures clean and robust accuracy before and after.
+
+    python examples/train.py                                        # handwritten digits with tiny CLIP
+    accelerate launch examples/train.py --model_name_or_path openai/clip-vit-base-patch32 --dataset_name path/to/images \
+        --shots 16 --epsilon 1/255 --output_dir outputs/pets
+    torchrun --nproc_per_node 2 examples/train.py --use_cpu         # two processes on a CPU
+    python examples/train.py --config my.yaml --seed 1              # the command line wins over the file
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import get_peft_model
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
+
+from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
+from capt_peft.files import write_json, write_text, written_whole
+from capt_peft.report import accuracies, count_parameters, describe_machine, model_card, results_table, versions
+
+TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")
+
+
+@dataclass
+class ScriptArguments:
+    """What is tuned on what."""
+
+    model_name_or_path: str = field(default=TINY_CLIP, metadata={"help": "Folder or Hub id of a CLIP; tiny CLIP by default."})
+    dataset_name: str = field(default="digits", metadata={"help": "A task's name, a Hub id, or a folder or file of images."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the labels."})
+    template: str | None = field(default=None, metadata={"help": "Text of a class, e.g. 'a photo of a {}.'"})
+    shots: str = field(default="16", metadata={"help": "Training images a class, or 'all'."})
+    eval_split: str = field(default="test", metadata={"help": "Split that the accuracies are measured on."})
+    eval_limit: int | None = field(default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."})
+    method: str = field(default="capt", metadata={"help": "capt, trades-maple, adv-maple, adv-vlp, adv-vp or adv-tp."})
+    teacher: str | None = field(default=None, metadata={"help": "Another CLIP that guides the tuning."})
+    coupling: str | None = field(default=None, metadata={"help": "text_to_vision, vision_to_text or none."})
+    num_text_tokens: int | None = field(default=None, metadata={"help": "Text prompts a layer."})
+    num_vision_tokens: int | None = field(default=None, metadata={"help": "Vision prompts a layer."})
+    text_depth: int | None = field(default=None, metadata={"help": "Text layers with prompts."})
+    vision_depth: int | None = field(default=None, metadata={"help": "Vision layers with prompts."})
+    init: str | None = field(default=None, metadata={"help": "Start of the text prompts: template or random."})
+
+    def prompts(self) -> dict[str, Any]:
+        """Returns the fields of CaptConfig that were given."""
+        names = ("coupling", "num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth", "init")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]:
+    """Reads the command line, on top of a YAML file if `--config` names one."""
+    parser = HfArgumentParser([ScriptArguments, CaptTrainingArguments], allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of these arguments")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    path = parser.parse_known_args(argv)[0].config
+    if path:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        unknown = sorted(set(values) - known) if isinstance(values, dict) else [f"not a mapping: {values!r}"]
+        if unknown:
+            parser.error(f"{path}: unknown arguments {', '.join(unknown)}")
+        parser.set_defaults(**values)
+    parser.set_defaults(**({} if path and "output_dir" in values else {"output_dir": "outputs/capt"}))
+    script, training, _ = parser.parse_args_into_dataclasses(argv)
+    return script, training
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Tunes, measures and saves; returns the results."""
+    script, args = parse_args(sys.argv[1:] if argv is None else argv)
+    method = get_method(script.method)
+    if script.shots != "all" and not script.shots.isdecimal():
+        raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
+    task = load_task(
+        script.dataset_name, name=script.dataset_config, image_column=script.image_column, label_column=script.label_column,
+        class_names=script.class_names, template=script.template,
+    )
+    if script.shots != "all":
+        task = task.few_shot(int(script.shots), args.seed)
+    measured = task[script.eval_split]
+    if script.eval_limit is not None:
+        measured = measured.shuffle(seed=0).select(range(min(script.eval_limit, len(measured))))
+
+    set_seed(args.seed)
+    processor = AutoProcessor.from_pretrained(script.model_name_or_path)
+    base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)  # whatever precision it is stored in
+    config = CaptConfig(**{**script.prompts(), **method.prompts}, template=task.template)
+    model = get_peft_model(base, config)
+    trainer = CaptTrainer(
+        model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher
+    )
+    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, texts such as {task.texts[0]!r}")
+
+    with trainer.classifier.frozen():
+        before = trainer.evaluate(measured, metric_key_prefix="before")
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    seconds = time.perf_counter() - start
+    after = trainer.evaluate(measured, metric_key_prefix="after")
+
+    results = {
+        "method": script.method,
+        "seed": args.seed,
+        "task": {"name": task.name, "source": task.source, "class_names": list(task.class_names), "template": task.template,
+                 "shots": script.shots, "training_images": len(task["train"])},
+        "evaluation": {"split": script.eval_split, "attack": args.evaluation_attack.to_dict(),
+                       "before": accuracies(before, "before"), "after": accuracies(after, "after")},
+        "training": {"seconds": seconds, "attack": trainer.attack.to_dict(), "steps": trainer.state.global_step,
+                     "processes": args.world_size, "pixels": trainer.classifier.transform.to_dict()},
+        "adapter": {"parameters": count_parameters(model), "config": config.to_dict()},
+        "configuration": {"script": asdict(script), "training": args.to_sanitized_dict()},
+        "versions": versions(),
+        "machine": describe_machine(),
+    }  # fmt: skip
+    if trainer.is_world_process_zero():
+        save(model, results, Path(args.output_dir), args.hub_model_id or args.output_dir)
+        print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return results
+
+
+def save(model: Any, results: dict[str, Any], folder: Path, name: str) -> None:
+    """Writes the adapter, its results and its card, whole."""
+    with written_whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)
+    results["adapter"]["bytes"] = (folder / "adapter_model.safetensors").stat().st_size
+    write_json(folder / "results.json", results)
+    write_text(folder / "README.md", model_card(results, name))
+
+
+if __name__ == "__main__":
+    main()

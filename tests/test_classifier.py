@@ -1,0 +1,167 @@
+"""ZeroShotClassifier: the model's own logits, from pixels in [0, 1]."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY_CLIP
+from peft import get_peft_model
+from PIL import Image
+from transformers import CLIPModel, pipeline
+
+from capt_peft import CaptConfig, ZeroShotClassifier
+from helpers import shake
+
+NAMES = ("red circle", "green square", "seven")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    peft_model = get_peft_model(base, CaptConfig())
+    shake(peft_model)
+    return peft_model.eval()
+
+
+@pytest.fixture
+def classifier(model, processor):
+    return ZeroShotClassifier(model, processor, NAMES)
+
+
+def images(count=3, size=(40, 50)):
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def test_logits_equal_the_models_own(classifier, model, processor):
+    inputs = processor(text=classifier.texts, images=images(), return_tensors="pt", padding=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits_per_image
+        actual = classifier(classifier.transform.batch(images()))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_predict_equals_the_pipelines_scores(classifier, model, processor):
+    pipe = pipeline(
+        "zero-shot-image-classification", model=model.base_model.model, tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+    )  # fmt: skip
+    expected = pipe(images(), candidate_labels=list(NAMES), hypothesis_template="a photo of a {}.")
+    for ours, theirs in zip(classifier.predict(images()), expected, strict=True):
+        assert [entry["label"] for entry in ours] == [entry["label"] for entry in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_images_may_be_pil_images_paths_or_arrays(classifier, tmp_path):
+    image = images(1)[0]
+    image.save(tmp_path / "image.png")
+    array = np.asarray(image)
+    expected = classifier.predict(image)
+    for same in (tmp_path / "image.png", str(tmp_path / "image.png"), array, array.astype(np.float32) / 255):
+        assert classifier.predict(same) == expected
+
+
+def test_the_batch_size_changes_nothing_and_top_k_cuts(classifier):
+    whole, parts = classifier.predict(images(5)), classifier.predict(images(5), batch_size=2)
+    for a, b in zip(whole, parts, strict=True):
+        assert [entry["label"] for entry in a] == [entry["label"] for entry in b]
+    assert [len(entry) for entry in classifier.predict(images(2), top_k=2)] == [2, 2]
+    assert classifier.predict([]) == []
+
+
+def test_texts_are_padded_to_the_longest_only(classifier):
+    lengths = [len(ids) for ids in classifier.processor.tokenizer(classifier.texts)["input_ids"]]
+    assert classifier.input_ids.shape == (3, max(lengths))
+
+
+def test_text_features_are_computed_once_in_eval_and_fresh_while_training(classifier, model):
+    calls = []
+    model.base_model.model.text_model.register_forward_hook(lambda *_: calls.append(1))
+    pixels = torch.rand(2, 3, 32, 32)
+    for _ in range(3):
+        classifier(pixels)
+    assert len(calls) == 1
+    assert not classifier.text_features().requires_grad
+    classifier.train()
+    assert classifier.text_features().requires_grad
+    assert len(calls) == 2
+
+
+def test_the_cache_notices_changed_prompts_and_switched_adapters(classifier, model):
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        before = classifier(pixels)
+        with classifier.frozen():
+            base = classifier(pixels)
+        assert not torch.allclose(before, base, atol=1e-3)
+        assert torch.equal(classifier(pixels), before)
+        shake(model, seed=3)
+        assert not torch.allclose(classifier.text_features(), before.new_zeros(()), atol=1e-3)
+        changed = classifier(pixels)
+        model.set_adapter("default")
+        assert not torch.allclose(changed, before, atol=1e-3)
+        with model.disable_adapter():
+            assert torch.equal(classifier(pixels), base)
+
+
+def test_gradients_reach_the_pixels_through_the_prompts(classifier):
+    pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(classifier(pixels)[:, 0].sum(), pixels)
+    with classifier.frozen():
+        (frozen,) = torch.autograd.grad(classifier(pixels)[:, 0].sum(), pixels)
+    assert gradient.abs().sum() > 0
+    assert not torch.allclose(gradient, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_are_float32_whatever_the_model_is_in(processor, dtype):
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=dtype).eval()
+    logits = ZeroShotClassifier(base, processor, NAMES)(torch.rand(2, 3, 32, 32))
+    assert logits.dtype == torch.float32
+
+
+def test_an_adapter_is_loaded_by_one_name(model, processor, tmp_path):
+    model.peft_config["default"].class_names = list(NAMES)
+    model.save_pretrained(tmp_path)
+    loaded = ZeroShotClassifier.from_pretrained(str(tmp_path))
+    assert loaded.class_names == NAMES
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), ZeroShotClassifier(model, processor, NAMES)(pixels))
+    other = ZeroShotClassifier.from_pretrained(str(tmp_path), class_names=["cat", "dog"])
+    assert other.class_names == ("cat", "dog")
+
+
+def test_a_bare_clip_needs_class_names():
+    assert ZeroShotClassifier.from_pretrained(TINY_CLIP, class_names=NAMES).class_names == NAMES
+    with pytest.raises(ValueError, match="records no class names"):
+        ZeroShotClassifier.from_pretrained(TINY_CLIP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"template": "a photo"}, "exactly one {}"),
+        ({"class_names": ["cat"]}, "At least two class names"),
+        ({"class_names": ["cat", "cat"]}, "more than one label"),
+        ({"class_names": ["cat", " "]}, "must be a word"),
+        ({"class_names": ["cat", "very " * 100 + "long"]}, "tokens, but the model takes"),
+        ({"template": "a {}."}, "would overwrite 2"),
+        ({"template": "{}"}, "would overwrite 2"),
+    ],
+)
+def test_texts_that_cannot_work_are_refused(model, processor, arguments, words):
+    with pytest.raises(ValueError) as caught:
+        ZeroShotClassifier(model, processor, **{"class_names": NAMES, **arguments})
+    assert words in str(caught.value)
+
+
+def test_unreadable_images_are_named(classifier, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        classifier.predict([tmp_path / "broken.png"])
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        classifier.predict(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match="top_k=0"):
+        classifier.predict(images(1), top_k=0)

@@ -1,0 +1,149 @@
+"""CAPT's objective, against its equation written out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from capt_peft.objectives import AdversarialCrossEntropy, CaptObjective, Views, certainty, kl_to, parse_weighting
+
+WEIGHTINGS = ["confidence", "entropy", "batch", "schedule", 0.0, 0.3, 1.0]
+
+
+def views(batch=6, classes=4, progress=0.25, **changes):
+    generator = torch.Generator().manual_seed(0)
+    draw = {name: 3 * torch.randn(batch, classes, generator=generator) for name in ("clean", "adversarial", "frozen")}
+    labels = torch.randint(classes, (batch,), generator=generator)
+    return Views(**{**draw, "labels": labels, "progress": progress, **changes})
+
+
+def probabilities(logits):
+    exponents = [[math.exp(z - max(row)) for z in row] for row in logits.tolist()]
+    return [[e / sum(row) for e in row] for row in exponents]
+
+
+def divergence(p, q):
+    """KL(p || q) of two rows."""
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def by_hand(v, weighting, strength):
+    clean, adversarial, frozen = (probabilities(z) for z in (v.clean, v.adversarial, v.frozen))
+    labels, batch = v.labels.tolist(), len(v.labels)
+    trust = {"entropy": lambda p, y: 1 + sum(x * math.log(x) for x in p) / math.log(len(p))}.get(weighting, lambda p, y: p[y])
+    tuned_trust = [trust(p, y) for p, y in zip(clean, labels, strict=True)]
+    frozen_trust = [trust(p, y) for p, y in zip(frozen, labels, strict=True)]
+    if weighting == "batch":
+        frozen_trust, tuned_trust = [sum(frozen_trust) / batch] * batch, [sum(tuned_trust) / batch] * batch
+    alpha = [f / (f + t) for f, t in zip(frozen_trust, tuned_trust, strict=True)]
+    if weighting == "schedule":
+        alpha = [1 - v.progress] * batch
+    if isinstance(weighting, float):
+        alpha = [weighting] * batch
+    loss = 0.0
+    for i in range(batch):
+        consistency = (1 - alpha[i]) * divergence(clean[i], adversarial[i]) + alpha[i] * divergence(frozen[i], adversarial[i])
+        loss += -math.log(clean[i][labels[i]]) + strength * consistency
+    return loss / batch, sum(alpha) / batch
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.5, 6.0])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_loss_equals_the_equation(weighting, strength):
+    v = views()
+    loss, parts = CaptObjective(strength, weighting)(v)
+    expected, alpha = by_hand(v, weighting, strength)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    if strength > 0:
+        assert parts["alpha"].item() == pytest.approx(alpha, rel=1e-5)
+    rebuilt = parts["clean_loss"]
+    if weighting in (0.0, 1.0):
+        rebuilt = rebuilt + strength * parts["consistency_frozen" if weighting else "consistency_tuned"]
+        assert loss.item() == pytest.approx(rebuilt.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_gradients_flow_to_both_tuned_views_and_not_to_the_weights(weighting):
+    v = views(batch=3)
+    clean, adversarial = v.clean.double().requires_grad_(), v.adversarial.double().requires_grad_()
+    frozen = v.frozen.double().requires_grad_()
+    loss, _ = CaptObjective(1.5, weighting)(Views(clean, adversarial, v.labels, frozen, v.progress))
+    gradients = torch.autograd.grad(loss, (clean, adversarial, frozen), allow_unused=True)
+    assert gradients[0].abs().sum() > 0
+    assert gradients[1].abs().sum() > 0
+    assert gradients[2] is None
+    # with alpha held fixed, the same gradient: it has none of its own
+    alpha = CaptObjective(1.5, weighting).alpha(v).double()
+    held = torch.nn.functional.cross_entropy(clean, v.labels) + 1.5 * (
+        (1 - alpha) * kl_to(adversarial, clean) + alpha * kl_to(adversarial, frozen.detach())
+    ).mean()
+    expected = torch.autograd.grad(held, (clean, adversarial))
+    torch.testing.assert_close(gradients[:2], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_kl_has_the_right_gradient():
+    target = torch.randn(2, 3, dtype=torch.double)
+    assert gradcheck(lambda z: kl_to(z, target), torch.randn(2, 3, dtype=torch.double, requires_grad=True))
+
+
+def test_identical_views_have_no_consistency_loss():
+    v = views()
+    _, parts = CaptObjective(1.5, "confidence")(Views(v.clean, v.clean, v.labels, v.clean))
+    assert parts["consistency_tuned"].abs() < 1e-6
+    assert parts["consistency_frozen"].abs() < 1e-6
+    assert parts["alpha"].item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "entropy", "batch"])
+def test_alpha_trusts_the_model_that_is_right(weighting):
+    labels = torch.tensor([0, 1])
+    sure, unsure = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), torch.zeros(2, 3)
+    objective = CaptObjective(1.5, weighting)
+    assert (objective.alpha(Views(unsure, unsure, labels, frozen=sure)) > 0.6).all()
+    assert (objective.alpha(Views(sure, sure, labels, frozen=unsure)) < 0.4).all()
+
+
+def test_alpha_is_one_half_where_neither_model_gives_the_class_any_chance():
+    logits = torch.tensor([[-300.0, 0.0]])
+    alpha = CaptObjective().alpha(Views(logits, logits, torch.tensor([0]), frozen=logits))
+    assert alpha.item() == 0.5
+
+
+def test_the_schedule_goes_from_the_frozen_to_the_tuned_model():
+    objective = CaptObjective(1.5, "schedule")
+    assert [objective.alpha(views(progress=p))[0].item() for p in (0.0, 0.5, 1.0)] == [1.0, 0.5, 0.0]
+
+
+def test_certainty_is_0_for_the_uniform_prediction_and_1_for_a_sure_one():
+    values = certainty(torch.tensor([[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]]))
+    assert values[0].abs() < 1e-6
+    assert values[1] > 0.999
+
+
+def test_the_frozen_model_is_asked_for_only_where_it_counts():
+    assert CaptObjective(1.5, "confidence").needs_frozen
+    assert not CaptObjective(1.5, 0.0).needs_frozen
+    assert not CaptObjective(0.0, "confidence").needs_frozen
+    with pytest.raises(ValueError, match="frozen model's logits"):
+        CaptObjective()(views(frozen=None))
+
+
+def test_adversarial_cross_entropy_is_just_that():
+    v = views()
+    loss, parts = AdversarialCrossEntropy()(v)
+    expected = -sum(math.log(p[y]) for p, y in zip(probabilities(v.adversarial), v.labels.tolist(), strict=True)) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert set(parts) == {"clean_loss", "adversarial_loss"}
+
+
+@pytest.mark.parametrize("weighting", ["confident", "1.5", -0.1, None, float("nan")])
+def test_unknown_weightings_are_refused(weighting):
+    with pytest.raises(ValueError, match="Allowed: confidence, entropy, batch, schedule, or a number"):
+        parse_weighting(weighting)
+
+
+@pytest.mark.parametrize("consistency", [-1.0, float("inf"), float("nan")])
+def test_bad_strengths_are_refused(consistency):
+    with pytest.raises(ValueError, match="must be a finite number"):
+        CaptObjective(consistency)
