@@ -36,7 +36,7 @@ class ZeroShotClassifier(nn.Module):
 
     Raises:
         ValueError: A template without one `{}`, class names that repeat, a text that is too long for the model, or one so short
-            that the adapter's prompts would overwrite the class name.
+            that the adapter's prompts would overwrite the class name; or the processor of another model.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class ZeroShotClassifier(nn.Module):
         check_class_names(self.class_names)
         self.texts = [template.format(name) for name in self.class_names]
         text_inputs = tokenize(processor.tokenizer, self.texts, max_text_length(model))
+        check_end_tokens(model, text_inputs["input_ids"])
         check_prompts_fit(model, processor.tokenizer, template)
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
         for name, value in {**text_inputs, "mean": mean, "std": std}.items():
@@ -177,7 +178,10 @@ class ZeroShotClassifier(nn.Module):
             self.train(was_training)
         best = [row.topk(min(top_k or len(row), len(row))) for batch in scores for row in batch]
         return [
-            [{"label": self.class_names[i], "score": p} for p, i in zip(b.values.tolist(), b.indices.tolist(), strict=True)]
+            [
+                {"label": self.class_names[i], "score": p}
+                for p, i in zip(b.values.tolist(), b.indices.tolist(), strict=True)
+            ]
             for b in best
         ]
 
@@ -218,11 +222,15 @@ def load_model(name_or_path: str, *, dtype: torch.dtype = torch.float32, **kwarg
     except ValueError as error:
         if "Can't find" not in str(error):
             raise
-        return AutoModel.from_pretrained(name_or_path, dtype=dtype, **kwargs).eval(), AutoProcessor.from_pretrained(name_or_path, **kwargs)
+        return AutoModel.from_pretrained(name_or_path, dtype=dtype, **kwargs).eval(), AutoProcessor.from_pretrained(
+            name_or_path, **kwargs
+        )
     if not isinstance(config, CaptConfig):
         raise ValueError(f"{name_or_path} is a {config.peft_type} adapter; capt_peft loads CAPT adapters.")
     if not config.base_model_name_or_path:
-        raise ValueError(f"The adapter {name_or_path} does not name its base model. Load that yourself and use PeftModel.")
+        raise ValueError(
+            f"The adapter {name_or_path} does not name its base model. Load that yourself and use PeftModel."
+        )
     token = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
     base = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype, **token)
     processor = AutoProcessor.from_pretrained(config.base_model_name_or_path, revision=config.revision, **token)
@@ -263,6 +271,22 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str,
     padding: dict[str, Any] = {"padding": "max_length", "max_length": max_length} if siglip else {"padding": True}
     inputs = tokenizer(list(texts), return_tensors="pt", **padding)
     return {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+
+
+def check_end_tokens(model: nn.Module, input_ids: Tensor) -> None:
+    """Raises a ValueError if the texts (N, L) lack the token at which the model reads them: its processor is another's."""
+    config: Any = model.config
+    text_config = getattr(config, "text_config", config)
+    legacy = text_config.eos_token_id == 2  # CLIP's old configurations: the model then reads the highest id
+    if text_config.model_type.startswith("siglip") or legacy:
+        fits = int(input_ids.max()) < text_config.vocab_size
+    else:
+        fits = bool((input_ids == text_config.eos_token_id).any(-1).all())
+    if not fits:
+        raise ValueError(
+            f"The processor does not belong to the model: its texts lack the model's end token ({text_config.eos_token_id}). "
+            "Load both from the same name."
+        )
 
 
 def check_prompts_fit(model: nn.Module, tokenizer: Any, template: str) -> None:

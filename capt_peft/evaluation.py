@@ -81,7 +81,8 @@ def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple
     p, square = correct / n, z * z / n
     centre = (p + square / 2) / (1 + square)
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n)) / (1 + square)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # exact at the ends, where the formula leaves a rounding error
+    return 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half
 
 
 def outcomes(

@@ -100,7 +100,9 @@ class CaptObjective:
         if self.weighting == "schedule":
             return torch.full_like(views.clean[:, 0], 1.0 - views.progress)
         assert views.frozen is not None  # __call__ has checked
-        trust: Callable[[Tensor], Tensor] = certainty if self.weighting == "entropy" else lambda z: true_probability(z, views.labels)
+        trust: Callable[[Tensor], Tensor] = (
+            certainty if self.weighting == "entropy" else lambda z: true_probability(z, views.labels)
+        )
         frozen, tuned = trust(views.frozen), trust(views.clean)  # (B,)
         if self.weighting == "batch":
             frozen, tuned = frozen.mean().expand_as(frozen), tuned.mean().expand_as(tuned)
@@ -116,7 +118,10 @@ class AdversarialCrossEntropy:
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its parts `clean_loss` (for the log only) and `adversarial_loss`."""
         loss = F.cross_entropy(views.adversarial, views.labels)
-        return loss, {"clean_loss": F.cross_entropy(views.clean.detach(), views.labels), "adversarial_loss": loss.detach()}
+        return loss, {
+            "clean_loss": F.cross_entropy(views.clean.detach(), views.labels),
+            "adversarial_loss": loss.detach(),
+        }
 
 
 def parse_weighting(weighting: str | float) -> str | float:
@@ -132,7 +137,9 @@ def parse_weighting(weighting: str | float) -> str | float:
     except (TypeError, ValueError):
         number = float("nan")
     if not 0 <= number <= 1:
-        raise ValueError(f"weighting={weighting!r} is unknown. Allowed: {', '.join(WEIGHTINGS)}, or a number in [0, 1].")
+        raise ValueError(
+            f"weighting={weighting!r} is unknown. Allowed: {', '.join(WEIGHTINGS)}, or a number in [0, 1]."
+        )
     return number
 
 

@@ -69,7 +69,9 @@ def results_table(results: Mapping[str, Any]) -> str:
         cells = [_percent(results["evaluation"][key][kind]) for kind in ("clean", "robust")]
         lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
     n = results["evaluation"]["after"]["clean"]["n"]
-    return "\n".join([*lines, "", f"n = {n} images of the {results['evaluation']['split']} split; in brackets the 95% interval."])
+    return "\n".join(
+        [*lines, "", f"n = {n} images of the {results['evaluation']['split']} split; in brackets the 95% interval."]
+    )
 
 
 def _percent(accuracy: Mapping[str, Any]) -> str:
@@ -117,8 +119,9 @@ robust accuracy from above: a stronger attack can only lower it.
 
 - Base model: {config["base_model_name_or_path"]} (fingerprint {config["base_model_fingerprint"]})
 - Task: {task["name"]}, {len(task["class_names"])} classes, {task["shots"]} images a class, template "{task["template"]}"
-- Prompts: {config["num_text_tokens"]} text and {config["num_vision_tokens"]} vision prompts a layer, depth {config["text_depth"]} and \
-{config["vision_depth"]}, coupling {config["coupling"]}
+- Text prompts: {config["num_text_tokens"]} a layer, depth {config["text_depth"]}
+- Vision prompts: {config["num_vision_tokens"]} a layer, depth {config["vision_depth"]}
+- Coupling: {config["coupling"]}
 - Seed {results["seed"]}; everything else is in `results.json`.
 
 ## Limits

@@ -11,7 +11,7 @@ import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from .attacks import Attack
@@ -29,6 +29,18 @@ logger = logging.getLogger(__name__)
 
 class TrainingStopped(RuntimeError):
     """Training went wrong beyond repair: a loss that is not finite, or a model that has become constant."""
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the dataset its epoch: the loader of a run resumed within an epoch does not."""
+
+    def __init__(self, dataset: PixelDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class CaptTrainer(Trainer):
@@ -83,7 +95,10 @@ class CaptTrainer(Trainer):
             compute_metrics=self._metrics,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # the loss is a sum over the step's images, whatever the batches it comes in
+        self.add_callback(_SetEpoch(train))
+        self.model_accepts_loss_kwargs = (
+            True  # the loss is a sum over the step's images, whatever the batches it comes in
+        )
         self._frozen_logits: dict[int, Tensor] = {}
         self._frozen_texts: Tensor | None = None
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
@@ -100,9 +115,13 @@ class CaptTrainer(Trainer):
                 teacher, class_names=self.task.class_names, template=self.task.template
             )
         if teacher.class_names != self.task.class_names:
-            raise ValueError("The teacher classifies other classes than the task; give it the task's class names, in order.")
+            raise ValueError(
+                "The teacher classifies other classes than the task; give it the task's class names, in order."
+            )
         if teacher.transform.size != self.classifier.transform.size:
-            raise ValueError(f"The teacher takes {teacher.transform.size} pixels, the model {self.classifier.transform.size}.")
+            raise ValueError(
+                f"The teacher takes {teacher.transform.size} pixels, the model {self.classifier.transform.size}."
+            )
         return teacher.eval().requires_grad_(False)
 
     # ----------------------------------------------------------------------------------------------------- the step
@@ -269,8 +288,11 @@ class CaptTrainer(Trainer):
             attack = self.args.evaluation_attack
             metrics[f"{prefix}_attack"] = f"{attack.name}, {attack.threat_model}"
             logger.info(
-                "%s: clean accuracy %.1f%%; robust accuracy %.1f%% under %s", prefix,
-                100 * metrics[f"{prefix}_clean_accuracy"], 100 * metrics[f"{prefix}_robust_accuracy"], metrics[f"{prefix}_attack"],
+                "%s: clean accuracy %.1f%%; robust accuracy %.1f%% under %s",
+                prefix,
+                100 * metrics[f"{prefix}_clean_accuracy"],
+                100 * metrics[f"{prefix}_robust_accuracy"],
+                metrics[f"{prefix}_attack"],
             )
         return output
 

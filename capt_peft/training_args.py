@@ -34,7 +34,9 @@ class CaptTrainingArguments(TrainingArguments):
     </Tip>
     """
 
-    epsilon: str = field(default="4/255", metadata={"help": "Radius of the perturbations in [0, 1] pixels, e.g. 4/255."})
+    epsilon: str = field(
+        default="4/255", metadata={"help": "Radius of the perturbations in [0, 1] pixels, e.g. 4/255."}
+    )
     norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
     attack_steps: int = field(default=3, metadata={"help": "PGD steps of the training attack."})
     attack_step_size: str | None = field(default=None, metadata={"help": "Length of a step, e.g. 1/255."})
@@ -47,15 +49,19 @@ class CaptTrainingArguments(TrainingArguments):
     augment: bool = field(default=False, metadata={"help": "Random crops and flips of the training images."})
     stop_on_collapse: bool = field(default=True, metadata={"help": "Stop when the model has become constant."})
 
-    optim: str = field(default="sgd", metadata={"help": "Optimizer; sgd has momentum 0.9 unless optim_args says otherwise."})
+    optim: str = field(
+        default="sgd", metadata={"help": "Optimizer; sgd has momentum 0.9 unless optim_args says otherwise."}
+    )
     learning_rate: float = field(default=0.01, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     num_train_epochs: float = field(default=50, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Training images a step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation images a batch and device."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Trackers; none by default."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: batches hold pixels and places."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers; none by default."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be False: batches hold pixels and places."}
+    )
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Keys of the labels."})
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
 """Tunes a CAPT adapter and measures clean and robust accuracy before and after.
 
-    python examples/train.py                                        # handwritten digits with tiny CLIP
-    accelerate launch examples/train.py --model_name_or_path openai/clip-vit-base-patch32 --dataset_name path/to/images \
+python examples/train.py                                        # handwritten digits with tiny CLIP
+accelerate launch examples/train.py --model_name_or_path openai/clip-vit-base-patch32 --dataset_name path/to/images \
         --shots 16 --epsilon 1/255 --output_dir outputs/pets
-    torchrun --nproc_per_node 2 examples/train.py --use_cpu         # two processes on a CPU
-    python examples/train.py --config my.yaml --seed 1              # the command line wins over the file
+torchrun --nproc_per_node 2 examples/train.py --use_cpu         # two processes on a CPU
+python examples/train.py --config my.yaml --seed 1              # the command line wins over the file
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")
 class ScriptArguments:
     """What is tuned on what."""
 
-    model_name_or_path: str = field(default=TINY_CLIP, metadata={"help": "Folder or Hub id of a CLIP; tiny CLIP by default."})
-    dataset_name: str = field(default="digits", metadata={"help": "A task's name, a Hub id, or a folder or file of images."})
+    model_name_or_path: str = field(
+        default=TINY_CLIP, metadata={"help": "Folder or Hub id of a CLIP; tiny CLIP by default."}
+    )
+    dataset_name: str = field(
+        default="digits", metadata={"help": "A task's name, a Hub id, or a folder or file of images."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})
@@ -40,7 +44,9 @@ class ScriptArguments:
     template: str | None = field(default=None, metadata={"help": "Text of a class, e.g. 'a photo of a {}.'"})
     shots: str = field(default="16", metadata={"help": "Training images a class, or 'all'."})
     eval_split: str = field(default="test", metadata={"help": "Split that the accuracies are measured on."})
-    eval_limit: int | None = field(default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
+    )
     method: str = field(default="capt", metadata={"help": "capt, trades-maple, adv-maple, adv-vlp, adv-vp or adv-tp."})
     teacher: str | None = field(default=None, metadata={"help": "Another CLIP that guides the tuning."})
     coupling: str | None = field(default=None, metadata={"help": "text_to_vision, vision_to_text or none."})
@@ -80,8 +86,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if script.shots != "all" and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
     task = load_task(
-        script.dataset_name, name=script.dataset_config, image_column=script.image_column, label_column=script.label_column,
-        class_names=script.class_names, template=script.template,
+        script.dataset_name,
+        name=script.dataset_config,
+        image_column=script.image_column,
+        label_column=script.label_column,
+        class_names=script.class_names,
+        template=script.template,
     )
     if script.shots != "all":
         task = task.few_shot(int(script.shots), args.seed)
@@ -91,13 +101,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
-    base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)  # whatever precision it is stored in
+    base = AutoModel.from_pretrained(
+        script.model_name_or_path, dtype=torch.float32
+    )  # whatever precision it is stored in
     config = CaptConfig(**{**script.prompts(), **method.prompts}, template=task.template)
     model = get_peft_model(base, config)
     trainer = CaptTrainer(
         model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher
     )
-    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, texts such as {task.texts[0]!r}")
+    print(
+        f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, texts such as {task.texts[0]!r}"
+    )
 
     with trainer.classifier.frozen():
         before = trainer.evaluate(measured, metric_key_prefix="before")

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_CLIP
+from helpers import TINY_CLIP, shake
 from peft import get_peft_model
 from PIL import Image
 from transformers import CLIPModel, pipeline
 
 from capt_peft import CaptConfig, ZeroShotClassifier
-from helpers import shake
 
 NAMES = ("red circle", "green square", "seven")
 
@@ -165,3 +164,8 @@ def test_unreadable_images_are_named(classifier, tmp_path):
         classifier.predict(tmp_path / "missing.png")
     with pytest.raises(ValueError, match="top_k=0"):
         classifier.predict(images(1), top_k=0)
+
+
+def test_a_processor_of_another_model_is_refused(processor):
+    with pytest.raises(ValueError, match="does not belong to the model"):
+        ZeroShotClassifier(random_clip(), processor, NAMES)

@@ -16,7 +16,9 @@ def digits():
 
 @pytest.fixture(scope="module")
 def classifier(processor, digits):
-    return ZeroShotClassifier(CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32), processor, digits.class_names, digits.template)
+    return ZeroShotClassifier(
+        CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32), processor, digits.class_names, digits.template
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,9 @@ def test_the_mode_of_the_classifier_is_given_back(classifier, digits):
 
 
 def test_epsilon_0_leaves_robust_equal_to_clean(classifier, digits):
-    result = evaluate(classifier, digits["validation"].select(range(20)), PGD(ThreatModel("linf", 0.0), steps=3), progress=False)
+    result = evaluate(
+        classifier, digits["validation"].select(range(20)), PGD(ThreatModel("linf", 0.0), steps=3), progress=False
+    )
     assert result.robust == result.clean
 
 

@@ -31,7 +31,9 @@ def divergence(p, q):
 def by_hand(v, weighting, strength):
     clean, adversarial, frozen = (probabilities(z) for z in (v.clean, v.adversarial, v.frozen))
     labels, batch = v.labels.tolist(), len(v.labels)
-    trust = {"entropy": lambda p, y: 1 + sum(x * math.log(x) for x in p) / math.log(len(p))}.get(weighting, lambda p, y: p[y])
+    trust = {"entropy": lambda p, y: 1 + sum(x * math.log(x) for x in p) / math.log(len(p))}.get(
+        weighting, lambda p, y: p[y]
+    )
     tuned_trust = [trust(p, y) for p, y in zip(clean, labels, strict=True)]
     frozen_trust = [trust(p, y) for p, y in zip(frozen, labels, strict=True)]
     if weighting == "batch":
@@ -43,7 +45,9 @@ def by_hand(v, weighting, strength):
         alpha = [weighting] * batch
     loss = 0.0
     for i in range(batch):
-        consistency = (1 - alpha[i]) * divergence(clean[i], adversarial[i]) + alpha[i] * divergence(frozen[i], adversarial[i])
+        consistency = (1 - alpha[i]) * divergence(clean[i], adversarial[i]) + alpha[i] * divergence(
+            frozen[i], adversarial[i]
+        )
         loss += -math.log(clean[i][labels[i]]) + strength * consistency
     return loss / batch, sum(alpha) / batch
 
@@ -75,9 +79,10 @@ def test_gradients_flow_to_both_tuned_views_and_not_to_the_weights(weighting):
     assert gradients[2] is None
     # with alpha held fixed, the same gradient: it has none of its own
     alpha = CaptObjective(1.5, weighting).alpha(v).double()
-    held = torch.nn.functional.cross_entropy(clean, v.labels) + 1.5 * (
-        (1 - alpha) * kl_to(adversarial, clean) + alpha * kl_to(adversarial, frozen.detach())
-    ).mean()
+    held = (
+        torch.nn.functional.cross_entropy(clean, v.labels)
+        + 1.5 * ((1 - alpha) * kl_to(adversarial, clean) + alpha * kl_to(adversarial, frozen.detach())).mean()
+    )
     expected = torch.autograd.grad(held, (clean, adversarial))
     torch.testing.assert_close(gradients[:2], expected, atol=1e-6, rtol=1e-6)
 

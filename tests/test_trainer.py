@@ -10,7 +10,16 @@ from helpers import TINY_CLIP, shake
 from peft import get_peft_model
 from transformers import CLIPModel
 
-from capt_peft import PGD, CaptConfig, CaptObjective, CaptTrainer, CaptTrainingArguments, Task, ThreatModel, TrainingStopped
+from capt_peft import (
+    PGD,
+    CaptConfig,
+    CaptObjective,
+    CaptTrainer,
+    CaptTrainingArguments,
+    Task,
+    ThreatModel,
+    TrainingStopped,
+)
 from capt_peft.classifier import ZeroShotClassifier
 from capt_peft.data.task import task_features
 from capt_peft.evaluation import evaluate
@@ -32,7 +41,9 @@ def make_task(per_class=4, names=NAMES, splits=("train", "validation")):
             image[..., label % 3] += 100
             images.append(image)
         features = task_features(names)
-        built[split] = datasets.Dataset.from_dict({"image": [to_png(i) for i in images], "label": labels}, features=features)
+        built[split] = datasets.Dataset.from_dict(
+            {"image": [to_png(i) for i in images], "label": labels}, features=features
+        )
     return Task("patches", names, built)
 
 
@@ -73,7 +84,7 @@ def test_a_steps_loss_is_the_objective_of_plainly_computed_views(tmp_path, proce
     shake(model)
     trainer = make_trainer(tmp_path, processor, model=model, seed=3)
     model.train()
-    batch = {k: v for k, v in next(iter(trainer.get_train_dataloader())).items()}
+    batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(model, batch)
 
     classifier = ZeroShotClassifier(model, processor, NAMES)
@@ -175,7 +186,13 @@ def test_accumulation_follows_the_same_losses_as_one_large_batch(tmp_path, proce
 
 
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(tmp_path, processor):
-    settings = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "augment": True, "lr_scheduler_type": "constant"}
+    settings = {
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "augment": True,
+        "lr_scheduler_type": "constant",
+    }
     whole = make_trainer(tmp_path, processor, model=make_model(), **settings)
     whole.train()
     resumed = make_trainer(tmp_path, processor, model=make_model(), **settings)

@@ -196,7 +196,7 @@ class PGD:
         threat = self.threat_model
         threat.check(images, labels)
         generator = resolve_generator(generator, len(images))
-        # Tensors made in inference mode carry no gradients: work outside it, on a copy of what the loss keeps for backward.
+        # Tensors made in inference mode carry no gradients: work outside it, on a copy of the labels.
         with torch.inference_mode(False), torch.no_grad():
             images, labels = images.detach(), labels.to(images.device, copy=True)
             if threat.epsilon == 0:
@@ -205,7 +205,7 @@ class PGD:
             if self.loss == "kl":
                 # A clone, because a model may write to its input; with gradients on, torch itself refuses that.
                 clean = logits_fn(images.clone()) if clean_logits is None else clean_logits
-                reference = check_logits(clean, len(images)).to(images.device, copy=True)  # (B, N)
+                reference = check_logits(clean, len(images)).to(images.device)  # (B, N)
             result = self._ascend(logits_fn, images, labels, reference, generator)
             if self.restarts == 1:
                 return result

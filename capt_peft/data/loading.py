@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image
+from datasets import Dataset
 
 from .columns import check_number, label_splits, with_labels
 from .images import check_image
 from .sampling import sample_shots, stratified_split
 from .sources import SPLIT_NAMES, open_hub, open_local, split_of
-from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values
+from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values, encoded_images
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +132,6 @@ def check_images(task: Task, splits: Iterable[str] | None = None) -> None:
         if errors:
             message = f"{len(errors)} of the {len(task[split])} images of split {split!r} cannot be used. {errors[0]}"
             raise type(errors[0])(message) from errors[0]
-
-
-def encoded_images(dataset: Dataset) -> Dataset:
-    """Returns the dataset with its images not yet decoded, as `load_image` takes them to name a damaged file."""
-    return dataset.cast_column("image", Image(decode=False))
 
 
 def _problem(image: Any) -> FileNotFoundError | ValueError | None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..randomness import example_generator
+from .task import column_values, encoded_images
 from .transforms import PixelTransform
 
 CACHE_BYTES = 1 << 30
@@ -26,11 +27,11 @@ class PixelDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: PixelTransform, seed: int = 0) -> None:
-        self.dataset = dataset
+        self.dataset = encoded_images(dataset)
         self.transform = transform
         self.seed = seed
         self.epoch = 0
-        self.labels: list[int] = list(dataset["label"])
+        self.labels: list[int] = column_values(dataset, "label").tolist()
         height, width = transform.size
         fits = len(dataset) * 3 * height * width * 4 <= CACHE_BYTES
         self._cache: dict[int, torch.Tensor] | None = {} if fits and not transform.augment else None

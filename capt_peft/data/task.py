@@ -108,6 +108,11 @@ def column_values(dataset: Dataset, column: str) -> np.ndarray:
     return values
 
 
+def encoded_images(dataset: Dataset) -> Dataset:
+    """Returns the dataset with its images not yet decoded, as `load_image` takes them to name a damaged file."""
+    return dataset.cast_column("image", Image(decode=False))
+
+
 def check_template(template: str) -> None:
     """Raises a ValueError unless `template` has exactly one place for the class name, `{}`."""
     if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):

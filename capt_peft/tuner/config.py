@@ -48,7 +48,9 @@ class CaptConfig(PeftConfig):
     num_text_tokens: int = field(default=2, metadata={"help": "Text prompts a layer, in place of the tokens 1..n."})
     num_vision_tokens: int = field(default=2, metadata={"help": "Vision prompts a layer, appended to the patches."})
     text_depth: int = field(default=DEFAULT_DEPTH, metadata={"help": "Text layers with prompts (0: none, 1: input)."})
-    vision_depth: int = field(default=DEFAULT_DEPTH, metadata={"help": "Vision layers with prompts (0: none, 1: input)."})
+    vision_depth: int = field(
+        default=DEFAULT_DEPTH, metadata={"help": "Vision layers with prompts (0: none, 1: input)."}
+    )
     coupling: str = field(
         default="text_to_vision", metadata={"help": "text_to_vision (MaPLe), vision_to_text (FAP) or none."}
     )
@@ -100,17 +102,25 @@ class CaptConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 switches the tower off.")
         for name, allowed in (("coupling", COUPLINGS), ("init", INITS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(map(repr, allowed))}.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(map(repr, allowed))}."
+                )
         if not (math.isfinite(self.init_std) and self.init_std >= 0):
             raise ValueError(f"init_std={self.init_std} must be a finite number, 0 or more.")
         if self.template.count("{}") != 1:
             raise ValueError(f"template={self.template!r} must hold exactly one {{}}, the place of the class name.")
         if self.target_modules is not None:
-            raise ValueError(f"target_modules={self.target_modules!r}: CAPT finds its places itself; use text_depth and vision_depth.")
+            raise ValueError(
+                f"target_modules={self.target_modules!r}: CAPT finds its places itself; use text_depth and vision_depth."
+            )
         if self.template_token_ids is not None and min(self.template_token_ids, default=-1) < 0:
-            raise ValueError(f"template_token_ids={self.template_token_ids} must be token ids, 0 or more, and not empty.")
+            raise ValueError(
+                f"template_token_ids={self.template_token_ids} must be token ids, 0 or more, and not empty."
+            )
         if not self.depth("text") and not self.depth("vision"):
-            raise ValueError("The adapter has no prompts at all: give one tower a depth and a number of tokens above 0.")
+            raise ValueError(
+                "The adapter has no prompts at all: give one tower a depth and a number of tokens above 0."
+            )
 
     def _check_coupling(self) -> None:
         if self.coupling == "none":

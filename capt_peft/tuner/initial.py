@@ -35,7 +35,10 @@ def template_ids(config: CaptConfig, model: nn.Module) -> list[int] | None:
     except (OSError, ValueError) as error:
         logger.warning(
             "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %r. "
-            "Set CaptConfig(template_token_ids=...) to start from it.", name or "", str(error).splitlines()[0], config.template,
+            "Set CaptConfig(template_token_ids=...) to start from it.",
+            name or "",
+            str(error).splitlines()[0],
+            config.template,
         )
         return None
 
@@ -54,7 +57,9 @@ def text_start(config: CaptConfig, model: nn.Module, tower: Tower) -> dict[int, 
         return {}
     text_model = model.get_submodule(tower.name)
     rows = slice(tower.start, tower.start + n)
-    input_ids = torch.tensor([ids[: tower.start + n]], device=text_model.get_input_embeddings().weight.device)  # (1, 1 + n)
+    input_ids = torch.tensor(
+        [ids[: tower.start + n]], device=text_model.get_input_embeddings().weight.device
+    )  # (1, 1 + n)
     start = {0: model.get_submodule(tower.modules[0])(input_ids)[0, rows]}
     if config.init == "template" and tower.start > 0:  # SigLIP, without a start token, is not causal
         hidden = text_model(input_ids=input_ids, output_hidden_states=True).hidden_states  # one more than layers

@@ -76,6 +76,21 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         return self.capt_proj[adapter_name](self.partners[adapter_name][0].capt_prompt[adapter_name])
 
     @torch.no_grad()
+    def fit(self, adapter_name: str, target: torch.Tensor) -> None:
+        """Sets the map from the other tower's prompts (n, d) so that it gives `target` (n, dim), by the smallest weights.
+
+        The bias is the mean of the targets, the weight W the minimum-norm solution of W p_i = target_i - bias.
+        """
+        proj = self.capt_proj[adapter_name]
+        prompts = self.partners[adapter_name][0].capt_prompt[adapter_name]
+        if prompts.device.type == "meta" or proj.weight.device.type == "meta":
+            return
+        bias = target.double().mean(0)
+        weight = torch.linalg.pinv(prompts.double()) @ (target.double() - bias).to(prompts.device)  # (d, n) @ (n, dim)
+        proj.weight.copy_(weight.T)
+        proj.bias.copy_(bias)
+
+    @torch.no_grad()
     def bake(self, adapter_name: str) -> None:
         """Turns prompts that are mapped from the other tower into prompts of this layer, with the same values."""
         if adapter_name not in self.capt_proj:

@@ -40,7 +40,9 @@ def check_adapter_files(name_or_path: str, subfolder: str | None, kwargs: Mappin
                 raise _refuse_pickle(os.path.join(folder, PICKLE_NAME))
             return path  # a configuration alone, without weights
     else:
-        hub = {k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "repo_type")}
+        hub = {
+            k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "repo_type")
+        }
         try:
             # PEFT needs the file next, so this is no download more
             path = hf_hub_download(name_or_path, SAFETENSORS_NAME, subfolder=subfolder, **hub)

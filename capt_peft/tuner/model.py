@@ -91,13 +91,14 @@ class CaptModel(BaseTuner):
         if peft_config.coupling != "none" and site.partner is not None:
             self._pair(target, self.model.get_submodule(site.partner), adapter_name)
 
-    @staticmethod
-    def _pair(layer: PromptLayer, partner: nn.Module, adapter_name: str) -> None:
+    def _pair(self, layer: PromptLayer, partner: nn.Module, adapter_name: str) -> None:
         """Lets the one of two layers that maps prompts find the one that owns them, once both are there."""
         if not isinstance(partner, PromptLayer) or adapter_name not in partner._get_available_adapters():
             return
         mapping, owner = (layer, partner) if adapter_name in layer.capt_proj else (partner, layer)
         mapping.partners[adapter_name] = (owner,)
+        if mapping.site.tower == "text" and mapping.site.index in self._start:
+            mapping.fit(adapter_name, self._start[mapping.site.index])
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # BaseTuner's version reads the child's `weight`
@@ -140,7 +141,9 @@ class CaptModel(BaseTuner):
         """
         name = adapter_name or self.active_adapters[0]
         if name not in self.peft_config:
-            raise ValueError(f"There is no adapter {name!r} to bake; there are {', '.join(map(repr, self.peft_config))}.")
+            raise ValueError(
+                f"There is no adapter {name!r} to bake; there are {', '.join(map(repr, self.peft_config))}."
+            )
         layers = [module for module in self.model.modules() if isinstance(module, PromptLayer)]
         for layer in layers:
             layer.bake(name)
@@ -161,7 +164,9 @@ def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:
             setattr(config, f"{tower}_depth", available)
         elif depth > available:
             coupled = " that both towers have, as coupled prompts need" if config.coupling != "none" else ""
-            raise ValueError(f"{tower}_depth={depth} is more than the {available} layers{coupled}. Use {available} or fewer.")
+            raise ValueError(
+                f"{tower}_depth={depth} is more than the {available} layers{coupled}. Use {available} or fewer."
+            )
 
 
 def _check_base(config: CaptConfig, model: nn.Module) -> None:
@@ -175,8 +180,11 @@ def _check_base(config: CaptConfig, model: nn.Module) -> None:
         logger.warning(
             "The adapter was tuned on the base model %s with fingerprint %s, but is put on %s with fingerprint %s%s. Its "
             "accuracy, clean and robust, is not what its card says.",
-            config.base_model_name_or_path, config.base_model_fingerprint, getattr(model, "name_or_path", "") or
-            type(model).__name__, fingerprint, reason,
+            config.base_model_name_or_path,
+            config.base_model_fingerprint,
+            getattr(model, "name_or_path", "") or type(model).__name__,
+            fingerprint,
+            reason,
         )
 
 

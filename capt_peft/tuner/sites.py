@@ -10,7 +10,14 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "metaclip_2_text_model", "metaclip_2_vision_model")
+SUPPORTED = (
+    "clip",
+    "clip_text_model",
+    "clip_vision_model",
+    "metaclip_2",
+    "metaclip_2_text_model",
+    "metaclip_2_vision_model",
+)
 EXPERIMENTAL = ("siglip", "siglip_text_model", "siglip_vision_model")
 OTHER_TOWER = {"text": "vision", "vision": "text"}
 
@@ -55,7 +62,8 @@ def check_supported(model: nn.Module) -> None:
     if model_type in EXPERIMENTAL:
         logger.warning(
             "CAPT on %s is experimental: its text has no start token and sees all of its tokens, and its image features "
-            "pool over the prompts too.", name,
+            "pool over the prompts too.",
+            name,
         )
     elif model_type not in SUPPORTED or "Classification" in name:
         raise ValueError(
@@ -72,11 +80,19 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
         layers = getattr(getattr(module, "encoder", None), "layers", None)
         if not isinstance(layers, nn.ModuleList) or ".base_layer" in name:
             continue
-        tower = "text" if hasattr(embeddings, "token_embedding") else "vision" if hasattr(embeddings, "patch_embedding") else None
+        tower = (
+            "text"
+            if hasattr(embeddings, "token_embedding")
+            else "vision"
+            if hasattr(embeddings, "patch_embedding")
+            else None
+        )
         if tower is None:
             continue
         if tower in towers:
-            raise ValueError(f"{type(model).__name__} has two {tower} towers, {towers[tower].name!r} and {name!r}; CAPT needs one.")
+            raise ValueError(
+                f"{type(model).__name__} has two {tower} towers, {towers[tower].name!r} and {name!r}; CAPT needs one."
+            )
         path = f"{name}." if name else ""
         first = f"{path}embeddings.token_embedding" if tower == "text" else f"{path}embeddings"
         deeper = [f"{path}encoder.layers.{i}" for i in range(1, len(layers))]
@@ -84,7 +100,9 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
         start = 0 if config.model_type in EXPERIMENTAL else 1
         towers[tower] = Tower(name, config.hidden_size, (first, *deeper), start)
     if not towers:
-        raise ValueError(f"{type(model).__name__} has neither CLIP's text tower nor its vision tower; CAPT needs one of them.")
+        raise ValueError(
+            f"{type(model).__name__} has neither CLIP's text tower nor its vision tower; CAPT needs one of them."
+        )
     return towers
 
 

@@ -96,6 +96,13 @@ def test_epsilon_zero_returns_the_input_bitwise(model: nn.Module, norm: str, los
     assert adversarial.data_ptr() != images.data_ptr()
 
 
+def test_epsilon_zero_costs_no_forward() -> None:
+    def unused(x: Tensor) -> Tensor:
+        raise RuntimeError("the model was called")
+
+    PGD(ThreatModel("linf", 0), loss="kl", restarts=2)(unused, some_images(2), torch.zeros(2).long())
+
+
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_a_linear_model_gets_the_closed_form(loss: str, targeted: bool) -> None:
@@ -299,6 +306,10 @@ def test_callers_without_gradients_get_the_same_result(
         adversarial = attack(model, some_images(8), labels.clone())
         assert not torch.is_grad_enabled()
     assert torch.equal(adversarial, expected)
+    with guard():
+        images = some_images(8)
+        given = attack(model, images, labels.clone(), clean_logits=model(images))
+    assert torch.equal(given, expected)
 
 
 def test_half_precision_logits_are_attacked_in_full_precision(batch: tuple[Tensor, Tensor]) -> None:

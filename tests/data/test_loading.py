@@ -11,8 +11,8 @@ from PIL import Image as PILImage
 
 from capt_peft.data import list_tasks, load_image, load_task
 from capt_peft.data import loading as loading_module
-from capt_peft.data.loading import check_images, encoded_images
-from capt_peft.data.task import task_features
+from capt_peft.data.loading import check_images
+from capt_peft.data.task import encoded_images, task_features
 
 NAMES = ("barn_owl", "cat", "eel")
 CLEAN = ("barn owl", "cat", "eel")

@@ -7,12 +7,11 @@ import sys
 
 import pytest
 import torch
-from helpers import COUPLINGS, TEMPLATE_IDS, adapted, clip_inputs, random_clip, shake
+from helpers import COUPLINGS, TEMPLATE_IDS, adapted, clip_inputs, shake
 from peft import (
     AutoPeftModel,
     PeftConfig,
     PeftModel,
-    get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -141,7 +140,12 @@ def test_two_adapters_of_different_shape_are_switched(clip):
     model = adapted(clip, coupling="text_to_vision", text_depth=3, vision_depth=3)
     first = logits(model)
     config = CaptConfig(
-        coupling="none", num_text_tokens=3, num_vision_tokens=1, text_depth=2, vision_depth=5, template_token_ids=TEMPLATE_IDS
+        coupling="none",
+        num_text_tokens=3,
+        num_vision_tokens=1,
+        text_depth=2,
+        vision_depth=5,
+        template_token_ids=TEMPLATE_IDS,
     )
     model.add_adapter("other", config)
     model.set_adapter("other")

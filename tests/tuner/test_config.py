@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import TEMPLATE_IDS, TINY_CLIP, adapted, clip_inputs, random_clip
+from helpers import COUPLINGS, TEMPLATE_IDS, TINY_CLIP, adapted, clip_inputs, random_clip
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPModel, MetaClip2Config, MetaClip2Model
@@ -100,7 +100,13 @@ def test_a_single_tower_takes_no_coupled_prompts(clip):
 
 def test_metaclip_2_is_supported():
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 16}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    }
     config = MetaClip2Config(
         text_config={**shape, "vocab_size": 60, "max_position_embeddings": 20, "eos_token_id": 59, "bos_token_id": 58},
         vision_config={**shape, "image_size": 32, "patch_size": 8},
@@ -116,13 +122,13 @@ def test_metaclip_2_is_supported():
             assert torch.equal(model(**inputs).logits_per_image, expected)
 
 
-@pytest.mark.parametrize("coupling", ["none", "text_to_vision"])
+@pytest.mark.parametrize("coupling", COUPLINGS)
 def test_a_new_adapter_leaves_texts_of_the_template_as_they_were(clip, coupling):
     inputs = clip_inputs()
     with torch.no_grad():
         expected = clip(**inputs).text_embeds
         model = get_peft_model(clip, CaptConfig(coupling=coupling, template_token_ids=TEMPLATE_IDS)).eval()
-        torch.testing.assert_close(model(**inputs).text_embeds, expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model(**inputs).text_embeds, expected, atol=1e-5, rtol=0)
 
 
 def test_a_random_start_is_maples(clip):

@@ -120,7 +120,7 @@ def test_transformers_own_loading_refuses_wrong_shapes_and_truncated_files(adapt
     shutil.copytree(adapter, adapter.parent / "short")
     path = adapter.parent / "short" / WEIGHTS
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(Exception, match="(?i)header|safetensors|incomplete"):
+    with pytest.raises(Exception, match=r"(?i)header|safetensors|incomplete"):
         CLIPModel.from_pretrained(path.parent)
     edit(adapter, reshape_one)
     with pytest.raises(RuntimeError):

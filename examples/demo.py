@@ -1,0 +1,81 @@
+"""The demo: tunes a CAPT adapter on 160 handwritten digits, measures it, and loads it back in a fresh process.
+
+make demo
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from train import TINY_CLIP, main
+from transformers import AutoModel, AutoProcessor
+
+from capt_peft import ThreatModel, ZeroShotClassifier, load_task
+from capt_peft.attacks import parse_attack
+from capt_peft.pictures import attack_picture
+
+FOLDER = Path("outputs/demo")
+SHOWN = 10  # one image a class
+
+
+def answers(adapter: str) -> torch.Tensor:
+    """Returns what a saved adapter says about the shown images: (SHOWN, 10) logits."""
+    classifier = ZeroShotClassifier.from_pretrained(adapter)
+    images = [shown_images()[i]["image"] for i in range(SHOWN)]
+    with torch.no_grad():
+        return classifier(classifier.transform.batch(images))
+
+
+def shown_images() -> torch.utils.data.Dataset:
+    """Returns the first test image of each class."""
+    test = load_task("digits")["test"]
+    return test.select([test["label"].index(label) for label in range(SHOWN)])
+
+
+def demo() -> None:
+    """Runs the demo."""
+    results = main(["--output_dir", str(FOLDER), *sys.argv[1:]])
+
+    task = load_task("digits")
+    processor = AutoProcessor.from_pretrained(TINY_CLIP)
+    base = AutoModel.from_pretrained(TINY_CLIP, dtype=torch.float32).eval()
+    shown = shown_images()
+    attack = parse_attack("pgd-20", ThreatModel(**results["evaluation"]["attack"]["threat_model"]))
+    picture = attack_picture(
+        {
+            "zero-shot": ZeroShotClassifier(base, processor, task.class_names, task.template),
+            "CAPT": ZeroShotClassifier.from_pretrained(str(FOLDER)),
+        },
+        [shown[i]["image"] for i in range(SHOWN)],
+        shown["label"],
+        attack,
+        FOLDER / "attack.png",
+    )
+    adapter = results["adapter"]
+    print(
+        f"\nThe adapter: {adapter['parameters']['trainable']:,} parameters, {adapter['bytes'] / 1000:.0f} kB, tuned in "
+        f"{results['training']['seconds']:.0f} s.\nThe picture: {picture}"
+    )
+    here = answers(str(FOLDER))
+    torch.save(here, FOLDER / "answers.pt")
+    fresh = subprocess.run([sys.executable, __file__, "--check", str(FOLDER)], check=False)
+    if fresh.returncode:
+        raise SystemExit("The adapter, loaded in a fresh process, does not answer the same.")
+
+
+def check(folder: Path) -> None:
+    """In a fresh process: loads the adapter and compares its answers, bit for bit."""
+    saved = torch.load(folder / "answers.pt", weights_only=True)
+    if not torch.equal(answers(str(folder)), saved):
+        raise SystemExit(1)
+    print(f"Loaded back in a fresh process: the same {saved.shape[0]} x {saved.shape[1]} logits, bit for bit.")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--check"]:
+        check(Path(sys.argv[2]))
+    else:
+        demo()
