@@ -102,7 +102,7 @@ class CaptTrainer(Trainer):
         self._frozen_logits: dict[int, Tensor] = {}
         self._frozen_texts: Tensor | None = None
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._last_step_logged = 0
+        self._largest_consistency = 0.0
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
@@ -251,16 +251,21 @@ class CaptTrainer(Trainer):
         super().log(logs, start_time)
 
     def _check_collapse(self, logs: dict[str, Any]) -> None:
-        """Stops a run that has found FAP's trivial solution: the same prediction for everything is perfectly consistent."""
-        if not self.args.stop_on_collapse or "consistency_tuned" not in logs or self.state.epoch is None:
+        """Stops a run that has fallen into FAP's trivial solution: the same prediction for everything is consistent.
+
+        A model whose first predictions are nearly uniform also has a small consistency loss; only its fall is a collapse.
+        """
+        consistency = logs.get("consistency_tuned")
+        if not self.args.stop_on_collapse or consistency is None:
             return
+        self._largest_consistency = max(self._largest_consistency, consistency)
         chance = math.log(self.task.num_classes)
-        constant = logs["consistency_tuned"] < 1e-3 and logs["clean_loss"] > 0.95 * chance
-        if constant and self.state.epoch >= 2 and self.state.global_step >= 50:
+        if consistency < 0.001 * self._largest_consistency and logs["clean_loss"] > 0.95 * chance:
             raise TrainingStopped(
-                f"The model has become constant at step {self.state.global_step}: consistency {logs['consistency_tuned']:.1e}, "
-                f"clean loss {logs['clean_loss']:.2f}, where guessing gives {chance:.2f}. Lower `consistency` "
-                f"({self.args.consistency}), or use another coupling or learning rate. {self._last_good()}"
+                f"The model has become constant at step {self.state.global_step}: the consistency loss fell from "
+                f"{self._largest_consistency:.1e} to {consistency:.1e}, while the clean loss is {logs['clean_loss']:.2f}, "
+                f"and guessing gives {chance:.2f}. Lower the learning rate ({self.args.learning_rate}) or `consistency` "
+                f"({self.args.consistency}), or use another coupling. {self._last_good()}"
             )
 
     # -------------------------------------------------------------------------------------------------- evaluation

@@ -24,7 +24,8 @@ class CaptTrainingArguments(TrainingArguments):
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
         augment: Random crops and flips, drawn by example.
-        stop_on_collapse: Stop when the model has become constant: consistency near 0 while the clean loss stays near log N.
+        stop_on_collapse: Stop when the model has become constant: the consistency loss falls to a thousandth of what it was
+            while the clean loss is that of guessing.
 
     <Tip>
     Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.01`,

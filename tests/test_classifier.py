@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TINY_CLIP, shake
+from helpers import TINY_CLIP, random_clip, shake
 from peft import get_peft_model
 from PIL import Image
 from transformers import CLIPModel, pipeline

@@ -241,18 +241,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_checkpoint(tmp_pa
         trainer.train()
 
 
-def test_a_collapsed_model_stops_the_run(tmp_path, processor):
-    class Constant:
-        needs_frozen = False
+class Scripted:
+    """An objective whose logged consistency follows a script, with the clean loss of guessing."""
 
-        def __call__(self, views):
-            chance = views.clean.new_tensor(math.log(3))
-            return 0.0 * views.clean.sum(), {"clean_loss": chance, "consistency_tuned": chance * 0}
+    needs_frozen = False
 
-    settings = {"objective": Constant(), "num_train_epochs": 30, "logging_steps": 10, "attack_steps": 1}
-    with pytest.raises(TrainingStopped, match="become constant at step 50"):
-        make_trainer(tmp_path, processor, **settings).train()
-    make_trainer(tmp_path, processor, stop_on_collapse=False, **settings | {"num_train_epochs": 18}).train()
+    def __init__(self, *consistency):
+        self.consistency = list(consistency)
+
+    def __call__(self, views):
+        value = self.consistency.pop(0) if len(self.consistency) > 1 else self.consistency[0]
+        parts = {"clean_loss": views.clean.new_tensor(math.log(3)), "consistency_tuned": views.clean.new_tensor(value)}
+        return 0.0 * views.clean.sum(), parts
+
+
+def test_a_model_that_becomes_constant_stops_the_run(tmp_path, processor):
+    settings = {"num_train_epochs": 2, "attack_steps": 1}
+    with pytest.raises(TrainingStopped, match="become constant at step 3: the consistency loss fell from 2.0e"):
+        make_trainer(tmp_path, processor, objective=Scripted(1.0, 2.0, 1e-4), **settings).train()
+    make_trainer(tmp_path, processor, objective=Scripted(1.0, 2.0, 1e-4), stop_on_collapse=False, **settings).train()
+
+
+def test_nearly_uniform_predictions_at_the_start_are_no_collapse(tmp_path, processor):
+    make_trainer(tmp_path, processor, objective=Scripted(2e-4, 1e-4), num_train_epochs=3, attack_steps=1).train()
 
 
 def test_the_adapter_records_the_class_names_and_template(tmp_path, processor):
