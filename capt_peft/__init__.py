@@ -5,8 +5,9 @@ from .classifier import ZeroShotClassifier
 from .data import Task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
 from .methods import METHODS, get_method
+from .monitor import TrainingStopped
 from .objectives import AdversarialCrossEntropy, CaptObjective, Views
-from .trainer import CaptTrainer, TrainingStopped
+from .trainer import CaptTrainer
 from .training_args import CaptTrainingArguments
 from .tuner import CaptConfig, CaptModel
 

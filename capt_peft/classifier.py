@@ -39,6 +39,11 @@ class ZeroShotClassifier(nn.Module):
             that the adapter's prompts would overwrite the class name; or the processor of another model.
     """
 
+    model: Any  # a PeftModel, or a model of transformers: both hand out CLIP's methods
+    input_ids: Tensor  # (N, L)
+    mean: Tensor  # (1, 3, 1, 1)
+    std: Tensor  # (1, 3, 1, 1)
+
     def __init__(
         self, model: nn.Module, processor: Any, class_names: Sequence[str], template: str = DEFAULT_TEMPLATE
     ) -> None:
@@ -127,7 +132,7 @@ class ZeroShotClassifier(nn.Module):
 
     def pixel_values(self, pixels: Tensor) -> Tensor:
         """Normalises pixels in [0, 1] to what the model takes, in its precision."""
-        return ((pixels - self.mean) / self.std).to(self._parameter.dtype)  # type: ignore[operator]
+        return ((pixels - self.mean) / self.std).to(self._parameter.dtype)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Returns (B, N) float32 logits of normalised features (B, D) and (N, D)."""
@@ -193,7 +198,8 @@ class ZeroShotClassifier(nn.Module):
 
     @property
     def _parameter(self) -> Tensor:
-        return next(self.model.parameters())
+        parameter: Tensor = next(self.model.parameters())
+        return parameter
 
     def _state(self) -> Any:
         """What the text features depend on: the parameters' versions and the adapters in use."""

@@ -131,7 +131,7 @@ def evaluate(
     if not len(dataset):
         raise ValueError("There are no images to evaluate on: the dataset is empty.")
     device = classifier.mean.device
-    loader = DataLoader(PixelDataset(dataset, classifier.transform), batch_size=batch_size)  # type: ignore[arg-type]
+    loader = DataLoader(PixelDataset(dataset, classifier.transform), batch_size=batch_size)
     was_training = classifier.training
     classifier.eval()
     clean = robust = 0

@@ -39,7 +39,10 @@ class Views:
 class Objective(Protocol):
     """Maps views to a loss and its named parts (scalars, for the log)."""
 
-    needs_frozen: bool
+    @property
+    def needs_frozen(self) -> bool:
+        """Whether `Views.frozen` is used."""
+        ...
 
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss, a scalar with gradient, and its parts by name, without."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import defaultdict
 from typing import Any
 
 import datasets
@@ -12,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from .attacks import Attack
 from .classifier import ZeroShotClassifier, normalize, pooled
@@ -20,15 +18,12 @@ from .data.pixels import PixelDataset
 from .data.task import Task
 from .data.transforms import PixelTransform
 from .evaluation import outcomes, wilson_interval
+from .monitor import Monitor, TrainingStopped
 from .objectives import CaptObjective, Objective, Views
 from .randomness import example_generators
 from .training_args import CaptTrainingArguments
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingStopped(RuntimeError):
-    """Training went wrong beyond repair: a loss that is not finite, or a model that has become constant."""
 
 
 class _SetEpoch(TrainerCallback):
@@ -66,6 +61,8 @@ class CaptTrainer(Trainer):
         ValueError: No training images, or a teacher with other classes or another image size.
     """
 
+    args: CaptTrainingArguments
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,7 +78,7 @@ class CaptTrainer(Trainer):
         self.task = task
         # checks the texts before any long work
         self.classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
-        self.objective = objective or CaptObjective(args.consistency, args.weighting)
+        self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
         self.attack = attack or args.train_attack
         self.teacher = self._load_teacher(teacher)
         transform = PixelTransform(processor, augment=args.augment)
@@ -101,8 +98,7 @@ class CaptTrainer(Trainer):
         )
         self._frozen_logits: dict[int, Tensor] = {}
         self._frozen_texts: Tensor | None = None
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=self.args.device))
-        self._largest_consistency = 0.0
+        self._monitor = Monitor(task.num_classes)
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
@@ -163,7 +159,7 @@ class CaptTrainer(Trainer):
         )
         loss, parts = self.objective(views)
         self._check_finite(loss, indices)
-        self._record(views, parts, result.zero_gradient_share)
+        self._monitor.record(views, parts, result.zero_gradient_share)
         if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
             loss = loss * (len(labels) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, {"views": views}) if return_outputs else loss
@@ -214,8 +210,6 @@ class CaptTrainer(Trainer):
         return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
 
     def _latest_checkpoint(self) -> str | None:
-        from transformers.trainer_utils import get_last_checkpoint
-
         try:
             return get_last_checkpoint(self.args.output_dir)
         except OSError:
@@ -223,56 +217,25 @@ class CaptTrainer(Trainer):
 
     # ---------------------------------------------------------------------------------------------------- the log
 
-    @torch.no_grad()
-    def _record(self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor) -> None:
-        count = len(views.labels)
-        right = views.clean.argmax(-1) == views.labels
-        robust = right & (views.adversarial.argmax(-1) == views.labels)
-        means = parts | {
-            "clean_accuracy": right.float().mean(),
-            "robust_accuracy": robust.float().mean(),
-            "zero_gradient_share": zero_gradient_share.nan_to_num().mean(),
-        }
-        for name, mean in means.items():
-            self._sums[name] += mean.float() * count
-        self._sums["images"] += count
-
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Logs, with the loss, its parts, clean and robust accuracy under the training attack, and that attack's name."""
-        if "loss" in logs and self._sums:
-            names = sorted(self._sums)
-            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum").tolist()
-            totals = dict(zip(names, sums, strict=True))
-            images = totals.pop("images")
-            logs |= {name: total / images for name, total in totals.items()}
-            logs["attack"] = self.attack.name
-            self._sums.clear()
-            self._check_collapse(logs)
+        if "loss" in logs:
+            means = self._monitor.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+            logs |= means | {"attack": self.attack.name}
+            collapse = self._monitor.collapse(means)
+            if collapse and self.args.stop_on_collapse:
+                raise TrainingStopped(
+                    f"The model has become constant at step {self.state.global_step}: {collapse}. Lower the learning rate "
+                    f"({self.args.learning_rate}) or `consistency` ({self.args.consistency}), or use another coupling. "
+                    f"{self._last_good()}"
+                )
         super().log(logs, start_time)
-
-    def _check_collapse(self, logs: dict[str, Any]) -> None:
-        """Stops a run that has fallen into FAP's trivial solution: the same prediction for everything is consistent.
-
-        A model whose first predictions are nearly uniform also has a small consistency loss; only its fall is a collapse.
-        """
-        consistency = logs.get("consistency_tuned")
-        if not self.args.stop_on_collapse or consistency is None:
-            return
-        self._largest_consistency = max(self._largest_consistency, consistency)
-        chance = math.log(self.task.num_classes)
-        if consistency < 0.001 * self._largest_consistency and logs["clean_loss"] > 0.95 * chance:
-            raise TrainingStopped(
-                f"The model has become constant at step {self.state.global_step}: the consistency loss fell from "
-                f"{self._largest_consistency:.1e} to {consistency:.1e}, while the clean loss is {logs['clean_loss']:.2f}, "
-                f"and guessing gives {chance:.2f}. Lower the learning rate ({self.args.learning_rate}) or `consistency` "
-                f"({self.args.consistency}), or use another coupling. {self._last_good()}"
-            )
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, tuple[Tensor, Tensor], Tensor]:
+    ) -> Any:
         """Attacks an evaluation batch; returns the predicted classes of its clean and its adversarial images."""
         inputs = self._prepare_inputs(inputs)
         pixels, labels, indices = inputs["pixels"], inputs["labels"], inputs["index"].tolist()
@@ -288,7 +251,7 @@ class CaptTrainer(Trainer):
             kwargs["prediction_loss_only"] = False
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics = output.metrics
+        metrics: dict[str, Any] = output.metrics or {}
         if f"{prefix}_clean_accuracy" in metrics:
             attack = self.args.evaluation_attack
             metrics[f"{prefix}_attack"] = f"{attack.name}, {attack.threat_model}"
@@ -303,7 +266,8 @@ class CaptTrainer(Trainer):
 
     @staticmethod
     def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-        clean, adversarial = prediction.predictions
+        predictions: Any = prediction.predictions
+        clean, adversarial = predictions
         right = clean == prediction.label_ids
         robust = right & (adversarial == prediction.label_ids)
         metrics: dict[str, float] = {"n": len(right)}

@@ -28,7 +28,7 @@ class CaptTrainingArguments(TrainingArguments):
             while the clean loss is that of guessing.
 
     <Tip>
-    Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.01`,
+    Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.1`,
     `lr_scheduler_type="cosine"`, `num_train_epochs=50`, `per_device_train_batch_size=32`,
     `per_device_eval_batch_size=128`, `logging_steps=10`, `report_to="none"`, `remove_unused_columns=False`,
     `label_names=["labels"]`, `average_tokens_across_devices=True`.
@@ -53,13 +53,15 @@ class CaptTrainingArguments(TrainingArguments):
     optim: str = field(
         default="sgd", metadata={"help": "Optimizer; sgd has momentum 0.9 unless optim_args says otherwise."}
     )
-    learning_rate: float = field(default=0.01, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     num_train_epochs: float = field(default=50, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Training images a step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation images a batch and device."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Trackers; none by default."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser takes the second type)
+        default="none", metadata={"help": "Trackers; none by default."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: batches hold pixels and places."}
     )

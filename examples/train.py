@@ -24,7 +24,8 @@ from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method
 from capt_peft.files import write_json, write_text, written_whole
 from capt_peft.report import accuracies, count_parameters, describe_machine, model_card, results_table, versions
 
-TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")
+EXAMPLES = Path(__file__).resolve().parent
+TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
 
 
 @dataclass
@@ -63,18 +64,20 @@ class ScriptArguments:
 
 
 def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]:
-    """Reads the command line, on top of a YAML file if `--config` names one."""
+    """Reads the command line, on top of a YAML file: that of `--config`, or that of the digits if no model is named."""
     parser = HfArgumentParser([ScriptArguments, CaptTrainingArguments], allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    path = parser.parse_known_args(argv)[0].config
+    named = {argument.split("=")[0] for argument in argv}
+    path = parser.parse_known_args(argv)[0].config or (None if "--model_name_or_path" in named else DIGITS)
+    values = {"output_dir": "outputs/capt"}
     if path:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        unknown = sorted(set(values) - known) if isinstance(values, dict) else [f"not a mapping: {values!r}"]
+        known = {action.dest for action in parser._actions} - {"help", "config"}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        unknown = sorted(set(content) - known) if isinstance(content, dict) else [repr(content)]
         if unknown:
-            parser.error(f"{path}: unknown arguments {', '.join(unknown)}")
-        parser.set_defaults(**values)
-    parser.set_defaults(**({} if path and "output_dir" in values else {"output_dir": "outputs/capt"}))
+            parser.error(f"{path}: unknown arguments {', '.join(unknown)}. `--help` lists them.")
+        values |= content
+    parser.set_defaults(**values)
     script, training, _ = parser.parse_args_into_dataclasses(argv)
     return script, training
 

@@ -45,8 +45,9 @@ def clip_inputs(batch=3, lengths=(7, 6, 8)):
 
 
 def adapted(model, seed=1, adapter_name="default", **config):
-    """The model with a CAPT adapter whose parameters are far from their start."""
+    """The model with a CAPT adapter, coupled unless said otherwise, whose parameters are far from their start."""
     torch.manual_seed(seed)
+    config = {"coupling": "text_to_vision", "num_vision_tokens": config.get("num_text_tokens", 2), **config}
     peft_model = get_peft_model(model, CaptConfig(**{"template_token_ids": TEMPLATE_IDS, **config}), adapter_name)
     shake(peft_model, seed)
     return peft_model.eval()

@@ -126,7 +126,7 @@ def test_frozen_logits_are_the_same_from_the_cache(tmp_path, processor):
 
 
 def test_training_lowers_the_loss_and_moves_only_the_prompts(tmp_path, processor):
-    trainer = make_trainer(tmp_path, processor, num_train_epochs=15)
+    trainer = make_trainer(tmp_path, processor, num_train_epochs=8)
     base = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
     before = adapter_of(trainer)
     trainer.train()
@@ -257,7 +257,7 @@ class Scripted:
 
 def test_a_model_that_becomes_constant_stops_the_run(tmp_path, processor):
     settings = {"num_train_epochs": 2, "attack_steps": 1}
-    with pytest.raises(TrainingStopped, match="become constant at step 3: the consistency loss fell from 2.0e"):
+    with pytest.raises(TrainingStopped, match="become constant at step 3: the consistency loss fell"):
         make_trainer(tmp_path, processor, objective=Scripted(1.0, 2.0, 1e-4), **settings).train()
     make_trainer(tmp_path, processor, objective=Scripted(1.0, 2.0, 1e-4), stop_on_collapse=False, **settings).train()
 

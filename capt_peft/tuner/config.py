@@ -11,9 +11,10 @@ from peft import PeftConfig
 from .loading import check_adapter_files
 from .registration import CAPT
 
-COUPLINGS = ("text_to_vision", "vision_to_text", "none")
+COUPLINGS = ("none", "text_to_vision", "vision_to_text")
 INITS = ("template", "random")
 DEFAULT_DEPTH = 9
+DEFAULT_VISION_TOKENS = 8
 
 
 @dataclass
@@ -22,13 +23,15 @@ class CaptConfig(PeftConfig):
 
     Args:
         num_text_tokens: Number of text prompts a layer; they replace the tokens 1..n after the start token.
-        num_vision_tokens: Number of vision prompts a layer; they are appended to the patches.
+        num_vision_tokens: Number of vision prompts a layer; they are appended to the patches. By default 8, or, for coupled
+            prompts, as many as there are text prompts.
         text_depth: Number of text layers with prompts of their own; 0 switches the text prompts off, 1 is the input only.
             The default, 9, is cut to the depth of the model.
         vision_depth: The same for the vision tower.
-        coupling: `"text_to_vision"` (MaPLe, arXiv 2210.03117): the text prompts are the parameters, each vision prompt is a
-            linear map of its text prompt. `"vision_to_text"` (FAP, arXiv 2403.14774): as before at the input, but deeper
-            prompts live in the vision tower and are mapped to text. `"none"`: both towers have prompts of their own.
+        coupling: `"none"` (the default; it learned best on validation images): both towers have prompts of their own.
+            `"text_to_vision"` (MaPLe, arXiv 2210.03117): the text prompts are the parameters, each vision prompt is a linear
+            map of its text prompt. `"vision_to_text"` (FAP, arXiv 2403.14774): as before at the input, but deeper prompts
+            live in the vision tower and are mapped to text.
         template: The text of a class while tuning; `{}` stands for the class name. The prompts replace its first words.
         init: `"template"`: text prompts start as the states that the frozen text tower has at their places, so that a new
             adapter leaves the text features as they were. `"random"`: as MaPLe does, the input prompts start from the
@@ -46,14 +49,15 @@ class CaptConfig(PeftConfig):
     """
 
     num_text_tokens: int = field(default=2, metadata={"help": "Text prompts a layer, in place of the tokens 1..n."})
-    num_vision_tokens: int = field(default=2, metadata={"help": "Vision prompts a layer, appended to the patches."})
+    num_vision_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Vision prompts a layer, appended to the patches (default 8; coupled: as for text)."},
+    )
     text_depth: int = field(default=DEFAULT_DEPTH, metadata={"help": "Text layers with prompts (0: none, 1: input)."})
     vision_depth: int = field(
         default=DEFAULT_DEPTH, metadata={"help": "Vision layers with prompts (0: none, 1: input)."}
     )
-    coupling: str = field(
-        default="text_to_vision", metadata={"help": "text_to_vision (MaPLe), vision_to_text (FAP) or none."}
-    )
+    coupling: str = field(default="none", metadata={"help": "none, text_to_vision (MaPLe) or vision_to_text (FAP)."})
     template: str = field(default="a photo of a {}.", metadata={"help": "Text of a class; {} is the class name."})
     init: str = field(default="template", metadata={"help": "template (text features start unchanged) or random."})
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the random start."})
@@ -71,6 +75,8 @@ class CaptConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = CAPT
+        if self.num_vision_tokens is None:
+            self.num_vision_tokens = DEFAULT_VISION_TOKENS if self.coupling == "none" else self.num_text_tokens
         self._check_types()
         self._check_values()
         self._check_coupling()
@@ -137,14 +143,12 @@ class CaptConfig(PeftConfig):
 
     def depth(self, tower: str) -> int:
         """Returns the number of layers of `tower` ("text" or "vision") that get prompts; 0: the tower is left as it is."""
-        tokens, depth = (
-            (self.num_text_tokens, self.text_depth) if tower == "text" else (self.num_vision_tokens, self.vision_depth)
-        )
-        return depth if tokens else 0
+        depth = self.text_depth if tower == "text" else self.vision_depth
+        return depth if self.num_tokens(tower) else 0
 
     def num_tokens(self, tower: str) -> int:
         """Returns the number of prompts a layer of `tower` ("text" or "vision")."""
-        return self.num_text_tokens if tower == "text" else self.num_vision_tokens
+        return self.num_text_tokens if tower == "text" else int(self.num_vision_tokens or 0)
 
     def owner(self, index: int) -> str | None:
         """Returns the tower whose prompts are the parameters at layer `index`, None where both have their own."""

@@ -42,10 +42,10 @@ class CaptModel(BaseTuner):
 
     # --------------------------------------------------------------------------------------------------- injection
 
-    def _prepare_adapter_config(self, peft_config: CaptConfig, model_config: dict[str, Any]) -> CaptConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         return peft_config
 
-    def _prepare_model(self, peft_config: CaptConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         check_supported(model)
         towers = find_towers(model)
         self._sites: dict[str, Site] = find_sites(towers)
@@ -64,13 +64,13 @@ class CaptModel(BaseTuner):
             with _adapters_off(model):
                 self._start = text_start(peft_config, model, towers["text"])
 
-    def _check_target_module_exists(self, peft_config: CaptConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         site = self._sites.get(key)
         return site is not None and site.index < peft_config.depth(site.tower)
 
     def _create_and_replace(
         self,
-        peft_config: CaptConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -107,7 +107,7 @@ class CaptModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: CaptConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Checks the tensors on their way into the model: PEFT itself warns of a missing one and takes NaN as it is."""
         towers = {site.tower for site in (m.site for m in model.modules() if isinstance(m, PromptLayer))}
@@ -147,7 +147,8 @@ class CaptModel(BaseTuner):
         layers = [module for module in self.model.modules() if isinstance(module, PromptLayer)]
         for layer in layers:
             layer.bake(name)
-        self.peft_config[name].coupling = "none"
+        config: Any = self.peft_config[name]
+        config.coupling = "none"
 
     def _check_merge_allowed(self) -> None:
         raise ValueError("CAPT's prompts are extra tokens and cannot be merged into the weights. Use `unload()`.")

@@ -282,7 +282,7 @@ def test_torch_compile_finds_one_graph_without_a_break(clip, coupling):
 
 
 def test_low_level_injection_works(clip):
-    config = CaptConfig(coupling="none", template_token_ids=TEMPLATE_IDS)
+    config = CaptConfig(num_vision_tokens=2, template_token_ids=TEMPLATE_IDS)
     source = adapted(copy.deepcopy(clip), coupling="none")
     model = inject_adapter_in_model(config, clip)
     set_peft_model_state_dict(model, get_peft_model_state_dict(source))

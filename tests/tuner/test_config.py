@@ -25,8 +25,8 @@ from capt_peft.tuner.registration import CaptPeftType, register
         ({"text_depth": "9"}, TypeError, "text_depth='9' must be an integer"),
         ({"coupling": "both"}, ValueError, "coupling='both' is unknown"),
         ({"coupling": None}, TypeError, "coupling=None must be a string"),
-        ({"num_text_tokens": 2, "num_vision_tokens": 4}, ValueError, "equal numbers of tokens"),
-        ({"text_depth": 2, "vision_depth": 3}, ValueError, "equal depths"),
+        ({"coupling": "text_to_vision", "num_vision_tokens": 4}, ValueError, "equal numbers of tokens"),
+        ({"coupling": "text_to_vision", "text_depth": 2, "vision_depth": 3}, ValueError, "equal depths"),
         ({"coupling": "vision_to_text", "text_depth": 0}, ValueError, "equal depths"),
         ({"template": "a photo"}, ValueError, "exactly one {}"),
         ({"template": "{} and {}"}, ValueError, "exactly one {}"),
@@ -63,7 +63,7 @@ def test_the_default_depth_is_cut_to_the_models(clip, coupling):
     [
         ({"coupling": "none", "text_depth": 5}, "text_depth=5 is more than the 4 layers"),
         ({"coupling": "none", "vision_depth": 6}, "vision_depth=6 is more than the 5 layers"),
-        ({"text_depth": 5, "vision_depth": 5}, "4 layers that both towers have"),
+        ({"coupling": "vision_to_text", "text_depth": 5, "vision_depth": 5}, "4 layers that both towers have"),
     ],
 )
 def test_a_depth_beyond_the_model_is_refused_and_the_model_left_alone(clip, fields, words):
@@ -75,7 +75,7 @@ def test_a_depth_beyond_the_model_is_refused_and_the_model_left_alone(clip, fiel
 
 
 def test_a_tower_is_switched_off_by_depth_or_length(clip):
-    for fields in ({"text_depth": 0}, {"num_text_tokens": 0}):
+    for fields in ({"text_depth": 0}, {"num_text_tokens": 0, "num_vision_tokens": 2}):
         model = adapted(copy.deepcopy(clip), coupling="none", **fields)
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         assert names
@@ -93,7 +93,7 @@ def test_a_model_without_clips_towers_is_refused_by_name():
 def test_a_single_tower_takes_no_coupled_prompts(clip):
     vision = clip.vision_model
     with pytest.raises(ValueError, match="one tower only"):
-        get_peft_model(vision, CaptConfig())
+        get_peft_model(vision, CaptConfig(coupling="text_to_vision"))
     model = adapted(vision, coupling="none", text_depth=0, vision_depth=3)
     assert model(clip_inputs()["pixel_values"]).pooler_output.shape == (3, 48)
 
@@ -173,3 +173,8 @@ def test_registering_twice_changes_nothing_and_another_class_is_refused():
         register(CaptConfig, Impostor)
     assert PEFT_TYPE_TO_TUNER_MAPPING["CAPT"] is CaptModel
     assert PEFT_TYPE_TO_TUNER_MAPPING[CaptPeftType.CAPT] is CaptModel
+
+
+def test_the_default_number_of_vision_prompts_suits_the_coupling():
+    assert CaptConfig().num_vision_tokens == 8
+    assert CaptConfig(coupling="text_to_vision", num_text_tokens=3).num_vision_tokens == 3
