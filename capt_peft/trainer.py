@@ -120,6 +120,15 @@ class CaptTrainer(Trainer):
             )
         return teacher.eval().requires_grad_(False)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Tunes the adapter; arguments and result as of [`~transformers.Trainer.train`]."""
+        if getattr(self.model, "_is_accelerate_prepared", False) and self.model_wrapped is self.model:
+            # evaluate() has prepared the model without DDP, and Accelerate prepares nothing twice: the processes would train
+            # apart, without a word (transformers 5.23)
+            self.model._is_accelerate_prepared = False  # type: ignore[assignment]
+            self.accelerator._models.clear()
+        return super().train(*args, **kwargs)
+
     # ----------------------------------------------------------------------------------------------------- the step
 
     def compute_loss(

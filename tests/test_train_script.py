@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
 QUICK = [
     "--shots", "2", "--num_train_epochs", "2", "--per_device_train_batch_size", "10", "--eval_limit", "20",
     "--eval_attack", "pgd-2", "--attack_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--use_cpu",
-    "--disable_tqdm", "true",
+    "--disable_tqdm", "true", "--epsilon", "4/255", "--learning_rate", "0.05",
 ]  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def test_accumulation_follows_the_same_losses_as_one_large_batch(tmp_path, proce
     runs = []
     for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
         trainer = make_trainer(
-            tmp_path, processor, task=task, model=make_model(), num_train_epochs=3,
+            tmp_path, processor, task=task, model=make_model(), num_train_epochs=3, learning_rate=0.01,
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         trainer.train()
