@@ -7,6 +7,7 @@ from those states leave every text of the template exactly as it was.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ def text_start(config: CaptConfig, model: nn.Module, tower: Tower) -> dict[int, 
     n, ids = config.num_text_tokens, config.template_token_ids
     if not ids or len(ids) < tower.start + n:
         return {}
-    text_model = model.get_submodule(tower.name)
+    text_model: Any = model.get_submodule(tower.name)
     rows = slice(tower.start, tower.start + n)
     input_ids = torch.tensor(
         [ids[: tower.start + n]], device=text_model.get_input_embeddings().weight.device

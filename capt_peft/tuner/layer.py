@@ -81,7 +81,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
         The bias is the mean of the targets, the weight W the minimum-norm solution of W p_i = target_i - bias.
         """
-        proj = self.capt_proj[adapter_name]
+        proj: Any = self.capt_proj[adapter_name]
         prompts = self.partners[adapter_name][0].capt_prompt[adapter_name]
         if prompts.device.type == "meta" or proj.weight.device.type == "meta":
             return
@@ -95,7 +95,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """Turns prompts that are mapped from the other tower into prompts of this layer, with the same values."""
         if adapter_name not in self.capt_proj:
             return
-        proj = self.capt_proj[adapter_name]
+        proj: Any = self.capt_proj[adapter_name]
         trainable = proj.weight.requires_grad
         baked = self.prompt(adapter_name).clone()
         del self.capt_proj[adapter_name], self.partners[adapter_name]
@@ -141,8 +141,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         end = self.site.start + n
         too_short = input_ids.shape[-1] < end
         if not too_short and self.end_token is not None and not torch.compiler.is_compiling():
-            last = input_ids.max(-1, keepdim=True).values if self.end_token == "highest" else self.end_token
-            too_short = bool((input_ids[..., :end] == last).any())
+            last: Any = input_ids.max(-1, keepdim=True).values if self.end_token == "highest" else self.end_token
+            too_short = bool(torch.eq(input_ids[..., :end], last).any())
         if too_short:
             raise ValueError(
                 f"A text is too short for {n} text prompts: they replace the {n} words after the start token, and would "

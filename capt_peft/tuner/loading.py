@@ -129,5 +129,5 @@ def base_fingerprint(model: nn.Module, prefix: str = "capt_") -> str | None:
             return None
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().to("cpu", torch.float32).contiguous()
-        digest.update(memoryview(values.numpy()).cast("B"))
+        digest.update(values.numpy().data)
     return digest.hexdigest()[:16]
