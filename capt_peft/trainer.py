@@ -52,7 +52,7 @@ class CaptTrainer(Trainer):
         task: What is classified: training images in `train`, evaluation images in `validation`, or in `test` if there is none.
         processor: The model's processor (`AutoProcessor.from_pretrained`).
         objective: Maps a step's views to a loss; by default CAPT's, with the arguments' `consistency` and `weighting`.
-        attack: The training attack; by default PGD with the arguments' settings.
+        attack: The training attack: a `PGD`, or an object with its `run`; by default PGD with the arguments' settings.
         teacher: Another CLIP whose predictions on clean images guide the tuning: a classifier over the same class names, or the
             folder or Hub id of a model. By default the base model itself, with the adapter off.
         kwargs: Further arguments of [`~transformers.Trainer`] (`callbacks`, `optimizers`).
