@@ -5,13 +5,20 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .attacks.threat import ThreatModel
+from .files import write_json, write_text, written_whole
 
+if TYPE_CHECKING:
+    from .trainer import CaptTrainer
+
+# the files of an adapter; the Trainer's checkpoints and its pickled arguments are none of them
+UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"]
 PACKAGES = ("capt-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
 
@@ -41,6 +48,76 @@ def accuracies(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         }
         for kind in ("clean", "robust")
     }
+
+
+def run_results(
+    trainer: CaptTrainer,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    method: str,
+    split: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Returns the record of a run, with its whole configuration: what `results.json` holds.
+
+    Args:
+        trainer: The trainer, after training.
+        before: Its evaluation of the frozen model, with `metric_key_prefix="before"`.
+        after: Its evaluation of the tuned model, with `metric_key_prefix="after"`.
+        method: Name of the method.
+        split: Name of the split that was evaluated.
+        seconds: Wall time of the training.
+    """
+    task, args, model = trainer.task, trainer.args, trainer.classifier.model
+    return {
+        "method": method,
+        "seed": args.seed,
+        "task": {
+            "name": task.name,
+            "source": task.source,
+            "class_names": list(task.class_names),
+            "template": task.template,
+            "training_images": len(task["train"]),
+        },
+        "evaluation": {
+            "split": split,
+            "attack": args.evaluation_attack.to_dict(),
+            "before": accuracies(before, "before"),
+            "after": accuracies(after, "after"),
+        },
+        "training": {
+            "seconds": seconds,
+            "attack": trainer.attack.to_dict(),
+            "steps": trainer.state.global_step,
+            "processes": args.world_size,
+            "pixels": trainer.classifier.transform.to_dict(),
+        },
+        "adapter": {
+            "parameters": count_parameters(model),
+            "config": model.peft_config[model.active_adapter].to_dict(),
+        },
+        "configuration": {"training": args.to_sanitized_dict()},
+        "versions": versions(),
+        "machine": describe_machine(),
+    }
+
+
+def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str) -> None:
+    """Writes the adapter, its results and its card into a folder, each whole or not at all.
+
+    Args:
+        model: A `PeftModel`.
+        results: The record of the run; the size of the adapter is added.
+        folder: Where to write.
+        name: Folder or Hub id by which people load it, for the card.
+    """
+    folder = Path(folder)
+    with written_whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        results["adapter"]["bytes"] = (temporary / "adapter_model.safetensors").stat().st_size
+        write_json(temporary / "results.json", results)
+        write_text(temporary / "README.md", model_card(results, name))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

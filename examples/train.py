@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import upload_folder
 from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
-from capt_peft.files import write_json, write_text, written_whole
-from capt_peft.report import accuracies, count_parameters, describe_machine, model_card, results_table, versions
+from capt_peft.report import UPLOADED, results_table, run_results, save_run
 
 EXAMPLES = Path(__file__).resolve().parent
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
@@ -104,17 +104,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     set_seed(args.seed)
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
-    base = AutoModel.from_pretrained(
-        script.model_name_or_path, dtype=torch.float32
-    )  # whatever precision it is stored in
+    # in float32, whatever precision it is stored in: pixel gradients vanish in less
+    base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)
     config = CaptConfig(**{**script.prompts(), **method.prompts}, template=task.template)
     model = get_peft_model(base, config)
     trainer = CaptTrainer(
         model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher
     )
-    print(
-        f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, texts such as {task.texts[0]!r}"
-    )
+    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
 
     with trainer.classifier.frozen():
         before = trainer.evaluate(measured, metric_key_prefix="before")
@@ -123,36 +120,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     after = trainer.evaluate(measured, metric_key_prefix="after")
 
-    results = {
-        "method": script.method,
-        "seed": args.seed,
-        "task": {"name": task.name, "source": task.source, "class_names": list(task.class_names), "template": task.template,
-                 "shots": script.shots, "training_images": len(task["train"])},
-        "evaluation": {"split": script.eval_split, "attack": args.evaluation_attack.to_dict(),
-                       "before": accuracies(before, "before"), "after": accuracies(after, "after")},
-        "training": {"seconds": seconds, "attack": trainer.attack.to_dict(), "steps": trainer.state.global_step,
-                     "processes": args.world_size, "pixels": trainer.classifier.transform.to_dict()},
-        "adapter": {"parameters": count_parameters(model), "config": config.to_dict()},
-        "configuration": {"script": asdict(script), "training": args.to_sanitized_dict()},
-        "versions": versions(),
-        "machine": describe_machine(),
-    }  # fmt: skip
+    results = run_results(trainer, before, after, method=script.method, split=script.eval_split, seconds=seconds)
+    results["task"] |= {"shots": script.shots}
+    results["configuration"]["script"] = asdict(script)
     if trainer.is_world_process_zero():
-        save(model, results, Path(args.output_dir), args.hub_model_id or args.output_dir)
+        save_run(model, results, args.output_dir, trainer.hub_model_id if args.push_to_hub else args.output_dir)
         print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        if args.push_to_hub:
+            # checkpoints, and the Trainer's pickled arguments, stay at home
+            upload_folder(
+                repo_id=trainer.hub_model_id, folder_path=args.output_dir, token=args.hub_token, allow_patterns=UPLOADED
+            )
     return results
-
-
-def save(model: Any, results: dict[str, Any], folder: Path, name: str) -> None:
-    """Writes the adapter, its results and its card, whole."""
-    with written_whole(folder) as temporary:
-        model.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)
-    results["adapter"]["bytes"] = (folder / "adapter_model.safetensors").stat().st_size
-    write_json(folder / "results.json", results)
-    write_text(folder / "README.md", model_card(results, name))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,16 @@ import torch
 from helpers import COUPLINGS, TEMPLATE_IDS, TINY_CLIP, adapted, clip_inputs, random_clip
 from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from transformers import AutoTokenizer, BertConfig, BertModel, CLIPModel, MetaClip2Config, MetaClip2Model
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPModel,
+    MetaClip2Config,
+    MetaClip2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from capt_peft import CaptConfig, CaptModel
 from capt_peft.tuner.registration import CaptPeftType, register
@@ -120,6 +129,24 @@ def test_metaclip_2_is_supported():
         assert not torch.allclose(model(**inputs).logits_per_image, expected, atol=1e-4)
         with model.disable_adapter():
             assert torch.equal(model(**inputs).logits_per_image, expected)
+
+
+def test_siglip_is_experimental_and_says_so(caplog):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = SiglipConfig(
+        text_config={**shape, "vocab_size": 60, "max_position_embeddings": 20},
+        vision_config={**shape, "image_size": 32, "patch_size": 8},
+    )
+    base, inputs = SiglipModel(config).eval(), clip_inputs()
+    with torch.no_grad():
+        model = adapted(base)
+        prompted = model(**inputs).logits_per_image
+        with model.disable_adapter():
+            plain = model(**inputs).logits_per_image
+        torch.testing.assert_close(model.unload()(**inputs).logits_per_image, plain)
+    assert "experimental" in caplog.text
+    assert not torch.allclose(prompted, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
