@@ -55,7 +55,8 @@ class CaptModel(BaseTuner):
                 "coupling='none'; `bake()` turns a coupled adapter into one that a single tower can load."
             )
         _fit_depths(peft_config, {kind: len(tower.modules) for kind, tower in towers.items()})
-        _check_base(peft_config, model)
+        if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
+            _check_base(peft_config, model)
         self._start: dict[int, torch.Tensor] = {}
         if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
             return  # the values come from a file, or there are none

@@ -205,7 +205,7 @@ def test_baked_prompts_give_bitwise_the_same_and_are_small(saved_clip, coupling,
     assert torch.equal(logits(reloaded), expected)
 
 
-def test_a_baked_adapter_loads_into_each_tower_alone(saved_clip, tmp_path):
+def test_a_baked_adapter_loads_into_each_tower_alone(saved_clip, tmp_path, caplog):
     both = adapted(CLIPModel.from_pretrained(saved_clip))
     both.bake()
     both.save_pretrained(tmp_path)
@@ -218,6 +218,7 @@ def test_a_baked_adapter_loads_into_each_tower_alone(saved_clip, tmp_path):
         text = text_model(input_ids=inputs["input_ids"]).text_embeds
     torch.testing.assert_close(torch.nn.functional.normalize(image), whole.image_embeds, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.nn.functional.normalize(text), whole.text_embeds, atol=1e-6, rtol=0)
+    assert "fingerprint" not in caplog.text
 
 
 def _tower(tower_class, base):
