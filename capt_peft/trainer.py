@@ -93,9 +93,8 @@ class CaptTrainer(Trainer):
             **kwargs,
         )
         self.add_callback(_SetEpoch(train))
-        self.model_accepts_loss_kwargs = (
-            True  # the loss is a sum over the step's images, whatever the batches it comes in
-        )
+        # the loss is a sum over the step's images, whatever the batches they come in
+        self.model_accepts_loss_kwargs = True
         self._frozen_logits: dict[int, Tensor] = {}
         self._frozen_texts: Tensor | None = None
         self._monitor = Monitor(task.num_classes)

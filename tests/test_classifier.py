@@ -96,9 +96,7 @@ def test_the_cache_notices_changed_prompts_and_switched_adapters(classifier, mod
         assert not torch.allclose(before, base, atol=1e-3)
         assert torch.equal(classifier(pixels), before)
         shake(model, seed=3)
-        assert not torch.allclose(classifier.text_features(), before.new_zeros(()), atol=1e-3)
         changed = classifier(pixels)
-        model.set_adapter("default")
         assert not torch.allclose(changed, before, atol=1e-3)
         with model.disable_adapter():
             assert torch.equal(classifier(pixels), base)
