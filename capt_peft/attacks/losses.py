@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from .threat import LogitsFn, wide_dtype
 
+_TINY = 1e-12  # keeps ratios of equal logits finite
+
 
 def _split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     index = labels[:, None]
@@ -48,6 +50,31 @@ def kl_divergence(logits: Tensor, clean_logits: Tensor) -> Tensor:
     """Return `KL(softmax(clean_logits) || softmax(logits))` (B,), as TRADES climbs it (Zhang et al. 2019, Eq. 5)."""
     log_p = clean_logits.to(logits.dtype).log_softmax(1)
     return F.kl_div(logits.log_softmax(1), log_p, reduction="none", log_target=True).sum(1)
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the difference of logits ratio (Croce & Hein 2020, Eq. 6), for 3 classes and more.
+
+    `-(z_y - max_{j != y} z_j) / (z_(1) - z_(3))`, with z_(k) the k-th largest logit: no scale or shift of the logits
+    changes it, so that no confidence makes it vanish.
+    """
+    top = logits.topk(3, dim=1).values  # (B, 3)
+    return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(_TINY)
+
+
+def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return the targeted difference of logits ratio (Croce & Hein 2020, Eq. 7), for 4 classes and more.
+
+    `-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)`; t are the `targets` (B,).
+    """
+    top = logits.topk(4, dim=1).values  # (B, 4)
+    scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+    return targeted_margin(logits, labels, targets) / scale.clamp_min(_TINY)
+
+
+def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Return `z_t - z_y` (B,)."""
+    return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
 
 
 # The second argument is the labels (B,), or for "kl" the clean logits (B, N).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
@@ -10,33 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base import AttackResult, Report
+from .checks import check_counts
 from .losses import LOSSES, check_logits, pixel_gradient
-from .threat import (
-    Generators,
-    LogitsFn,
-    ThreatModel,
-    check_label_range,
-    parse_fraction,
-    resolve_generator,
-    select_generators,
-    wide_dtype,
-)
-
-_NAME = re.compile(r"(?:(fgsm)|pgd-(\d{1,9})(?:x(\d{1,9}))?)(?:-(kl|margin))?")
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """What an attack made and saw.
-
-    Attributes:
-        images: (B, 3, H, W) adversarial images in [0, 1].
-        zero_gradient_share: (B,) float, the share (0 to 1) of an image's pixel values whose gradient was exactly zero
-            at the first step; NaN where no step was taken. Large values are a sign of masked gradients.
-    """
-
-    images: Tensor
-    zero_gradient_share: Tensor
+from .noise import Generators, Seeds, resolve_generator, select_generators
+from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -84,12 +61,8 @@ class PGD:
         """Check the settings and read the step size."""
         if not isinstance(self.threat_model, ThreatModel):
             raise TypeError(f"threat_model must be a ThreatModel, got {self.threat_model!r}")
-        for setting, least in (("steps", 0), ("restarts", 1)):
-            value = getattr(self, setting)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{setting}={value!r} must be an integer, {least} or more")
-            if value < least:
-                raise ValueError(f"{setting}={value} must be {least} or more")
+        check_counts(self, "steps", least=0)
+        check_counts(self, "restarts")
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}: it must be one of {', '.join(map(repr, LOSSES))}")
         if self.step_size is not None:
@@ -156,7 +129,7 @@ class PGD:
         logits_fn: LogitsFn,
         images: Tensor,
         labels: Tensor,
-        generator: Generators | None = None,
+        generator: Seeds = None,
         *,
         clean_logits: Tensor | None = None,
     ) -> Tensor:
@@ -172,9 +145,10 @@ class PGD:
         logits_fn: LogitsFn,
         images: Tensor,
         labels: Tensor,
-        generator: Generators | None = None,
+        generator: Seeds = None,
         *,
         clean_logits: Tensor | None = None,
+        report: Report | None = None,
     ) -> AttackResult:
         """Attack a batch.
 
@@ -182,9 +156,10 @@ class PGD:
             logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N), differentiable.
             images: (B, 3, H, W) float32 or float64 in [0, 1].
             labels: (B,) int64 in [0, N): the true classes, or the targets if `targeted`.
-            generator: source of the random starts: one generator for each image (an image's start then does not depend
-                on the batch it comes in), one for the batch, or None for a fresh one of seed 0.
+            generator: source of the random starts: a seed, or one generator for each image (an image's start then does not
+                depend on the batch it comes in), or one for the batch.
             clean_logits: (B, N) logits of `images`, which save "kl" a forward. Other losses ignore them.
+            report: called with (name, images left, images standing) before each restart.
 
         Returns:
             The adversarial images, and the share of zero gradients.
@@ -209,7 +184,7 @@ class PGD:
             result = self._ascend(logits_fn, images, labels, reference, generator)
             if self.restarts == 1:
                 return result
-            best = self._restart(logits_fn, result.images, images, labels, reference, generator)
+            best = self._restart(logits_fn, result.images, images, labels, reference, generator, report)
             return AttackResult(best, result.zero_gradient_share)
 
     def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
@@ -253,6 +228,7 @@ class PGD:
         labels: Tensor,
         reference: Tensor,
         generator: Generators,
+        report: Report | None,
     ) -> Tensor:
         """Run the remaining restarts on the images that `best` (B, 3, H, W) leaves standing; return the best of all."""
         done, losses = self._score(logits_fn, best, labels, reference)
@@ -260,6 +236,8 @@ class PGD:
             alive = (~done).nonzero().squeeze(1)  # (A,) rows
             if len(alive) == 0:
                 break
+            if report is not None:
+                report(self.name, len(alive), len(alive))
             rows = images[alive], labels[alive], reference[alive]
             found = self._ascend(logits_fn, *rows, select_generators(generator, alive)).images  # (A, 3, H, W)
             won, gained = self._score(logits_fn, found, *rows[1:])
@@ -267,31 +245,3 @@ class PGD:
             kept = alive[better]
             best[kept], done[kept], losses[kept] = found[better], won[better], gained[better]
         return best
-
-
-def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str | None = None) -> PGD:
-    """Build an attack from its name.
-
-    Args:
-        name: "fgsm", "pgd-20", "pgd-100x5" (5 restarts); "-kl" or "-margin" at the end sets the loss.
-        threat_model: the ball to stay in.
-        step_size: as for `PGD`.
-
-    Raises:
-        ValueError: any other name.
-    """
-    match = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if match is None:
-        raise ValueError(
-            f"unknown attack {name!r}: write 'fgsm', 'pgd-STEPS' or 'pgd-STEPSxRESTARTS' (such as 'pgd-100x5'), "
-            "and '-kl' or '-margin' after it for another loss than cross-entropy"
-        )
-    fgsm, steps, restarts, loss = match.groups()
-    return PGD(
-        threat_model,
-        steps=1 if fgsm else int(steps),
-        restarts=int(restarts or 1),
-        loss=loss or "ce",
-        random_start=not fgsm,
-        step_size=step_size,
-    )

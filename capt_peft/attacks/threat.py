@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .noise import Generators, draw, resolve_generator
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 PIXEL_TOLERANCE = 1e-6
@@ -22,27 +24,6 @@ _L2_MARGIN = 1 - 2**-21
 _FRACTION = re.compile(r"\s*(\d+\.?\d*)\s*/\s*(\d+\.?\d*)\s*")
 
 LogitsFn = Callable[[Tensor], Tensor]
-Generators = torch.Generator | Sequence[torch.Generator]
-
-
-class Attack(Protocol):
-    """What an attack is to the rest of the package: an object that turns images into adversarial ones."""
-
-    @property
-    def threat_model(self) -> ThreatModel:
-        """The ball that the attack stays in."""
-
-    @property
-    def name(self) -> str:
-        """A short name for logs and results, the same for the same settings."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every setting, in types that JSON has."""
-
-    def __call__(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Generators | None = None
-    ) -> Tensor:
-        """Return adversarial images (B, 3, H, W) for `images` of the same shape."""
 
 
 def parse_fraction(value: float | int | str) -> float:
@@ -79,47 +60,6 @@ def format_fraction(value: float) -> str:
     if float(short) != value and math.isclose(levels / 255, value, rel_tol=1e-12):
         return f"{levels}/255"
     return short
-
-
-def resolve_generator(generator: Generators | None, batch: int) -> Generators:
-    """Check the source of an attack's noise; without one, give a fresh generator of seed 0.
-
-    Raises:
-        TypeError: `generator` is neither a `torch.Generator` nor a sequence of them.
-        ValueError: the sequence does not hold one generator for each of the `batch` images.
-    """
-    if generator is None:
-        return torch.Generator().manual_seed(0)
-    if isinstance(generator, torch.Generator):
-        return generator
-    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
-        raise TypeError(
-            f"generator must be a torch.Generator, a sequence of them (one for each image) or None, got {generator!r}"
-        )
-    if len(generator) != batch:
-        raise ValueError(
-            f"{len(generator)} generators were given for {batch} images: give one for each image, or a single one"
-        )
-    return generator
-
-
-def select_generators(generator: Generators, index: Tensor) -> Generators:
-    """Return the generators of the rows in `index` (K,) int64; a single generator serves any rows."""
-    return generator if isinstance(generator, torch.Generator) else [generator[row] for row in index.tolist()]
-
-
-def draw(sample: Callable[..., Tensor], shape: Sequence[int], generator: Generators) -> Tensor:
-    """Draw float32 noise on the generator's device, row i from generator i where there is one for each row.
-
-    Args:
-        sample: `torch.rand`, `torch.randn` or another sampler with their arguments.
-        shape: (B, ...).
-        generator: what `resolve_generator` returned.
-    """
-    if isinstance(generator, torch.Generator):
-        return sample(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
-    rows = [sample(tuple(shape[1:]), generator=g, device=g.device, dtype=torch.float32) for g in generator]
-    return torch.stack(rows)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capt_peft.attacks import ThreatModel, parse_fraction
-from capt_peft.attacks.threat import draw, resolve_generator
+from capt_peft.attacks.noise import draw, resolve_generator
+from capt_peft.randomness import example_generators
 
 NORMS = ["linf", "l2"]
 
@@ -197,7 +198,7 @@ def test_starts_depend_on_the_generator_alone(norm: str) -> None:
     before = torch.get_rng_state()
     first, again, other = (threat.random_start(images, seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(threat.random_start(images), threat.random_start(images, seeded(0)))
+    assert torch.equal(threat.random_start(images), threat.random_start(images, 0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -207,6 +208,15 @@ def test_a_generator_an_image_makes_rows_independent_of_the_batch(norm: str) -> 
     whole = threat.random_start(images, [seeded(i) for i in range(8)])
     for rows in ([0, 1, 2, 3], [7, 6, 5, 4], [3]):
         assert torch.equal(threat.random_start(images[rows], [seeded(i) for i in rows]), whole[rows])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_seed_gives_each_row_a_generator_of_its_own(norm: str) -> None:
+    threat, images = ThreatModel(norm, "8/255"), some_images(8)
+    whole = threat.random_start(images, 3)
+    assert torch.equal(threat.random_start(images[:3], 3), whole[:3])
+    assert torch.equal(threat.random_start(images, example_generators(3, range(8))), whole)
+    assert not torch.equal(threat.random_start(images, 4), whole)
 
 
 def test_noise_is_float32_whatever_the_images_are() -> None:
@@ -222,7 +232,9 @@ def test_noise_is_float32_whatever_the_images_are() -> None:
     ("generator", "error", "message"),
     [
         ([seeded(0)] * 3, ValueError, "3 generators were given for 4 images"),
-        (7, TypeError, "a torch.Generator, a sequence of them"),
+        (0.5, TypeError, "a seed, a torch.Generator, a sequence of them"),
+        (True, TypeError, "a seed"),
+        (-1, ValueError, "a seed must be 0 or more"),
         ([1, 2, 3, 4], TypeError, "one for each image"),
     ],
 )

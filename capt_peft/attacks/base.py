@@ -1,0 +1,190 @@
+"""What an attack is to the rest of the package, and the frame of the attacks that look for one wrong answer and stop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .losses import check_logits
+from .noise import Generators, Seeds, resolve_generator, select_generators
+from .threat import LogitsFn, ThreatModel, check_label_range
+
+# name of the running part, images of the batch that it has left, images of the batch that still stand
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one attack of an ensemble did to a batch.
+
+    Attributes:
+        name: The attack's name.
+        attacked: How many images it was given: those that stood when its turn came.
+        broken: (B,) bool, the images that it broke.
+    """
+
+    name: str
+    attacked: int
+    broken: Tensor
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """What an attack made and saw.
+
+    Attributes:
+        images: (B, 3, H, W) adversarial images in [0, 1].
+        zero_gradient_share: (B,) float, the share (0 to 1) of an image's pixel values whose gradient was exactly zero
+            at the first step; NaN where no step was taken. Large values are a sign of masked gradients.
+        parts: For an ensemble, what each of its attacks did, in their order.
+        notes: What had to be changed for the model, as sentences: fewer targets, another loss.
+    """
+
+    images: Tensor
+    zero_gradient_share: Tensor
+    parts: tuple[Part, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Attack(Protocol):
+    """What an attack is to the rest of the package: an object that turns images into adversarial ones."""
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """The ball that the attack stays in."""
+
+    @property
+    def name(self) -> str:
+        """A short name for logs and results, the same for the same settings."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, in types that JSON has."""
+
+    def __call__(self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None) -> Tensor:
+        """Return adversarial images (B, 3, H, W) for `images` of the same shape."""
+
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generator: Seeds = None,
+        *,
+        clean_logits: Tensor | None = None,
+        report: Report | None = None,
+    ) -> AttackResult:
+        """Return the adversarial images and what the attack saw."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attempt found for A images: the best images (A, 3, H, W), and the first step's zero gradients (A,)."""
+
+    images: Tensor
+    zero_gradient_share: Tensor
+
+
+Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], Found]
+
+
+class SearchAttack(ABC):
+    """An attack that tries for each image until the classifier is wrong on it, and then leaves it.
+
+    A subclass lists its attempts (restarts, target classes); each gets the images that the ones before left standing. An
+    image that is misclassified already comes back as it is; one that no attempt breaks comes back as the point where the
+    label's lead over the other classes was smallest. Images do not influence each other.
+    """
+
+    threat_model: ThreatModel
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short name for logs and results, the same for the same settings."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the name, the threat model and every setting, in types that JSON has."""
+
+    @abstractmethod
+    def attempts(self, num_classes: int) -> Iterator[Attempt]:
+        """Yield the attempts in their order: (logits_fn, images, labels, clean_logits, generators) -> `Found`."""
+
+    def notes(self, num_classes: int) -> tuple[str, ...]:
+        """Say what is changed for a model with this number of classes."""
+        return ()
+
+    def __call__(self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None) -> Tensor:
+        """Attack a batch; as `run`, which also says what the attack saw.
+
+        Returns:
+            (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
+        """
+        return self.run(logits_fn, images, labels, generator).images
+
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generator: Seeds = None,
+        *,
+        clean_logits: Tensor | None = None,
+        report: Report | None = None,
+    ) -> AttackResult:
+        """Attack a batch.
+
+        Args:
+            logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N); differentiable, but for Square.
+            images: (B, 3, H, W) float32 or float64 in [0, 1].
+            labels: (B,) int64 in [0, N): the true classes.
+            generator: source of the random numbers: a seed, or one generator for each image (an image's attack then does not
+                depend on the batch it comes in), or one for the batch.
+            clean_logits: (B, N) logits of `images`, which save a forward.
+            report: called with (name, images left, images standing) as the search goes on.
+
+        Raises:
+            TypeError: wrong type or dtype.
+            ValueError: wrong shape or range, or a model without usable logits or gradients.
+        """
+        threat = self.threat_model
+        threat.check(images, labels)
+        generator = resolve_generator(generator, len(images))
+        # Tensors made in inference mode carry no gradients: work outside it, on copies.
+        with torch.inference_mode(False), torch.no_grad():
+            images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
+            clean = logits_fn(images.clone()) if clean_logits is None else clean_logits.clone()
+            clean = check_logits(clean, len(images)).detach()
+            check_label_range(labels, clean.shape[1])
+            best, lead = images.clone(), label_lead(clean, labels)  # (B, 3, H, W), (B,)
+            zero_share = images.new_full(labels.shape, torch.nan)
+            standing = clean.argmax(1) == labels
+            for attempt in self.attempts(clean.shape[1]) if threat.epsilon > 0 else ():
+                rows = standing.nonzero().squeeze(1)  # (A,)
+                if len(rows) == 0:
+                    break
+                if report is not None:
+                    report(self.name, len(rows), len(rows))
+                generators = select_generators(generator, rows)
+                found = attempt(logits_fn, images[rows], labels[rows], clean[rows], generators)
+                logits = check_logits(logits_fn(found.images.clone()), len(rows)).detach()
+                gap = label_lead(logits, labels[rows])
+                wrong = logits.argmax(1) != labels[rows]
+                better = wrong | (gap < lead[rows])
+                best[rows[better]], lead[rows[better]] = found.images[better], gap[better]
+                first = zero_share[rows].isnan()
+                zero_share[rows[first]] = found.zero_gradient_share[first]
+                standing[rows[wrong]] = False
+            return AttackResult(best, zero_share, notes=self.notes(clean.shape[1]))
+
+
+def label_lead(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `z_y - max_{j != y} z_j` (B,) of logits (B, N): 0 or less where another class has caught up."""
+    index = labels[:, None]
+    others = logits.scatter(1, index, -torch.inf).amax(1)
+    return logits.gather(1, index).squeeze(1) - others
