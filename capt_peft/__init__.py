@@ -1,6 +1,6 @@
 """capt-peft: small adapters that make CLIP robust to adversarial images. Importing it registers CAPT with PEFT."""
 
-from .attacks import PGD, ThreatModel
+from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from .classifier import ZeroShotClassifier
 from .data import Task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
@@ -14,15 +14,19 @@ from .tuner import CaptConfig, CaptModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
+    "FAB",
     "METHODS",
     "PGD",
     "AdversarialCrossEntropy",
+    "AutoAttack",
     "CaptConfig",
     "CaptModel",
     "CaptObjective",
     "CaptTrainer",
     "CaptTrainingArguments",
     "Evaluation",
+    "Square",
     "Task",
     "ThreatModel",
     "TrainingStopped",
@@ -32,4 +36,5 @@ __all__ = [
     "get_method",
     "list_tasks",
     "load_task",
+    "parse_attack",
 ]

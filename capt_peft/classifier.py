@@ -81,7 +81,7 @@ class ZeroShotClassifier(nn.Module):
             name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
             class_names: The classes; by default those the adapter was tuned on.
             template: The text of a class; by default the adapter's.
-            kwargs: Further arguments for loading (`dtype`, float32 by default; `revision`, `token`, `cache_dir`, `subfolder`).
+            kwargs: For loading (`dtype`, float32 by default; `base`, `revision`, `token`, `cache_dir`, `subfolder`).
 
         Raises:
             ValueError: No class names given, and none recorded in the adapter.
@@ -208,13 +208,16 @@ class ZeroShotClassifier(nn.Module):
         return versions, [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
 
 
-def load_model(name_or_path: str, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[nn.Module, Any]:
+def load_model(
+    name_or_path: str, *, dtype: torch.dtype = torch.float32, base: str | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any]:
     """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
 
     Args:
         name_or_path: Folder or Hub id.
         dtype: Precision of the base model, whatever it is stored in. In half precision, gradients of the pixels vanish and
             attacks look weaker than they are.
+        base: Folder or Hub id of the base model, instead of the one that the adapter names.
         kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
 
     Returns:
@@ -233,14 +236,13 @@ def load_model(name_or_path: str, *, dtype: torch.dtype = torch.float32, **kwarg
         )
     if not isinstance(config, CaptConfig):
         raise ValueError(f"{name_or_path} is a {config.peft_type} adapter; capt_peft loads CAPT adapters.")
-    if not config.base_model_name_or_path:
-        raise ValueError(
-            f"The adapter {name_or_path} does not name its base model. Load that yourself and use PeftModel."
-        )
+    name, revision = (config.base_model_name_or_path, config.revision) if base is None else (base, None)
+    if not name:
+        raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
     token = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
-    base = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision, dtype=dtype, **token)
-    processor = AutoProcessor.from_pretrained(config.base_model_name_or_path, revision=config.revision, **token)
-    return PeftModel.from_pretrained(base, name_or_path, **kwargs).eval(), processor
+    model = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, **token)
+    processor = AutoProcessor.from_pretrained(name, revision=revision, **token)
+    return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
 
 
 def pooled(output: Any) -> Tensor:

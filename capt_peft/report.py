@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .attacks.threat import ThreatModel
 from .files import write_json, write_text, written_whole
+from .versions import describe_machine, versions
 
 if TYPE_CHECKING:
     from .trainer import CaptTrainer
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are none of them
 UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"]
-PACKAGES = ("capt-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that decide a result: Python and the packages."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def accuracies(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -124,13 +110,6 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     """Returns the number of trainable and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"trainable": sum(n for n, trains in sizes if trains), "all": sum(n for n, _ in sizes)}
-
-
-def describe_machine() -> str:
-    """Returns what the run was computed on, without naming the machine."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def results_table(results: Mapping[str, Any]) -> str:

@@ -180,7 +180,7 @@ class CaptTrainer(Trainer):
         def logits_fn(images: Tensor) -> Tensor:
             return self.classifier.logits(self._image_features(images), texts)
 
-        return self.attack.run(logits_fn, pixels, labels, generators, clean_logits=clean)  # type: ignore[attr-defined]
+        return self.attack.run(logits_fn, pixels, labels, generators, clean_logits=clean)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         values = self.classifier.pixel_values(pixels)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .attacks import PGD, ThreatModel, parse_attack, parse_fraction
+from .attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from .objectives import CaptObjective
 
 
@@ -20,7 +20,7 @@ class CaptTrainingArguments(TrainingArguments):
         attack_steps: PGD steps of the training attack.
         attack_step_size: Length of its steps, same unit as `epsilon`; by default 2/3 of epsilon for 3 steps, as APT trains.
         attack_loss: What the training attack raises: "ce", "kl" (to the clean prediction) or "margin".
-        eval_attack: Attack of `evaluate()`: "pgd-20", "pgd-100x5" (restarts), "pgd-20-margin", ...
+        eval_attack: Attack of `evaluate()`: "pgd-20", "pgd-100x5" (restarts), "pgd-20-margin", "autoattack", ...
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
         augment: Random crops and flips, drawn by example.
@@ -90,6 +90,6 @@ class CaptTrainingArguments(TrainingArguments):
         return PGD(self.threat_model, steps=self.attack_steps, step_size=step, loss=self.attack_loss)
 
     @property
-    def evaluation_attack(self) -> PGD:
+    def evaluation_attack(self) -> Attack:
         """The attack of `evaluate()`."""
         return parse_attack(self.eval_attack, self.threat_model)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Attempt, Found, SearchAttack
-from .checks import check_counts
+from .base import Attempt, Found, SearchAttack, few_targets
+from .checks import check_counts, check_threat_model
 from .losses import check_logits, cross_entropy, dlr, margin, pixel_gradient, targeted_dlr, targeted_margin
 from .noise import Generators
 from .threat import LogitsFn, ThreatModel, wide_dtype
@@ -54,6 +54,7 @@ class APGD(SearchAttack):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        check_threat_model(self)
         if self.loss not in ("ce", "dlr", "t"):
             raise ValueError(f"unknown loss {self.loss!r}: it must be 'ce', 'dlr' or 't'")
         check_counts(self, "steps", "restarts", "targets", "eot")
@@ -80,9 +81,7 @@ class APGD(SearchAttack):
             found.append(f"{self.name}: the margin instead of DLR, which needs 3 classes ({num_classes} here)")
         if self.loss == "t" and num_classes < 4:
             found.append(f"{self.name}: the margin instead of targeted DLR, which needs 4 classes ({num_classes} here)")
-        if self.loss == "t" and num_classes - 1 < self.targets:
-            found.append(f"{self.name}: {num_classes - 1} targets instead of {self.targets} ({num_classes} classes)")
-        return tuple(found)
+        return (*found, *(few_targets(self.name, num_classes, self.targets) if self.loss == "t" else ()))
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
         """Yield the restarts, for "t" of one target after the other."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .losses import check_logits
 from .noise import Generators, Seeds, resolve_generator, select_generators
@@ -119,13 +121,23 @@ class SearchAttack(ABC):
         """Say what is changed for a model with this number of classes."""
         return ()
 
-    def __call__(self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None) -> Tensor:
+    def __call__(
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None, *, progress: bool = False
+    ) -> Tensor:
         """Attack a batch; as `run`, which also says what the attack saw.
+
+        Args:
+            logits_fn: as for `run`.
+            images: as for `run`.
+            labels: as for `run`.
+            generator: as for `run`.
+            progress: show a bar with the images left and those robust so far.
 
         Returns:
             (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
         """
-        return self.run(logits_fn, images, labels, generator).images
+        with progress_bar(len(images), progress) as report:
+            return self.run(logits_fn, images, labels, generator, report=report).images
 
     def run(
         self,
@@ -146,7 +158,7 @@ class SearchAttack(ABC):
             generator: source of the random numbers: a seed, or one generator for each image (an image's attack then does not
                 depend on the batch it comes in), or one for the batch.
             clean_logits: (B, N) logits of `images`, which save a forward.
-            report: called with (name, images left, images standing) as the search goes on.
+            report: called with (name, images left, images standing) before each attempt and at the end.
 
         Raises:
             TypeError: wrong type or dtype.
@@ -173,14 +185,49 @@ class SearchAttack(ABC):
                 generators = select_generators(generator, rows)
                 found = attempt(logits_fn, images[rows], labels[rows], clean[rows], generators)
                 logits = check_logits(logits_fn(found.images.clone()), len(rows)).detach()
-                gap = label_lead(logits, labels[rows])
+                check_width(clean, logits)
+                gap = label_lead(logits, labels[rows]).to(lead.dtype)
                 wrong = logits.argmax(1) != labels[rows]
                 better = wrong | (gap < lead[rows])
                 best[rows[better]], lead[rows[better]] = found.images[better], gap[better]
                 first = zero_share[rows].isnan()
                 zero_share[rows[first]] = found.zero_gradient_share[first]
                 standing[rows[wrong]] = False
+            if report is not None:
+                report(self.name, int(standing.sum()), int(standing.sum()))
             return AttackResult(best, zero_share, notes=self.notes(clean.shape[1]))
+
+
+@contextmanager
+def progress_bar(images: int, show: bool) -> Iterator[Report | None]:
+    """Give a `Report` that moves a bar of this many images as they are broken, or None."""
+    if not show:
+        yield None
+        return
+    with tqdm(total=images, unit="image") as bar:
+
+        def report(name: str, left: int, standing: int) -> None:
+            bar.n = images - standing
+            bar.set_postfix_str(f"{name}: {left} images left, {standing} of {images} robust so far")
+
+        yield report
+
+
+def few_targets(name: str, num_classes: int, targets: int) -> tuple[str, ...]:
+    """Say that a model with few classes gets fewer targets than asked for."""
+    there_are = num_classes - 1
+    if there_are >= targets:
+        return ()
+    return (f"{name}: {there_are} target{'s' * (there_are > 1)} instead of {targets} ({num_classes} classes)",)
+
+
+def check_width(clean_logits: Tensor, logits: Tensor) -> None:
+    """Refuse clean logits (B, N) of another number of classes than the model's."""
+    if clean_logits.shape[1] != logits.shape[1]:
+        raise ValueError(
+            f"clean_logits have shape {tuple(clean_logits.shape)} but the model returns {logits.shape[1]} classes: give "
+            "the logits of the same model on the same images"
+        )
 
 
 def label_lead(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .apgd import APGD
-from .base import AttackResult, Part, Report, SearchAttack
+from .base import AttackResult, Part, Report, SearchAttack, progress_bar
+from .checks import check_threat_model
 from .fab import FAB
 from .losses import check_logits
 from .noise import Seeds, resolve_generator, select_generators
@@ -26,6 +27,9 @@ class AutoAttack:
     "standard": APGD-CE, APGD-T (9 targets), FAB-T (9 targets), Square (5,000 queries). "plus": APGD-CE and APGD-DLR with 5
     restarts, FAB with 5, Square, APGD-T, FAB-T. "rand", for classifiers that are random: APGD-CE and APGD-DLR, with the gradient
     averaged over 20 passes. An image that one attack has broken is not given to the next.
+
+    Square halves its squares as its paper says, over the queries it has. The published code of AutoAttack gives it the schedule
+    of 10,000 queries and stops at 5,000: ours is the stronger attack there.
 
     It has no settings of its own, so that its figure means the same everywhere. Models with fewer than 10 classes get as many
     targets as there are, those with fewer than 4 (3 for APGD-DLR) the margin in place of DLR; `AttackResult.notes` says so.
@@ -45,6 +49,7 @@ class AutoAttack:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        check_threat_model(self)
         if self.version not in VERSIONS:
             raise ValueError(f"unknown version {self.version!r}: it must be one of {', '.join(map(repr, VERSIONS))}")
 
@@ -80,13 +85,16 @@ class AutoAttack:
             "parts": parts,
         }
 
-    def __call__(self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None) -> Tensor:
-        """Attack a batch; as `run`, which also says what the attacks saw.
+    def __call__(
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None, *, progress: bool = False
+    ) -> Tensor:
+        """Attack a batch; as `run`, which also says what the attacks saw. `progress` shows a bar.
 
         Returns:
             (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
         """
-        return self.run(logits_fn, images, labels, generator).images
+        with progress_bar(len(images), progress) as report:
+            return self.run(logits_fn, images, labels, generator, report=report).images
 
     def run(
         self,
@@ -106,11 +114,11 @@ class AutoAttack:
         self.threat_model.check(images, labels)
         generator = resolve_generator(generator, len(images))
         with torch.inference_mode(False), torch.no_grad():
-            images, labels = images.detach().clone(), labels.to(images.device, copy=True)
+            images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
             clean = logits_fn(images.clone()) if clean_logits is None else clean_logits.clone()
             clean = check_logits(clean, len(images)).detach()
             check_label_range(labels, clean.shape[1])
-            result = AttackResult(images, images.new_full(labels.shape, torch.nan))
+            result = AttackResult(images.clone(), images.new_full(labels.shape, torch.nan))
             standing = clean.argmax(1) == labels
             for part in self.parts:
                 result, standing = self._run_part(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .apgd import target_classes
-from .base import Attempt, Found, SearchAttack
-from .checks import check_counts
+from .base import Attempt, Found, SearchAttack, few_targets
+from .checks import check_counts, check_threat_model
 from .losses import check_logits
 from .noise import Generators, draw
 from .threat import LogitsFn, ThreatModel, wide_dtype
@@ -49,6 +49,7 @@ class FAB(SearchAttack):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        check_threat_model(self)
         check_counts(self, "targets", least=0)
         check_counts(self, "steps", "restarts")
 
@@ -66,9 +67,7 @@ class FAB(SearchAttack):
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
         """Say how many targets a model with few classes gets."""
-        if num_classes - 1 < self.targets:
-            return (f"{self.name}: {num_classes - 1} targets instead of {self.targets} ({num_classes} classes)",)
-        return ()
+        return few_targets(self.name, num_classes, self.targets)
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
         """Yield the restarts, for FAB-T of one target after the other."""
@@ -215,14 +214,15 @@ def project_to_hyperplane(x: Tensor, normal: Tensor, rise: Tensor, norm: str) ->
     weight = w.abs()
     room = torch.where(way > 0, 1 - start, start).clamp_min(0)
     room = torch.where(way == 0, 0, room)  # a pixel without weight stays
+    tiny = torch.finfo(wide).tiny
     speed = torch.ones_like(weight) if norm == "linf" else weight
-    hits, order = torch.where(speed > 0, room / speed.clamp_min(1e-300), 0).sort(1)  # t at which a pixel stops
+    hits, order = torch.where(speed > 0, room / speed.clamp_min(tiny), 0).sort(1)  # t at which a pixel stops
     gain, slope = (weight * room).gather(1, order), (weight * speed).gather(1, order)
     stopped = gain.cumsum(1) - gain  # what the pixels before the k-th add once they have stopped
     moving = slope.flip(1).cumsum(1).flip(1)  # rise per t of the k-th and all after it
     reach = stopped + hits * moving  # the rise at t = hits_k, which never falls with k
     wanted = rise.to(wide).abs()[:, None]
     k = (reach < wanted).sum(1, keepdim=True).clamp_max(reach.shape[1] - 1)
-    t = (wanted - stopped.gather(1, k)) / moving.gather(1, k).clamp_min(1e-300)
+    t = (wanted - stopped.gather(1, k)) / moving.gather(1, k).clamp_min(tiny)
     t = torch.minimum(t.clamp_min(0), hits[:, -1:])
     return (way * torch.minimum(t * speed, room)).view_as(x).to(x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import AttackResult, Report
-from .checks import check_counts
+from .checks import check_counts, check_threat_model
 from .losses import LOSSES, check_logits, pixel_gradient
 from .noise import Generators, Seeds, resolve_generator, select_generators
 from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wide_dtype
@@ -59,8 +59,7 @@ class PGD:
 
     def __post_init__(self) -> None:
         """Check the settings and read the step size."""
-        if not isinstance(self.threat_model, ThreatModel):
-            raise TypeError(f"threat_model must be a ThreatModel, got {self.threat_model!r}")
+        check_threat_model(self)
         check_counts(self, "steps", least=0)
         check_counts(self, "restarts")
         if self.loss not in LOSSES:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Attempt, Found, SearchAttack, label_lead
-from .checks import check_counts
+from .checks import check_counts, check_threat_model
 from .losses import check_logits
 from .noise import Generators, draw
 from .threat import LogitsFn, ThreatModel
@@ -50,6 +50,7 @@ class Square(SearchAttack):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        check_threat_model(self)
         check_counts(self, "queries", "restarts")
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init={self.p_init} must be more than 0 and at most 1: a share of the image")

@@ -123,11 +123,17 @@ def base_fingerprint(model: nn.Module, prefix: str = "capt_") -> str | None:
     Returns:
         16 hexadecimal digits of a SHA-256, or None if the weights are not there (meta device).
     """
+    parameters = list(base_parameters(model, prefix))
+    if any(parameter.device.type == "meta" for _, parameter in parameters):
+        return None
+    return tensors_fingerprint(parameters)
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Returns a hash of named tensors, as `base_fingerprint` makes it; their order does not count."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model, prefix)):
-        if parameter.device.type == "meta":
-            return None
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        values = parameter.detach().to("cpu", torch.float32).contiguous()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(values.numpy().data)
     return digest.hexdigest()[:16]

@@ -1,0 +1,206 @@
+"""Robustness curves: accuracy against epsilon, and against the steps of the attack."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+
+from ..attacks import PGD, ThreatModel
+from ..attacks.threat import format_fraction
+from ..classifier import ZeroShotClassifier
+from ..files import write_json, written_whole
+from .accuracy import Accuracy
+from .loop import evaluate
+from .record import Evaluation
+from .subject import adapter_in_use
+
+logger = logging.getLogger(__name__)
+
+EPSILONS = (0, 0.5, 1, 2, 4, 8, 16, 255)  # of 255
+STEPS = (1, 5, 10, 20, 50, 100)
+NOISE = 0.005  # a rise of accuracy with a stronger attack by no more than this, or one image, is noise
+ZERO_SHOT, ADAPTER = "zero-shot", "CAPT"
+COLOURS = ("#57606a", "#0969da", "#bf8700", "#8250df")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy of one classifier against the strength of PGD.
+
+    Attributes:
+        epsilon: (epsilon, accuracy) at a fixed number of steps.
+        steps: (steps, accuracy) at a fixed epsilon; 0 steps is clean accuracy.
+    """
+
+    epsilon: tuple[tuple[float, Accuracy], ...]
+    steps: tuple[tuple[int, Accuracy], ...]
+
+    def rises(self) -> list[str]:
+        """Returns sentences that say where a stronger attack leaves more accuracy, beyond noise."""
+        found = []
+        for name, points in (("epsilon", self.epsilon), ("steps", self.steps)):
+            for (weak, before), (strong, after) in pairwise(points):
+                if after.value - before.value > max(NOISE, 1 / after.n):
+                    texts = [format_fraction(v) if name == "epsilon" else str(v) for v in (weak, strong)]
+                    found.append(
+                        f"accuracy rises from {100 * before.value:.1f}% to {100 * after.value:.1f}% between {name} "
+                        f"{texts[0]} and {texts[1]}"
+                    )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the points, for results."""
+        return {
+            "epsilon": [{"epsilon": e, **a.to_dict()} for e, a in self.epsilon],
+            "steps": [{"steps": s, **a.to_dict()} for s, a in self.steps],
+            "rises": self.rises(),
+        }
+
+
+def robustness_curves(
+    classifier: ZeroShotClassifier,
+    data: datasets.Dataset,
+    threat_model: ThreatModel,
+    path: str | Path,
+    *,
+    steps: int = 20,
+    batch_size: int = 128,
+    seed: int = 0,
+    overwrite: bool = False,
+    details: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Curve]:
+    """Measures accuracy under PGD against epsilon and against its steps, and draws both, zero-shot and with the adapter.
+
+    Args:
+        classifier: What is measured; without an adapter, there is one curve.
+        data: A split of a task.
+        threat_model: Its norm, and the epsilon at which the steps are swept.
+        path: Where to write, without suffix: NAME.json, .png and .svg, and an evaluation for each classifier.
+        steps: Steps of the attack while epsilon is swept.
+        batch_size: As for `evaluate`.
+        seed: As for `evaluate`.
+        overwrite: As for `evaluate`.
+        details: As for `evaluate`.
+        progress: As for `evaluate`.
+
+    Returns:
+        The curves by name: "zero-shot", and "CAPT" with an adapter.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: As of `evaluate`.
+    """
+    import_figure()
+    path = Path(path)
+    scale = 1.0 if threat_model.norm == "linf" else threat_model.epsilon / (4 / 255)
+    threats = [ThreatModel(threat_model.norm, scale * level / 255) for level in EPSILONS]
+    attacks = [PGD(threat, steps=steps) for threat in threats]
+    attacks += [PGD(threat_model, steps=s) for s in STEPS]
+    attacks = list({(attack.name, attack.threat_model): attack for attack in attacks}.values())
+    curves = {}
+    for name in (ZERO_SHOT, ADAPTER) if adapter_in_use(classifier) else (ZERO_SHOT,):
+        with classifier.frozen() if name == ZERO_SHOT else nullcontext():
+            evaluation = evaluate(
+                classifier,
+                data,
+                attacks,
+                batch_size=batch_size,
+                seed=seed,
+                signs=False,
+                output=path.with_name(f"{path.name}.{name}.json"),
+                overwrite=overwrite,
+                details=details,
+                progress=progress,
+            )
+        curves[name] = _curve(evaluation, threats, threat_model, steps)
+        for sentence in curves[name].rises():
+            logger.warning("%s: %s.", name, sentence)
+    if PartialState().is_main_process:
+        write_json(path.with_name(f"{path.name}.json"), {name: curve.to_dict() for name, curve in curves.items()})
+        draw_curves(curves, threat_model, steps, path)
+    return curves
+
+
+def _curve(evaluation: Evaluation, threats: Sequence[ThreatModel], threat_model: ThreatModel, steps: int) -> Curve:
+    found = {(outcome.name, outcome.threat_model): outcome.accuracy for outcome in evaluation.attacks}
+    by_steps = [(s, found[PGD(threat_model, steps=s).name, threat_model]) for s in STEPS]
+    return Curve(
+        epsilon=tuple((t.epsilon, found[PGD(t, steps=steps).name, t]) for t in threats),
+        steps=((0, evaluation.clean), *by_steps),
+    )
+
+
+def import_figure() -> Any:
+    """Returns matplotlib's Figure.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: pip install 'capt-peft[plot]'.") from error
+    return Figure
+
+
+def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: int, path: Path) -> list[Path]:
+    """Draws curves with their 95% intervals, as PNG and SVG.
+
+    Args:
+        curves: By name.
+        threat_model: The one at which the steps were swept.
+        steps: The steps at which epsilon was swept.
+        path: Where to write, without suffix.
+
+    Returns:
+        The paths of the pictures.
+    """
+    figure_class = import_figure()
+    from matplotlib import rc_context
+
+    figure = figure_class(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+        for axis, points in ((left, curve.epsilon), (right, curve.steps)):
+            places = list(range(len(points)))
+            axis.plot(places, [100 * a.value for _, a in points], marker="o", markersize=4, color=colour, label=name)
+            low, high = zip(*[a.interval for _, a in points], strict=True)
+            axis.fill_between(places, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, lw=0)
+    epsilons = [e for e, _ in next(iter(curves.values())).epsilon]
+    norm = str(threat_model).split()[0]
+    _label(left, [_level(e) if threat_model.norm == "linf" else f"{e:.3g}" for e in epsilons], f"{norm} epsilon")
+    left.set_title(f"PGD-{steps}", fontsize=10)
+    left.set_ylabel("accuracy (%)")
+    left.legend(frameon=False)
+    _label(right, ["clean", *map(str, STEPS)], "attack steps")
+    right.set_title(f"PGD, {threat_model}", fontsize=10)
+    n = next(iter(curves.values())).epsilon[0][1].n
+    figure.suptitle(f"Accuracy against the strength of the attack (n = {n}; shaded: 95% interval)", fontsize=11)
+    paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+    with written_whole(path.parent) as folder, rc_context({"svg.hashsalt": "capt-peft"}):
+        for target in paths:
+            # without a date and random ids, the same figures give the same file
+            metadata = {"Date": None} if target.suffix == ".svg" else None
+            figure.savefig(folder / target.name, dpi=120, metadata=metadata)
+    return paths
+
+
+def _level(epsilon: float) -> str:
+    return "0" if epsilon == 0 else f"{255 * epsilon:.3g}/255"
+
+
+def _label(axis: Any, ticks: Sequence[str], title: str) -> None:
+    axis.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    axis.set_xlabel(title)
+    axis.set_ylim(0, 100)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)

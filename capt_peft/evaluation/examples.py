@@ -1,0 +1,78 @@
+"""The images of an evaluation, however they come."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..attacks import LogitsFn, ThreatModel
+from ..classifier import ZeroShotClassifier
+from ..data.pixels import PixelDataset
+from ..data.task import column_values
+
+_SAMPLED = 16  # images that the fingerprint looks at
+
+
+class Examples:
+    """Images as pixels in [0, 1] and their labels.
+
+    Args:
+        data: A split of a task (columns `image` and `label`), or pixels (n, 3, H, W) in [0, 1] and labels (n,) int64.
+        classifier: Makes pixels of images.
+
+    Raises:
+        TypeError: `data` is neither, or of the wrong dtype.
+        ValueError: There are no images, numbers do not fit, or pixels are not in [0, 1].
+    """
+
+    def __init__(self, data: datasets.Dataset | tuple[Tensor, Tensor], classifier: LogitsFn) -> None:
+        self._pixels: Any
+        if isinstance(data, datasets.Dataset):
+            if not isinstance(classifier, ZeroShotClassifier):
+                raise TypeError(
+                    "A callable takes no images: give pixels and labels, (pixels, labels), instead of a dataset."
+                )
+            self.labels = torch.from_numpy(column_values(data, "label").astype(np.int64))
+            self._pixels = PixelDataset(data, classifier.transform)
+        elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+            pixels, self.labels = data
+            if len(pixels):
+                ThreatModel("linf", 0).check(pixels, self.labels)
+            self._pixels = pixels
+        else:
+            raise TypeError(f"data must be a datasets.Dataset or (pixels, labels), got {type(data).__name__}.")
+        if len(self.labels) == 0:
+            raise ValueError("There are no images to evaluate on: the dataset is empty.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns pixels (B, 3, H, W) and labels (B,) of the images at these places."""
+        if isinstance(self._pixels, Tensor):
+            pixels = self._pixels[list(indices)]
+        else:
+            pixels = torch.stack([self._pixels[i]["pixels"] for i in indices])
+        return pixels.to(device), self.labels[list(indices)].to(device)
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raises a ValueError unless every label is one of `num_classes`."""
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"Labels range from {low} to {high}, but the classifier knows {num_classes} classes (0 to {num_classes - 1}). "
+                "Give it the class names of this dataset, in the order of its labels."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns how many images there are, and a fingerprint of their labels and of some of their pixels."""
+        digest = hashlib.sha256(self.labels.numpy(force=True).tobytes())
+        some = np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).round().astype(int).tolist()
+        digest.update(self.batch(some, torch.device("cpu"))[0].numpy(force=True).tobytes())
+        return {"n": len(self), "fingerprint": digest.hexdigest()[:16]}

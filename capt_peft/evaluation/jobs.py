@@ -1,0 +1,109 @@
+"""Work in pieces whose results are kept on disk, so that a killed evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from ..files import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Jobs:
+    """The results of finished pieces of work, by name, in memory and, with a folder, on disk.
+
+    Args:
+        folder: Where results are kept until all of the work is done; None keeps them in memory only.
+        configuration: What the results depend on; JSON types.
+        overwrite: Throw away results of another configuration instead of refusing them.
+
+    Raises:
+        ValueError: The folder holds results of another configuration; the differences are named.
+    """
+
+    def __init__(self, folder: Path | None, configuration: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder = folder
+        self.done: dict[str, Any] = {}
+        if folder is None:
+            return
+        state = PartialState()
+        if state.is_main_process:
+            self._open(folder, configuration, overwrite)
+        state.wait_for_everyone()
+        # the other processes check too: a refusal must end all of them
+        check_same(configuration, read_json(folder / "configuration.json"), folder)
+        for path in sorted((folder / "jobs").glob("*.json")):
+            try:
+                self.done[path.stem] = read_json(path)
+            except ValueError as error:
+                logger.warning("%s", error)
+        if self.done and state.is_main_process:
+            logger.info("Going on with %s: %d pieces of work are done.", folder, len(self.done))
+        state.wait_for_everyone()  # all have read before anyone writes: they agree on what is left
+
+    @staticmethod
+    def _open(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> None:
+        path = folder / "configuration.json"
+        if path.exists() and overwrite and differences(configuration, read_json(path)):
+            shutil.rmtree(folder)
+        if not path.exists():
+            (folder / "jobs").mkdir(parents=True, exist_ok=True)
+            write_json(path, configuration)
+
+    def keep(self, name: str, result: Any) -> None:
+        """Keeps the result of a piece of work, whole or not at all."""
+        self.done[name] = result
+        if self.folder is not None:
+            write_json(self.folder / "jobs" / f"{name}.json", result)
+
+    def remove(self) -> None:
+        """Removes the folder, once its results are elsewhere."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: It is no JSON; the file is named.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); what it held is measured again.") from error
+
+
+def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
+    """Raises a ValueError that names what differs, unless two configurations are the same."""
+    found = differences(configuration, other)
+    if found:
+        raise ValueError(
+            f"{path} holds results of another configuration: {'; '.join(found[:5])}"
+            f"{f' and {len(found) - 5} more' if len(found) > 5 else ''}. Give the settings that it was begun with, another "
+            "output, or overwrite=True (--overwrite) to throw them away."
+        )
+
+
+def differences(new: Any, old: Any, path: str = "") -> list[str]:
+    """Returns sentences that say where two JSON contents differ."""
+    if isinstance(new, Mapping) and isinstance(old, Mapping):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [line for key in keys for line in differences(new.get(key), old.get(key), f"{path}.{key}".lstrip("."))]
+    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
+        return [
+            line for i, pair in enumerate(zip(new, old, strict=True)) for line in differences(*pair, f"{path}[{i}]")
+        ]
+    return [] if new == old else [f"{path} is {_short(new)} now and was {_short(old)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

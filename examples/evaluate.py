@@ -1,0 +1,172 @@
+"""Measures how robust an adapter, or a bare CLIP, really is.
+
+python examples/evaluate.py --adapter outputs/demo --attacks clean,pgd-20,pgd-100,autoattack --epsilon 10/255
+python examples/evaluate.py --base openai/clip-vit-base-patch32 --dataset_name path/to/images --epsilon 1/255,4/255 --limit 1000
+torchrun --nproc_per_node 2 examples/evaluate.py --adapter outputs/demo      # processes share the images
+python examples/evaluate.py --adapter outputs/demo --curve                   # accuracy against epsilon and steps, as pictures
+
+A killed evaluation goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
+from capt_peft.attacks import Attack
+from capt_peft.evaluation.curve import robustness_curves
+
+
+@dataclass
+class Arguments:
+    """What is measured, on what, and how."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPT adapter."})
+    base: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a CLIP: measured zero-shot, or the base of --adapter."}
+    )
+    dataset_name: str = field(
+        default="digits", metadata={"help": "A task's name, a Hub id, or a folder or file of images."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the labels."})
+    template: str | None = field(
+        default=None, metadata={"help": "Text of a class; by default the adapter's, or the dataset's."}
+    )
+    split: str = field(default="test", metadata={"help": "Split that is measured."})
+    limit: int | None = field(default=None, metadata={"help": "Measure on this many images, drawn by seed 0."})
+    attacks: str = field(
+        default="clean,pgd-20",
+        metadata={
+            "help": "Comma-separated: clean, fgsm, pgd-20, pgd-100x5, apgd-ce, apgd-t, fab-t, square, autoattack."
+        },
+    )
+    norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
+    epsilon: str = field(
+        default="4/255", metadata={"help": "Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255."}
+    )
+    attack_target: str = field(
+        default="tuned", metadata={"help": "tuned (white box), or frozen: attack the base model and transfer."}
+    )
+    attack_template: str | None = field(
+        default=None, metadata={"help": "Text of a class that attacks see, if not the classifying one."}
+    )
+    curve: bool = field(
+        default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
+    )
+    signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
+    output: str = field(default="outputs/evaluation/results.json", metadata={"help": "JSON file for the results."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace results of other settings."})
+    save_images: bool = field(default=False, metadata={"help": "Keep the adversarial images."})
+    batch_size: int = field(default=128, metadata={"help": "Images a piece of work."})
+    dtype: str = field(default="float32", metadata={"help": "float32; bfloat16 or float16 are faster and less honest."})
+    seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+
+
+def parse_attacks(args: Arguments) -> list[Attack]:
+    """Returns every attack at every epsilon."""
+    names = [name.strip() for name in args.attacks.split(",") if name.strip() and name.strip() != "clean"]
+    threats = [ThreatModel(args.norm, epsilon.strip()) for epsilon in args.epsilon.split(",")]
+    for threat in threats:
+        if args.norm == "linf" and threat.epsilon == 1:
+            logging.warning("epsilon=1 is the whole range of a pixel; one level of 255 is written 1/255.")
+    return [parse_attack(name, threat) for threat in threats for name in names]
+
+
+def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroShotClassifier:
+    """Returns the classifier over the task's classes."""
+    if args.adapter is None and args.base is None:
+        raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
+    if args.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={args.dtype!r} must be float32, bfloat16 or float16.")
+    classifier = ZeroShotClassifier.from_pretrained(
+        args.adapter or args.base,
+        class_names=task.class_names,
+        template=args.template or (None if args.adapter else task.template),
+        dtype=getattr(torch, args.dtype),
+        **({"base": args.base} if args.adapter and args.base else {}),
+    )
+    return classifier.to(device)
+
+
+def main(argv: list[str] | None = None) -> Evaluation:
+    """Measures, saves and shows."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = HfArgumentParser(Arguments, allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    attacks = parse_attacks(args)
+    state = PartialState(cpu=args.use_cpu, timeout=timedelta(days=7))
+    task = load_task(
+        args.dataset_name,
+        name=args.dataset_config,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        class_names=args.class_names,
+        template=args.template,
+    )
+    data = task[args.split]
+    if args.limit is not None and args.limit < 0:
+        raise ValueError(f"limit={args.limit} must be a number of images.")
+    if args.limit is not None:
+        data = data.shuffle(seed=0).select(range(min(args.limit, len(data))))
+    classifier = load_classifier(args, task, state.device)
+    details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
+    common = {"batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite, "details": details}
+    evaluation = evaluate(
+        classifier,
+        data,
+        attacks,
+        attack_target=args.attack_target,
+        attack_template=args.attack_template,
+        signs=args.signs,
+        output=args.output,
+        save_images=args.save_images,
+        **common,
+    )
+    if state.is_main_process:
+        show(evaluation, args)
+    if args.curve:
+        draw(classifier, data, args, common)
+    return evaluation
+
+
+def show(evaluation: Evaluation, args: Arguments) -> None:
+    """Prints the table, what was changed for the model, and what the signs of masked gradients say."""
+    print(f"\n{args.adapter or args.base} on {args.dataset_name}\n\n{evaluation.table()}")
+    for outcome in evaluation.attacks:
+        for part in outcome.parts:
+            print(
+                f"  {outcome.name}, {outcome.threat_model}: {part['name']} broke {part['broken']} of {part['attacked']}"
+            )
+        for note in outcome.notes:
+            print(f"  {outcome.threat_model}: {note}")
+    if evaluation.signs:
+        print("\nSigns of masked gradients:")
+    for sign in evaluation.signs:
+        print(f"  {'?' if sign.raised is None else '!' if sign.raised else ' '} {sign.name}: {sign.sentence}")
+    print(f"\nSaved to {args.output}")
+
+
+def draw(classifier: ZeroShotClassifier, data: torch.utils.data.Dataset, args: Arguments, common: dict) -> None:
+    """Sweeps epsilon and steps for the adapter and its base, and draws the curves."""
+    threat = ThreatModel(args.norm, args.epsilon.split(",")[-1].strip())
+    path = Path(args.output).with_suffix("")
+    path = path.with_name(path.name + ".curve")
+    robustness_curves(classifier, data, threat, path, **common)
+    if PartialState().is_main_process:
+        print(f"The curves: {path}.png and {path}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Accuracies and their intervals."""
+
+import pytest
+
+from capt_peft.evaluation import Accuracy, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    # published values of the Wilson interval (Newcombe 1998, Table I, method 3)
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_the_interval_is_wilsons(correct, n, low, high):
+    assert wilson_interval(correct, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_the_interval_is_symmetric_and_stays_in_the_unit_range():
+    low, high = wilson_interval(7, 20)
+    assert wilson_interval(13, 20) == pytest.approx((1 - high, 1 - low))
+    assert wilson_interval(5, 5)[1] == 1.0
+    for correct, n in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no share"):
+            wilson_interval(correct, n)
+
+
+def test_an_accuracy_reads_as_people_write_it():
+    assert str(Accuracy(81, 263)) == "30.8% (25.5 to 36.6, n=263)"

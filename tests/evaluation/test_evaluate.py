@@ -1,0 +1,427 @@
+"""evaluate: what it counts, what it keeps, what it sees, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import TINY_CLIP, shake
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from toy_models import make_model, some_images
+from transformers import CLIPModel
+
+from capt_peft import (
+    APGD,
+    PGD,
+    AutoAttack,
+    CaptConfig,
+    Square,
+    ThreatModel,
+    ZeroShotClassifier,
+    evaluate,
+    load_task,
+)
+from capt_peft.evaluation import Evaluation
+from capt_peft.evaluation import loop as loop_module
+from capt_peft.randomness import example_generators
+
+THREAT = ThreatModel("linf", "4/255")
+ATTACKS = [PGD(THREAT, steps=3), PGD(THREAT, steps=10), Square(THREAT, queries=30)]
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def data(model):
+    """Images with the model's predictions as labels, but for every fifth, which is wrong."""
+    pixels = some_images(30)
+    labels = model(pixels).argmax(1)
+    labels[::5] = (labels[::5] + 1) % 5
+    return pixels, labels
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_task("digits")
+
+
+@pytest.fixture
+def clip(processor, digits):
+    return ZeroShotClassifier(
+        CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32), processor, digits.class_names, digits.template
+    ).eval()
+
+
+@pytest.fixture
+def tuned(processor, digits):
+    """Tiny CLIP with an adapter that changes its answers."""
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    model = get_peft_model(base, CaptConfig(template=digits.template))
+    shake(model)
+    return ZeroShotClassifier(model, processor, digits.class_names, digits.template).eval()
+
+
+def quiet(*args, **kwargs):
+    return evaluate(*args, progress=False, **kwargs)
+
+
+def test_the_figures_are_those_of_the_attacks(model, data):
+    pixels, labels = data
+    result = quiet(model, data, ATTACKS[:2], batch_size=7)
+    assert result.clean.correct == 24
+    for attack, outcome in zip(ATTACKS, result.attacks, strict=False):
+        attacked = attack(model, pixels, labels, example_generators(0, range(30), stream="evaluation"))
+        right = (model(pixels).argmax(1) == labels) & (model(attacked).argmax(1) == labels)
+        assert outcome.accuracy.correct == int(right.sum())
+        assert outcome.kind == "robust"
+    assert 0 < result.attacks[1].accuracy.correct < 24
+
+
+def test_the_worst_case_counts_an_image_that_any_attack_breaks(model, data):
+    result = quiet(model, data, ATTACKS)
+    rows = result.examples.to_pandas()
+    broken = rows.groupby("index")["broken"].any()
+    wrong = rows.groupby("index").apply(lambda r: (r["clean_prediction"] != r["label"]).any())
+    assert result.worst_case[THREAT].correct == int((~broken & ~wrong).sum())
+    assert result.robust == result.worst_case[THREAT]
+    assert result.robust.correct <= min(outcome.accuracy.correct for outcome in result.attacks)
+
+
+def test_every_example_has_a_row_for_every_attack(model, data):
+    rows = quiet(model, data, ATTACKS, batch_size=8).examples.to_pandas()
+    assert len(rows) == 30 * 3
+    one = rows[rows["attack"] == "pgd-10"].sort_values("index")
+    assert one["index"].tolist() == list(range(30))
+    assert one["label"].tolist() == data[1].tolist()
+    assert one["clean_prediction"].tolist() == model(data[0]).argmax(1).tolist()
+    assert (one["broken"] == ((one["prediction"] != one["label"]) & (one["clean_prediction"] == one["label"]))).all()
+    assert set(one["broken_by"].dropna()) == {"pgd-10"} and one["broken_by"].notna().equals(one["broken"])
+    assert one["perturbation"].max() <= THREAT.epsilon + 1e-6
+    assert (one[one["clean_prediction"] != one["label"]]["perturbation"] == 0).all()
+
+
+def test_the_batch_size_does_not_change_the_figures(model, data):
+    results = [quiet(model, data, ATTACKS, batch_size=size) for size in (30, 7, 1)]
+    assert [r.attacks for r in results[1:]] == [results[0].attacks] * 2
+    assert all(r.examples.equals(results[0].examples) or sorted_rows(r) == sorted_rows(results[0]) for r in results)
+
+
+def sorted_rows(result):
+    return sorted(map(str, result.examples.to_pylist()))
+
+
+def test_an_ensemble_says_which_attack_broke_what_and_touches_survivors_only(model, data):
+    class Short(AutoAttack):
+        @property
+        def parts(self):
+            return (
+                APGD(self.threat_model, steps=3),
+                APGD(self.threat_model, loss="t", steps=5),
+                Square(self.threat_model, queries=20),
+            )
+
+    result = quiet(model, data, Short(ThreatModel("linf", "3/255")), batch_size=10)
+    (outcome,) = result.attacks
+    names = [part["name"] for part in outcome.parts]
+    assert names == ["apgd-ce-3", "apgd-t-5", "square-20"]
+    left = result.clean.correct
+    for part in outcome.parts:
+        assert part["attacked"] == left
+        left -= part["broken"]
+    assert outcome.accuracy.correct == left and outcome.broken == 24 - left
+    counts = result.examples.to_pandas()["broken_by"].value_counts()
+    assert {p["name"]: p["broken"] for p in outcome.parts if p["broken"]} == counts.to_dict()
+    assert outcome.notes == ("apgd-t-5: 4 targets instead of 9 (5 classes)",)
+
+
+def test_the_cost_is_counted_and_is_what_the_attack_needs(model, data):
+    result = quiet(model, data, [PGD(THREAT, steps=10), Square(THREAT, queries=10)], signs=False)
+    assert result.attacks[0].forwards == result.attacks[0].gradients == 24 * 10
+    assert 0 < result.attacks[1].forwards <= 24 * 12 and result.attacks[1].gradients == 0
+
+
+def test_text_features_are_computed_once(tuned, digits, monkeypatch):
+    runs = []
+    encode = ZeroShotClassifier.encode_texts
+    monkeypatch.setattr(ZeroShotClassifier, "encode_texts", lambda self: runs.append(1) or encode(self))
+    quiet(tuned, digits["validation"].select(range(6)), ATTACKS, batch_size=2)
+    assert len(runs) == 1
+
+
+def test_an_image_costs_an_attack_of_k_steps_k_gradients_and_two_forwards(clip, digits, monkeypatch):
+    images = []
+    features = ZeroShotClassifier.image_features
+    monkeypatch.setattr(
+        ZeroShotClassifier,
+        "image_features",
+        lambda self, p: images.append((len(p), p.requires_grad)) or features(self, p),
+    )
+    quiet(clip, digits["validation"].select(range(8)), PGD(THREAT, steps=5), signs=False)
+    right = quiet(clip, digits["validation"].select(range(8)), signs=False).clean.correct
+    assert sum(n for n, gradient in images if gradient) == 5 * right
+    # one to learn the number of classes, 8 for clean accuracy, 8 and the attacked ones to score; then the second call
+    assert sum(n for n, gradient in images if not gradient) == (1 + 8 + 8 + right) + (1 + 8)
+
+
+# ------------------------------------------------------------------------------------------------------ on disk
+
+
+def test_what_is_saved_is_what_is_returned(model, data, tmp_path):
+    path = tmp_path / "results.json"
+    result = quiet(model, data, ATTACKS, output=path, details={"task": "noise"})
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "results.parquet"}
+    content = json.loads(path.read_text())
+    assert content == json.loads(json.dumps(result.to_dict()))
+    assert content["configuration"]["task"] == "noise"
+    assert content["configuration"]["attacks"][1]["steps"] == 10
+    assert content["attacks"][0]["n"] == 30 and len(content["attacks"][0]["interval_95"]) == 2
+    loaded = Evaluation.load(path)
+    assert loaded == result
+    assert pq.read_table(tmp_path / "results.parquet").equals(result.examples)
+
+
+def test_the_adversarial_images_are_kept_as_they_were_scored(model, data, tmp_path):
+    result = quiet(model, data, ATTACKS[1], batch_size=12, output=tmp_path / "r.json", save_images=True)
+    files = sorted((tmp_path / "r.images").iterdir())
+    assert [f.name for f in files] == [f"00-{i:06d}-pgd-10.safetensors" for i in range(3)]
+    parts = [load_file(f) for f in files]
+    pixels, index = torch.cat([p["pixels"] for p in parts]), torch.cat([p["index"] for p in parts])
+    assert index.tolist() == list(range(30))
+    assert model(pixels).argmax(1).tolist() == result.examples["prediction"].to_pylist()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_where_it_was_and_ends_in_the_same_file(model, data, tmp_path, monkeypatch):
+    whole = tmp_path / "whole" / "r.json"
+    quiet(model, data, ATTACKS, batch_size=8, output=whole)
+    broken = tmp_path / "broken" / "r.json"
+    attack_batch, runs = loop_module.attack_batch, []
+
+    def killed_at(limit):
+        def run(*args, **kwargs):
+            if len(runs) == limit:
+                raise Killed
+            runs.append(1)
+            return attack_batch(*args, **kwargs)
+
+        return run
+
+    for limit in (0, 3, 5, 11):
+        monkeypatch.setattr(loop_module, "attack_batch", killed_at(limit))
+        with pytest.raises(Killed):
+            quiet(model, data, ATTACKS, batch_size=8, output=broken)
+        assert not broken.exists()
+    monkeypatch.setattr(loop_module, "attack_batch", killed_at(12))
+    quiet(model, data, ATTACKS, batch_size=8, output=broken)
+    assert len(runs) == 12  # 3 attacks on 4 batches: none twice
+    assert broken.read_bytes() == whole.read_bytes()
+    assert pq.read_table(broken.with_suffix(".parquet")).equals(pq.read_table(whole.with_suffix(".parquet")))
+    assert not broken.with_suffix(".partial").exists()
+
+
+def test_a_damaged_piece_is_measured_again(model, data, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(Evaluation, "save", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        quiet(model, data, ATTACKS, output=path)
+    monkeypatch.undo()
+    piece = path.with_suffix(".partial") / "jobs" / "01-000000.json"
+    piece.write_text(piece.read_text()[:50])
+    assert quiet(model, data, ATTACKS, output=path) == quiet(model, data, ATTACKS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed is 1 now and was 0"),
+        ({"batch_size": 5}, "batch_size is 5 now and was 128"),
+        ({"attacks": [PGD(THREAT, steps=4)]}, r"attacks\[0\].name is \"pgd-4\" now and was \"pgd-3\""),
+        ({"model": make_model(scale=3)}, "model.fingerprint"),
+        ({"data": (some_images(20), torch.zeros(20, dtype=torch.int64))}, "data.n is 20 now and was 30"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_results_of_another_configuration_are_neither_mixed_nor_overwritten(
+    model, data, tmp_path, monkeypatch, change, message, finished
+):
+    path = tmp_path / "r.json"
+    if not finished:
+        monkeypatch.setattr(Evaluation, "save", lambda *_: (_ for _ in ()).throw(Killed))
+    try:
+        quiet(model, data, ATTACKS[:1], output=path)
+    except Killed:
+        assert not finished
+    monkeypatch.undo()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    new = {"model": model, "data": data, "attacks": ATTACKS[:1], **change}
+    settings = {k: v for k, v in new.items() if k in ("seed", "batch_size")}
+    with pytest.raises(ValueError, match=message):
+        quiet(new["model"], new["data"], new["attacks"], output=path, **settings)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    result = quiet(new["model"], new["data"], new["attacks"], output=path, overwrite=True, **settings)
+    assert Evaluation.load(path) == result
+
+
+def test_a_finished_evaluation_is_not_run_again_unless_asked(model, data, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    first = quiet(model, data, ATTACKS[:1], output=path)
+    attack_batch, runs = loop_module.attack_batch, []
+    monkeypatch.setattr(loop_module, "attack_batch", lambda *a, **k: runs.append(1) or attack_batch(*a, **k))
+    assert quiet(model, data, ATTACKS[:1], output=path) == first and not runs
+    assert quiet(model, data, ATTACKS[:1], output=path, overwrite=True) == first and runs
+
+
+# ------------------------------------------------------------------------------------------------- what is attacked
+
+
+def test_the_attack_goes_through_the_prompts(tuned, digits):
+    """The prompts get a gradient of the attacked loss, and the adversarial images differ from those of the base."""
+    images = digits["validation"].select(range(12))
+    white = quiet(tuned, images, ATTACKS[1], signs=False)
+    frozen = quiet(tuned, images, ATTACKS[1], attack_target="frozen")
+    assert white.attacks[0].kind == "robust" and frozen.attacks[0].kind == "transfer"
+    assert frozen.attacks[0].accuracy.correct >= white.attacks[0].accuracy.correct
+    assert frozen.worst_case == {} and frozen.signs == ()
+    assert "under a transferred attack" in frozen.table() and "robust" not in frozen.table()
+    with pytest.raises(ValueError, match="0 threat models with white-box attacks"):
+        _ = frozen.robust
+
+
+def test_a_transfer_attack_is_made_on_the_base_and_scored_on_the_adapter(tuned, clip, digits, tmp_path):
+    images = digits["validation"].select(range(6))
+    quiet(tuned, images, ATTACKS[0], attack_target="frozen", output=tmp_path / "r.json", save_images=True)
+    saved = load_file(tmp_path / "r.images" / "00-000000-pgd-3.safetensors")
+    pixels = tuned.transform.batch([row["image"] for row in images])
+    right = (tuned(pixels).argmax(1) == saved["labels"]).nonzero().squeeze(1)
+    by_hand = ATTACKS[0](
+        clip, pixels[right], saved["labels"][right], example_generators(0, right.tolist(), stream="evaluation")
+    )
+    torch.testing.assert_close(saved["pixels"][right], by_hand, atol=1e-6, rtol=0)
+    assert not torch.equal(saved["pixels"][right], pixels[right])
+
+
+def test_attacks_can_see_another_text(tuned, digits):
+    images = digits["validation"].select(range(6))
+    other = quiet(tuned, images, ATTACKS[0], attack_template="a bad photo of the number {}.")
+    assert other.attacks[0].kind == "transfer"
+    assert other.configuration["attack_template"] == "a bad photo of the number {}."
+    same = quiet(tuned, images, ATTACKS[0], attack_template=digits.template)
+    assert same.attacks[0].kind == "robust"
+
+
+def test_the_record_names_base_adapter_and_their_fingerprints(tuned, clip, digits):
+    images = digits["validation"].select(range(2))
+    model = quiet(tuned, images).configuration["model"]
+    assert model["adapter"]["config"]["peft_type"] == "CAPT"
+    assert model["template"] == digits.template and model["precision"] == "float32"
+    shake(tuned.model, seed=5)
+    again = quiet(tuned, images).configuration["model"]
+    assert again["base"] == model["base"] and again["adapter"]["fingerprint"] != model["adapter"]["fingerprint"]
+    bare = quiet(clip, images).configuration["model"]
+    assert bare["adapter"] is None and bare["base"]["fingerprint"] == model["base"]["fingerprint"]
+    with tuned.frozen():
+        assert quiet(tuned, images).configuration["model"]["adapter"] is None
+
+
+def test_nothing_of_the_classifier_is_disturbed(tuned, digits):
+    tuned.train()
+    tuned.model.base_model.model.vision_model.eval()
+    modes = {name: module.training for name, module in tuned.named_modules()}
+    values = {name: p.clone() for name, p in tuned.named_parameters()}
+    state = torch.get_rng_state()
+    quiet(tuned, digits["validation"].select(range(4)), ATTACKS)
+    assert {name: module.training for name, module in tuned.named_modules()} == modes
+    assert all(torch.equal(values[name], p) and p.grad is None for name, p in tuned.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_epsilon_0_leaves_robust_equal_to_clean(clip, digits):
+    result = quiet(clip, digits["validation"].select(range(20)), PGD(ThreatModel("linf", 0.0), steps=3), signs=False)
+    assert result.robust == result.clean
+
+
+def test_the_table_says_which_accuracy_it_is(model, data):
+    result = quiet(model, data, [*ATTACKS[:2], PGD(ThreatModel("linf", "1/255"), steps=2)])
+    table = result.table().splitlines()
+    assert table[2].startswith("| clean | | | 80.0 (")
+    assert table[3].startswith("| robust | L-inf 4/255 | pgd-3 |")
+    assert any(line.startswith("| **robust** | L-inf 4/255 | worst case |") for line in table)
+    assert not any("1/255 | worst case" in line and "4/255" not in line for line in table)
+    assert table[-1] == "n = 30 images."
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+class Cheat(PGD):
+    """An attack that leaves its threat model."""
+
+    def run(self, logits_fn, images, labels, generator=None, **kwargs):
+        result = super().run(logits_fn, images, labels, generator)
+        return replace(result, images=(result.images + 0.1).clamp(0, 1))
+
+
+GOOD = some_images(4)
+LABELS = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("data", "kwargs", "error", "message"),
+    [
+        ((GOOD[:0], LABELS[:0]), {}, ValueError, "There are no images to evaluate on"),
+        ((GOOD * 4 - 2, LABELS), {}, ValueError, "normalise inside the model"),
+        ((GOOD * torch.nan, LABELS), {}, ValueError, "not finite"),
+        ((GOOD.half(), LABELS), {}, TypeError, "need float32 or float64"),
+        (((GOOD * 255).byte(), LABELS), {}, TypeError, "divided by 255"),
+        ((GOOD, LABELS + 5), {}, ValueError, "Labels range from 5 to 5, but the classifier knows 5 classes"),
+        ((GOOD, LABELS - 1), {}, ValueError, "labels range from -1 to -1"),
+        ((GOOD, LABELS.float()), {}, TypeError, "torch.int64"),
+        ((GOOD, LABELS[:3]), {}, ValueError, "one for each image"),
+        (GOOD, {}, TypeError, "must be a datasets.Dataset or"),
+        (
+            (GOOD, LABELS),
+            {"attacks": [ATTACKS[0], ATTACKS[0]]},
+            ValueError,
+            "pgd-3, L-inf 4/255 is given more than once",
+        ),
+        ((GOOD, LABELS), {"attacks": [Cheat(THREAT, steps=1)]}, ValueError, "has left its threat model L-inf 4/255"),
+        ((GOOD, LABELS), {"attack_target": "base"}, ValueError, "attack_target='base' is unknown"),
+        ((GOOD, LABELS), {"attack_target": "frozen"}, ValueError, "need a ZeroShotClassifier"),
+        ((GOOD, LABELS), {"batch_size": 0}, ValueError, "batch_size=0 must be 1 or more"),
+        ((GOOD, LABELS), {"save_images": True}, ValueError, "save_images=True needs an output"),
+        ((GOOD, LABELS), {"output": "results.txt"}, ValueError, "must end in .json"),
+    ],
+)
+def test_bad_input_is_refused(model, data, kwargs, error, message):
+    settings = {"attacks": ATTACKS[:1], **kwargs}
+    if isinstance(data, tuple) and settings["attacks"][0].__class__ is Cheat:
+        data = (data[0], model(data[0]).argmax(1))
+    with pytest.raises(error, match=message):
+        quiet(model, data, settings.pop("attacks"), **settings)
+    assert not Path("results.txt").exists()
+
+
+def test_a_model_of_one_class_and_a_dataset_for_a_callable_are_refused(digits):
+    one = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+    with pytest.raises(ValueError, match="N >= 2 classes"):
+        quiet(one, (GOOD, LABELS), ATTACKS[0])
+    with pytest.raises(TypeError, match="A callable takes no images"):
+        quiet(one, digits["test"], ATTACKS[0])
+
+
+def test_an_empty_dataset_and_a_label_without_a_name_are_refused(clip, processor, digits):
+    with pytest.raises(ValueError, match="no images to evaluate"):
+        quiet(clip, digits["validation"].select([]), ATTACKS[0])
+    few = ZeroShotClassifier(clip.model, processor, digits.class_names[:5], digits.template)
+    with pytest.raises(ValueError, match="the classifier knows 5 classes"):
+        quiet(few, digits["validation"], ATTACKS[0])

@@ -1,0 +1,158 @@
+"""examples/evaluate.py as users run it: base, adapter, two processes, killed and resumed, and with bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate import main
+from helpers import TINY_CLIP, shake
+from peft import get_peft_model
+from transformers import CLIPModel
+
+from capt_peft import CaptConfig, load_task
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "evaluate.py"
+QUICK = [
+    "--limit",
+    "23",
+    "--batch_size",
+    "5",
+    "--use_cpu",
+    "--epsilon",
+    "2/255,4/255",
+    "--attacks",
+    "clean,pgd-3,square-20",
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    digits = load_task("digits")
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    config = CaptConfig(template=digits.template, class_names=list(digits.class_names))
+    model = get_peft_model(base, config)
+    shake(model)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
+
+
+def launch(*command):
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_adapter_is_measured_at_every_epsilon(adapter, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    result = main(["--adapter", adapter, *QUICK, "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert result.table() in shown and "Signs of masked gradients" in shown and "L-inf 2/255" in shown
+    content = json.loads(output.read_text())
+    assert [(row["attack"]["name"], row["kind"]) for row in content["attacks"]] == 2 * [
+        ("pgd-3", "robust"), ("square-20", "robust"),
+    ]  # fmt: skip
+    assert content["clean"]["n"] == 23 and len(content["worst_case"]) == 2
+    assert content["configuration"]["task"] == {"name": "digits", "source": "digits", "split": "test", "limit": 23}
+    assert content["configuration"]["model"]["adapter"]["fingerprint"]
+    with pytest.raises(ValueError, match="another configuration: attacks"):
+        main(["--adapter", adapter, *QUICK, "--attacks", "pgd-4", "--output", str(output)])
+
+
+def test_a_base_is_measured_zero_shot(tmp_path, capsys):
+    result = main(["--base", TINY_CLIP, *QUICK, "--attacks", "clean", "--output", str(tmp_path / "r.json")])
+    assert result.attacks == () and result.clean.correct > 15
+    assert result.configuration["model"]["adapter"] is None
+    assert "robust" not in capsys.readouterr().out
+
+
+def test_two_processes_count_each_example_once_and_end_in_the_same_file(adapter, tmp_path):
+    one, two = tmp_path / "one" / "r.json", tmp_path / "two" / "r.json"
+    arguments = [str(SCRIPT), "--adapter", adapter, *QUICK]
+    launch(sys.executable, *arguments, "--output", str(one))
+    out = launch(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", *arguments,
+        "--output", str(two),
+    )  # fmt: skip
+    assert one.read_bytes() == two.read_bytes()
+    assert one.with_suffix(".parquet").read_bytes() == two.with_suffix(".parquet").read_bytes()
+    assert out.count("n = 23 images.") == 1
+    assert not two.with_suffix(".partial").exists()
+
+
+def test_a_killed_process_goes_on_where_it_was(adapter, tmp_path):
+    whole, killed = tmp_path / "whole" / "r.json", tmp_path / "killed" / "r.json"
+    arguments = [str(SCRIPT), "--adapter", adapter, *QUICK, "--attacks", "clean,pgd-3,square-300", "--epsilon", "1/255"]
+    launch(sys.executable, *arguments, "--output", str(whole))
+    jobs = killed.with_suffix(".partial") / "jobs"
+    for at in (2, 7, 11):
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--output", str(killed)],
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(jobs.glob("*.json"))) < at and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not killed.exists()
+    kept = {path: path.stat().st_mtime_ns for path in jobs.glob("*.json")}
+    assert len(kept) >= 7
+    launch(sys.executable, *arguments, "--output", str(killed))
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not jobs.exists()
+
+
+def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
+    from capt_peft.evaluation import curve
+
+    monkeypatch.setattr(curve, "EPSILONS", (0, 4))
+    monkeypatch.setattr(curve, "STEPS", (1, 2))
+    few = ["--limit", "6", "--attacks", "clean", "--curve", "--use_cpu"]
+    main(["--adapter", adapter, *few, "--output", str(tmp_path / "r.json")])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {
+        "r.json",
+        "r.curve.json",
+        "r.curve.png",
+        "r.curve.svg",
+        "r.curve.zero-shot.json",
+        "r.curve.CAPT.json",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attacks", "cw"], r"unknown attack 'cw'. Known: .*autoattack"),
+        (["--epsilon", "4"], "more than the whole range of a pixel.*'4/255'"),
+        (["--epsilon=-1/255"], "not a number: write a fraction"),
+        (["--epsilon", ""], "'' is not a number"),
+        (["--norm", "l1"], "unknown norm 'l1'"),
+        (["--split", "holdout"], "no split 'holdout'"),
+        (["--dtype", "int8"], "dtype='int8' must be"),
+        (["--limit", "0"], "no images to evaluate"),
+        (["--limit", "-3"], "limit=-3"),
+        (["--attack_target", "clip"], "attack_target='clip' is unknown"),
+        (["--attack_template", "a photo"], r"must hold exactly one \{\}"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(tmp_path, arguments, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        main(["--base", TINY_CLIP, *QUICK, "--output", str(tmp_path / "r.json"), *arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Give --adapter .* or --base"):
+        main([*QUICK, "--output", str(tmp_path / "r.json")])
