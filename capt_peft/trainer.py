@@ -9,7 +9,7 @@ import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from .attacks import Attack
@@ -18,6 +18,7 @@ from .data.pixels import PixelDataset
 from .data.task import Task
 from .data.transforms import PixelTransform
 from .evaluation import outcomes, wilson_interval
+from .hub import HubTrainer
 from .monitor import Monitor, TrainingStopped
 from .objectives import CaptObjective, Objective, Views
 from .randomness import example_generators
@@ -38,7 +39,7 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class CaptTrainer(Trainer):
+class CaptTrainer(HubTrainer):
     r"""Tunes a CAPT adapter on adversarial images.
 
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import upload_folder
 from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
-from capt_peft.report import UPLOADED, results_table, run_results, save_run
+from capt_peft.report import results_table, run_results, save_run
 
 EXAMPLES = Path(__file__).resolve().parent
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
@@ -127,10 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         save_run(model, results, args.output_dir, trainer.hub_model_id if args.push_to_hub else args.output_dir)
         print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
         if args.push_to_hub:
-            # checkpoints, and the Trainer's pickled arguments, stay at home
-            upload_folder(
-                repo_id=trainer.hub_model_id, folder_path=args.output_dir, token=args.hub_token, allow_patterns=UPLOADED
-            )
+            print(f"Uploaded to {trainer.push_to_hub().commit_url}")
     return results
 
 

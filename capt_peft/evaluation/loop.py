@@ -158,14 +158,22 @@ def _number_of_classes(subject: Subject, examples: Examples) -> int:
 
 @contextmanager
 def _in_eval_mode(classifier: LogitsFn) -> Iterator[None]:
-    training = [m for m in classifier.modules() if m.training] if isinstance(classifier, nn.Module) else []
-    if isinstance(classifier, nn.Module):
-        classifier.eval()
+    """Puts the classifier into eval mode, its parameters without gradients, which keeps fewer tensors for a backward."""
+    if not isinstance(classifier, nn.Module):
+        yield
+        return
+    training = [module for module in classifier.modules() if module.training]
+    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+    classifier.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for parameter in trainable:
+            parameter.requires_grad_(True)
 
 
 def _beside(output: Path | None, suffix: str) -> Path | None:

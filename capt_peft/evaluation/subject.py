@@ -97,14 +97,14 @@ def _plain_subject(function: LogitsFn) -> Subject:
 
 def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
     """Returns what a classifier is made of: base model, adapter, fingerprints, classes, template, precision and pixels."""
-    model = classifier.model
+    model: Any = classifier.model
     adapter = None
     if adapter_in_use(classifier):
         name = model.active_adapters[0]
         tensors = get_peft_model_state_dict(model, adapter_name=name)
         config = {key: sorted(v) if isinstance(v, set) else v for key, v in model.peft_config[name].to_dict().items()}
         adapter = {"name": name, "fingerprint": tensors_fingerprint(tensors.items()), "config": config}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
         "base": {"name": base.config._name_or_path, "fingerprint": base_fingerprint(base)},
         "adapter": adapter,

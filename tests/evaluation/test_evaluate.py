@@ -338,8 +338,10 @@ def test_nothing_of_the_classifier_is_disturbed(tuned, digits):
     tuned.model.base_model.model.vision_model.eval()
     modes = {name: module.training for name, module in tuned.named_modules()}
     values = {name: p.clone() for name, p in tuned.named_parameters()}
+    trainable = {name: p.requires_grad for name, p in tuned.named_parameters()}
     state = torch.get_rng_state()
     quiet(tuned, digits["validation"].select(range(4)), ATTACKS)
+    assert {name: p.requires_grad for name, p in tuned.named_parameters()} == trainable
     assert {name: module.training for name, module in tuned.named_modules()} == modes
     assert all(torch.equal(values[name], p) and p.grad is None for name, p in tuned.named_parameters())
     assert torch.equal(torch.get_rng_state(), state)

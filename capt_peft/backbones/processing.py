@@ -1,0 +1,73 @@
+"""The processor of a converted backbone: CLIP's image processor of the right size, and a tokenizer from elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, CLIPConfig, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from .settings import MEAN, STD, Settings
+
+logger = logging.getLogger(__name__)
+
+
+def pixel_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and standard deviation of a base's image processor; CLIP's if it has none."""
+    try:
+        processor = CLIPImageProcessorPil.from_pretrained(source)
+    except OSError:
+        return MEAN, STD
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+def load_tokenizer(source: str | None, required: bool) -> Any:
+    """Loads a tokenizer from a folder or the Hub; None if there is none and none is required.
+
+    Raises:
+        ValueError: It is required and cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source) if source else None
+    except (OSError, ValueError, KeyError) as error:
+        if required:
+            raise ValueError(
+                f"processor={source!r} has no tokenizer that can be loaded: {error} Name a folder or Hub id with CLIP's "
+                "(openai/clip-vit-base-patch32)."
+            ) from error
+        return None
+
+
+def check_tokenizer(tokenizer: Any, config: CLIPConfig, source: str) -> None:
+    """Raises a ValueError if a tokenizer is another model's: its ids or its end token are not the text tower's."""
+    if tokenizer is None:
+        return
+    text: Any = config.text_config
+    end = (
+        text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    )  # 2: old configurations read the highest id
+    if len(tokenizer) > text.vocab_size or tokenizer.eos_token_id != end:
+        raise ValueError(
+            f"The tokenizer of {source} does not belong to the model: it has {len(tokenizer)} tokens and ends texts with "
+            f"{tokenizer.eos_token_id}, the model has {text.vocab_size} and {end}. Name another processor."
+        )
+
+
+def save_processor(folder: Path, tokenizer: Any, config: CLIPConfig, settings: Settings) -> None:
+    """Writes the processor; without a tokenizer, the image processor alone, and says what is missing."""
+    vision: Any = config.vision_config
+    size = vision.image_size
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size},
+        image_mean=list(settings.mean), image_std=list(settings.std),
+    )  # fmt: skip
+    if tokenizer is None:
+        image_processor.save_pretrained(folder)
+        logger.warning(
+            "The converted backbone has no tokenizer. Give processor=openai/clip-vit-base-patch32 (every CLIP of "
+            "OpenAI has the same)."
+        )
+        return
+    CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer).save_pretrained(folder)
