@@ -1,4 +1,4 @@
-"""From results to what people read: the record of a run, its table and the card of its adapter."""
+"""The record of a run, and its table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .attacks.threat import ThreatModel
+from .card import EVALUATION, RESULTS, model_card
 from .files import write_json, write_text, written_whole
 from .versions import describe_machine, versions
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .trainer import CaptTrainer
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are none of them
-UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", "results.json"]
+UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", RESULTS, EVALUATION]
 
 
 def accuracies(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -102,8 +103,10 @@ def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str)
     with written_whole(folder) as temporary:
         model.save_pretrained(temporary)
         results["adapter"]["bytes"] = (temporary / "adapter_model.safetensors").stat().st_size
-        write_json(temporary / "results.json", results)
+        results["name"] = name
+        write_json(temporary / RESULTS, results)
         write_text(temporary / "README.md", model_card(results, name))
+    (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -133,55 +136,3 @@ def results_table(results: Mapping[str, Any]) -> str:
 def _percent(accuracy: Mapping[str, Any]) -> str:
     low, high = accuracy["interval_95"]
     return f"{100 * accuracy['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def model_card(results: Mapping[str, Any], adapter: str) -> str:
-    """Returns the README of an adapter; every number in it comes from the results.
-
-    Args:
-        results: What `results.json` holds.
-        adapter: Folder or Hub id by which people load it.
-    """
-    task, config = results["task"], results["adapter"]["config"]
-    attack = results["evaluation"]["attack"]
-    return f"""---
-library_name: peft
-base_model: {config["base_model_name_or_path"]}
-pipeline_tag: zero-shot-image-classification
-tags: [capt, adversarial-robustness, clip]
----
-
-# CAPT adapter for {task["name"]}
-
-Deep text and vision prompts that keep a CLIP accurate on clean and on adversarial images, tuned with
-[capt-peft](https://pypi.org/project/capt-peft/) (method {results["method"]}).
-
-```python
-import capt_peft  # registers CAPT with PEFT
-
-classifier = capt_peft.ZeroShotClassifier.from_pretrained("{adapter}")
-print(classifier.predict("image.png", top_k=1))
-```
-
-## Accuracy
-
-{results_table(results)}
-
-An image counts as robust if it is classified correctly as it is and after the attack. The adversary moves pixels in [0, 1],
-before normalisation, within {ThreatModel(**attack["threat_model"])}, and sees the whole model, prompts included. PGD bounds
-robust accuracy from above: a stronger attack can only lower it.
-
-## What it was tuned on
-
-- Base model: {config["base_model_name_or_path"]} (fingerprint {config["base_model_fingerprint"]})
-- Task: {task["name"]}, {len(task["class_names"])} classes, {task["shots"]} images a class, template "{task["template"]}"
-- Text prompts: {config["num_text_tokens"]} a layer, depth {config["text_depth"]}
-- Vision prompts: {config["num_vision_tokens"]} a layer, depth {config["vision_depth"]}
-- Coupling: {config["coupling"]}
-- Seed {results["seed"]}; everything else is in `results.json`.
-
-## Limits
-
-The adapter is robust within this threat model only: not to larger perturbations, not to other norms, not to patches or
-other texts. It is no guarantee of safety.
-"""

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
+from capt_peft.card import EVALUATION, RESULTS, write_card
 from capt_peft.evaluation.curve import robustness_curves
 
 
@@ -67,6 +68,9 @@ class Arguments:
     signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
     output: str = field(default="outputs/evaluation/results.json", metadata={"help": "JSON file for the results."})
     overwrite: bool = field(default=False, metadata={"help": "Replace results of other settings."})
+    update_card: bool = field(
+        default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
+    )
     save_images: bool = field(default=False, metadata={"help": "Keep the adversarial images."})
     batch_size: int = field(default=128, metadata={"help": "Images a piece of work."})
     dtype: str = field(default="float32", metadata={"help": "float32; bfloat16 or float16 are faster and less honest."})
@@ -106,6 +110,8 @@ def main(argv: list[str] | None = None) -> Evaluation:
     parser = HfArgumentParser(Arguments, allow_abbrev=False)
     (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     attacks = parse_attacks(args)
+    if args.update_card and not (args.adapter and Path(args.adapter, RESULTS).is_file()):
+        raise ValueError(f"--update_card needs a local --adapter with its {RESULTS}, as examples/train.py writes it.")
     state = PartialState(cpu=args.use_cpu, timeout=timedelta(days=7))
     task = load_task(
         args.dataset_name,
@@ -136,6 +142,9 @@ def main(argv: list[str] | None = None) -> Evaluation:
     )
     if state.is_main_process:
         show(evaluation, args)
+        if args.update_card:
+            evaluation.save(Path(args.adapter) / EVALUATION)
+            print(f"The card: {write_card(args.adapter)}")
     if args.curve:
         draw(classifier, data, args, common)
     return evaluation

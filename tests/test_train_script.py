@@ -68,9 +68,9 @@ def test_the_numbers_of_the_card_are_those_of_the_results(run):
     card = (folder / "README.md").read_text()
     for stage in ("before", "after"):
         for kind in ("clean", "robust"):
-            assert f"{100 * results['evaluation'][stage][kind]['accuracy']:.1f}%" in card
+            assert f"| {100 * results['evaluation'][stage][kind]['accuracy']:.1f} (" in card
     assert "import capt_peft" in card
-    assert "pgd-2, L-inf 4/255" in card
+    assert "| L-inf 4/255 | pgd-2 |" in card
 
 
 def test_the_saved_adapter_classifies(run):
@@ -163,15 +163,3 @@ def test_accelerate_launches_the_script(tmp_path):
     output = launch(*command, *QUICK, "--max_steps", "1", "--output_dir", str(tmp_path / "out"))
     assert "| zero-shot |" in output
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def test_push_to_hub_uploads_the_adapter_and_nothing_else(tmp_path, monkeypatch):
-    uploads = []
-    monkeypatch.setattr("train.upload_folder", lambda **arguments: uploads.append(arguments))
-    monkeypatch.setattr(
-        "capt_peft.CaptTrainer.init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "someone/digits")
-    )
-    main([*QUICK, "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--push_to_hub", "true"])
-    assert uploads[0]["repo_id"] == "someone/digits"
-    assert set(uploads[0]["allow_patterns"]) == {p.name for p in (tmp_path / "out").iterdir()}
-    assert 'from_pretrained("someone/digits")' in (tmp_path / "out" / "README.md").read_text()
