@@ -4,6 +4,7 @@ from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_atta
 from .classifier import ZeroShotClassifier
 from .data import Task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
+from .loading import from_pretrained
 from .methods import METHODS, get_method
 from .monitor import TrainingStopped
 from .objectives import AdversarialCrossEntropy, CaptObjective, Views
@@ -33,6 +34,7 @@ __all__ = [
     "Views",
     "ZeroShotClassifier",
     "evaluate",
+    "from_pretrained",
     "get_method",
     "list_tasks",
     "load_task",

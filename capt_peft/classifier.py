@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoProcessor
-from transformers.utils import resolve_revision
 
 from .data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from .data.transforms import PixelTransform
-from .tuner import CaptConfig, PromptLayer
-
-logger = logging.getLogger(__name__)
-
-TEXT_INPUTS = ("input_ids", "attention_mask")
+from .loading import load_model
+from .texts import TEXT_INPUTS, check_end_tokens, check_prompts_fit, max_text_length, tokenize
+from .tuner import PromptLayer
 
 
 class ZeroShotClassifier(nn.Module):
@@ -159,11 +151,21 @@ class ZeroShotClassifier(nn.Module):
     # -------------------------------------------------------------------------------------------------- prediction
 
     @torch.no_grad()
-    def predict(self, images: Any, *, top_k: int | None = None, batch_size: int = 32) -> list[list[dict[str, Any]]]:
+    def predict(
+        self,
+        images: Any,
+        *,
+        class_names: Sequence[str] | None = None,
+        template: str | None = None,
+        top_k: int | None = None,
+        batch_size: int = 32,
+    ) -> list[list[dict[str, Any]]]:
         """Classifies images.
 
         Args:
             images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
+            class_names: Other classes for this call.
+            template: Another text of a class for this call.
             top_k: Return the k best classes; by default all.
             batch_size: Images a forward pass.
 
@@ -171,8 +173,15 @@ class ZeroShotClassifier(nn.Module):
             For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.
 
         Raises:
-            ValueError: An image that cannot be read (the file is named), or a `top_k` or `batch_size` below 1.
+            ValueError: An image that cannot be read (the file is named), a `top_k` or `batch_size` below 1, or class names or a
+                template that a classifier refuses.
         """
+        if class_names is not None or template is not None:
+            names = self.class_names if class_names is None else class_names
+            other = ZeroShotClassifier(
+                self.model, self.processor, names, self.template if template is None else template
+            )
+            return other.predict(images, top_k=top_k, batch_size=batch_size)
         if batch_size < 1 or (top_k is not None and top_k < 1):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
         images = list(images) if isinstance(images, list | tuple) else [images]
@@ -212,59 +221,6 @@ class ZeroShotClassifier(nn.Module):
         return versions, [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
 
 
-def load_model(
-    name_or_path: str, *, dtype: torch.dtype = torch.float32, base: str | None = None, **kwargs: Any
-) -> tuple[nn.Module, Any]:
-    """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
-
-    Args:
-        name_or_path: Folder or Hub id.
-        dtype: Precision of the base model, whatever it is stored in. In half precision, gradients of the pixels vanish and
-            attacks look weaker than they are.
-        base: Folder or Hub id of the base model, instead of the one that the adapter names.
-        kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
-
-    Returns:
-        The model (`PeftModel` for an adapter) in eval mode, and its processor.
-
-    Raises:
-        ValueError: The adapter is of another method, damaged, or does not say what its base model is.
-        OSError: There is no such model, the Hub cannot be reached or refuses, and the cache does not have it.
-    """
-    where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
-    # one commit for all files, whatever is pushed meanwhile
-    kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), **where)
-    try:
-        config = PeftConfig.from_pretrained(name_or_path, **kwargs)
-    except ValueError as error:
-        if "Can't find" not in str(error):
-            raise
-        _check_bare(name_or_path, error.__cause__, kwargs)
-        return AutoModel.from_pretrained(name_or_path, dtype=dtype, **kwargs).eval(), AutoProcessor.from_pretrained(
-            name_or_path, **kwargs
-        )
-    if not isinstance(config, CaptConfig):
-        raise ValueError(f"{name_or_path} is a {config.peft_type} adapter; capt_peft loads CAPT adapters.")
-    name, revision = (config.base_model_name_or_path, config.revision) if base is None else (base, None)
-    if not name:
-        raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
-    model = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, **where)
-    processor = AutoProcessor.from_pretrained(name, revision=revision, **where)
-    return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
-
-
-def _check_bare(name_or_path: str, reason: BaseException | None, kwargs: Mapping[str, Any]) -> None:
-    """Raises unless an adapter's configuration was not found because there is none, rather than that the Hub failed."""
-    bare = os.path.isdir(name_or_path) or isinstance(reason, RemoteEntryNotFoundError | HFValidationError)
-    if not bare and isinstance(reason, LocalEntryNotFoundError):  # the Hub cannot be asked, but the cache may know
-        file = "/".join(filter(None, (kwargs.get("subfolder"), "config.json")))
-        where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
-        bare = isinstance(try_to_load_from_cache(name_or_path, file, **where), str)
-    if not bare:
-        cause = reason.__cause__ if isinstance(reason, LocalEntryNotFoundError) else reason
-        raise OSError(f"{name_or_path} can be read neither from the Hub nor from the cache: {cause}") from reason
-
-
 def pooled(output: Any) -> Tensor:
     """Returns the projected features of `get_image_features` or `get_text_features`, whose type differs by version."""
     return output if isinstance(output, Tensor) else output.pooler_output
@@ -273,61 +229,3 @@ def pooled(output: Any) -> Tensor:
 def normalize(features: Tensor) -> Tensor:
     """Scales each row to length 1."""
     return features / features.norm(dim=-1, keepdim=True)
-
-
-def max_text_length(model: nn.Module) -> int:
-    """Returns the number of tokens that the model's texts may have."""
-    config: Any = model.config
-    return int(getattr(config, "text_config", config).max_position_embeddings)
-
-
-def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    """Tokenizes texts, padded to the longest of them; CLIP sees nothing behind a text's end, so the rest would be waste.
-
-    Raises:
-        ValueError: A text with more than `max_length` tokens: cutting it would cut off its end token.
-    """
-    lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
-    longest = max(range(len(texts)), key=lengths.__getitem__)
-    if lengths[longest] > max_length:
-        raise ValueError(
-            f"The text {texts[longest]!r} has {lengths[longest]} tokens, but the model takes {max_length}. Shorten the class "
-            "name or the template."
-        )
-    # SigLIP was trained on padded texts and reads its last token, whatever it is
-    siglip = "siglip" in type(tokenizer).__name__.lower()
-    padding: dict[str, Any] = {"padding": "max_length", "max_length": max_length} if siglip else {"padding": True}
-    inputs = tokenizer(list(texts), return_tensors="pt", **padding)
-    return {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
-
-
-def check_end_tokens(model: nn.Module, input_ids: Tensor) -> None:
-    """Raises a ValueError if the texts (N, L) lack the token at which the model reads them: its processor is another's."""
-    config: Any = model.config
-    text_config = getattr(config, "text_config", config)
-    legacy = text_config.eos_token_id == 2  # CLIP's old configurations: the model then reads the highest id
-    if text_config.model_type.startswith("siglip") or legacy:
-        fits = int(input_ids.max()) < text_config.vocab_size
-    else:
-        fits = bool((input_ids == text_config.eos_token_id).any(-1).all())
-    if not fits:
-        raise ValueError(
-            f"The processor does not belong to the model: its texts lack the model's end token ({text_config.eos_token_id}). "
-            "Load both from the same name."
-        )
-
-
-def check_prompts_fit(model: nn.Module, tokenizer: Any, template: str) -> None:
-    """Raises a ValueError if the text prompts of an adapter would overwrite more than the template's words.
-
-    The n prompts replace the n tokens after the start token, so the template needs n tokens before the class name.
-    """
-    adapters = getattr(model, "peft_config", {})
-    words = len(tokenizer(template.split("{}")[0].rstrip())["input_ids"]) - 2  # without start and end token
-    for name, config in adapters.items():
-        if isinstance(config, CaptConfig) and config.depth("text") and words < config.num_text_tokens:
-            raise ValueError(
-                f"The template {template!r} has {max(words, 0)} tokens before the class name, but the {config.num_text_tokens} "
-                f"text prompts of adapter {name!r} would overwrite {config.num_text_tokens}. Put more words before {{}}, or "
-                "set num_text_tokens lower."
-            )

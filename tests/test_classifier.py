@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY_CLIP, random_clip, shake
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from transformers import CLIPModel, pipeline
 
+import capt_peft
 from capt_peft import CaptConfig, ZeroShotClassifier
 
 NAMES = ("red circle", "green square", "seven")
@@ -167,3 +168,29 @@ def test_unreadable_images_are_named(classifier, tmp_path):
 def test_a_processor_of_another_model_is_refused(processor):
     with pytest.raises(ValueError, match="does not belong to the model"):
         ZeroShotClassifier(random_clip(), processor, NAMES)
+
+
+def test_other_classes_can_be_named_for_one_call(processor):
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    classifier = ZeroShotClassifier(base, processor, ["0", "1"], "a photo of the digit {}.").eval()
+    image = Image.new("RGB", (32, 32), "red")
+    own = classifier.predict(image)
+    other = classifier.predict(image, class_names=["red", "blue", "green"], template="a {} picture.")
+    assert {row["label"] for row in other[0]} == {"red", "blue", "green"}
+    fresh = ZeroShotClassifier(base, processor, ["red", "blue", "green"], "a {} picture.").eval()
+    assert other == fresh.predict(image)
+    assert classifier.predict(image) == own and classifier.class_names == ("0", "1")
+    with pytest.raises(ValueError, match="At least two class names"):
+        classifier.predict(image, class_names=["red"])
+
+
+def test_the_bare_model_is_loaded_by_name(tmp_path):
+    assert isinstance(capt_peft.from_pretrained(TINY_CLIP), CLIPModel)
+    model = get_peft_model(
+        CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32), CaptConfig(template="a photo of the digit {}.")
+    )
+    model.save_pretrained(tmp_path)
+    loaded = capt_peft.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, PeftModel) and not loaded.training
+    assert next(loaded.parameters()).dtype == torch.float32
+    assert isinstance(capt_peft.from_pretrained(str(tmp_path), base=TINY_CLIP), PeftModel)
