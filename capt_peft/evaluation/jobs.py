@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,27 @@ class Jobs:
         folder: Where results are kept until all of the work is done; None keeps them in memory only.
         configuration: What the results depend on; JSON types.
         overwrite: Throw away results of another configuration instead of refusing them.
+        stale: Folders that are removed when the work begins, and not when it goes on.
 
     Raises:
         ValueError: The folder holds results of another configuration; the differences are named.
     """
 
-    def __init__(self, folder: Path | None, configuration: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        configuration: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        stale: Sequence[Path] = (),
+    ) -> None:
         self.folder = folder
         self.done: dict[str, Any] = {}
         if folder is None:
             return
         state = PartialState()
         if state.is_main_process:
-            self._open(folder, configuration, overwrite)
+            self._open(folder, configuration, overwrite, stale)
         state.wait_for_everyone()
         # the other processes check too: a refusal must end all of them
         check_same(configuration, read_json(folder / "configuration.json"), folder)
@@ -49,11 +57,13 @@ class Jobs:
         state.wait_for_everyone()  # all have read before anyone writes: they agree on what is left
 
     @staticmethod
-    def _open(folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> None:
+    def _open(folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Sequence[Path]) -> None:
         path = folder / "configuration.json"
         if path.exists() and overwrite and differences(configuration, read_json(path)):
             shutil.rmtree(folder)
         if not path.exists():
+            for other in stale:
+                shutil.rmtree(other, ignore_errors=True)
             (folder / "jobs").mkdir(parents=True, exist_ok=True)
             write_json(path, configuration)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def evaluate(
         subject = subject_of(classifier, attack_target, attack_template)
         examples = Examples(data, classifier)
         examples.check_labels(_number_of_classes(subject, examples))
+        _warn_of_units(attacks, examples, subject.device)
         configuration = json.loads(
             json.dumps(
                 {
@@ -121,8 +123,9 @@ def evaluate(
         finished = _finished(output, configuration, overwrite)
         if finished is not None:
             return finished
-        jobs = Jobs(_beside(output, ".partial"), configuration, overwrite=overwrite)
         images = _beside(output, ".images") if save_images else None
+        stale = [path for path in (images,) if path is not None]
+        jobs = Jobs(_beside(output, ".partial"), configuration, overwrite=overwrite, stale=stale)
         work = _Work(subject, examples, attacks, seed, jobs, images, progress)
         work.run(batch_size, signs=configuration["signs"])
         evaluation = merge(work.results(), attacks, subject, configuration, describe_machine())
@@ -149,6 +152,21 @@ def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save
             f"output={str(output)!r} must end in .json; the examples go to a .parquet file of the same name."
         )
     PartialState(timeout=timedelta(days=7))  # a process that waits for another's AutoAttack must not give up
+
+
+def _warn_of_units(attacks: Sequence[Attack], examples: Examples, device: torch.device) -> None:
+    """Warns of L2 radii that only make sense in units of 0 to 255."""
+    diagonal = math.sqrt(examples.batch([0], device)[0].numel())
+    for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
+        if radius > diagonal / 5:
+            logger.warning(
+                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so that "
+                "%g levels of 255 are written '%g/255'.",
+                radius,
+                radius / diagonal,
+                radius,
+                radius,
+            )
 
 
 def _number_of_classes(subject: Subject, examples: Examples) -> int:

@@ -197,6 +197,21 @@ def test_the_adversarial_images_are_kept_as_they_were_scored(model, data, tmp_pa
     assert model(pixels).argmax(1).tolist() == result.examples["prediction"].to_pylist()
 
 
+def test_images_of_another_evaluation_do_not_stay_beside_its_figures(model, data, tmp_path):
+    path = tmp_path / "r.json"
+    quiet(model, data, ATTACKS[:2], batch_size=10, output=path, save_images=True)
+    quiet(model, data, ATTACKS[:1], batch_size=10, output=path, save_images=True, overwrite=True)
+    assert {f.name.split("-", 2)[2] for f in (tmp_path / "r.images").iterdir()} == {"pgd-3.safetensors"}
+
+
+def test_an_l2_epsilon_in_levels_of_255_is_warned_of(model, data, caplog):
+    quiet(model, data, PGD(ThreatModel("l2", 3), steps=1), signs=False)
+    assert "in units of [0, 1] pixels, so that 3 levels of 255 are written '3/255'" in caplog.text
+    caplog.clear()
+    quiet(model, data, PGD(ThreatModel("l2", "128/255"), steps=1), signs=False)
+    assert not caplog.text
+
+
 class Killed(BaseException):
     pass
 
