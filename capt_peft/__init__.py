@@ -1,9 +1,11 @@
 """capt-peft: small adapters that make CLIP robust to adversarial images. Importing it registers CAPT with PEFT."""
 
 from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
+from .backbones import convert_backbone
 from .classifier import ZeroShotClassifier
 from .data import Task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
+from .hub import push_adapter
 from .loading import from_pretrained
 from .methods import METHODS, get_method
 from .monitor import TrainingStopped
@@ -33,10 +35,12 @@ __all__ = [
     "TrainingStopped",
     "Views",
     "ZeroShotClassifier",
+    "convert_backbone",
     "evaluate",
     "from_pretrained",
     "get_method",
     "list_tasks",
     "load_task",
     "parse_attack",
+    "push_adapter",
 ]

@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from peft import PeftModel
 from transformers import Trainer
 
+from .card import EVALUATION, RESULTS
 from .report import UPLOADED
 from .tuner import CaptConfig
 from .tuner.loading import SAFETENSORS_NAME
@@ -17,7 +18,7 @@ from .tuner.loading import SAFETENSORS_NAME
 if TYPE_CHECKING:
     from .classifier import ZeroShotClassifier
 
-RESULTS_NAME = "results.json"
+MEASURED = (RESULTS, EVALUATION)
 
 
 def prepare_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
@@ -53,10 +54,10 @@ def push_adapter(
     revision: str | None = None,
     commit_message: str = "Upload a CAPT adapter",
 ) -> CommitInfo:
-    """Uploads an adapter's weights, configuration, card and results, in one commit.
+    """Uploads an adapter's weights, configuration, card and figures, in one commit.
 
     Whatever fails, the Hub holds the old adapter or the new one, and pushing again is safe: what is there is not sent again.
-    Results on the Hub that the folder does not have are deleted with the commit: they are those of other weights.
+    Results and evaluations on the Hub that the folder does not have are deleted with the commit: they are of other weights.
 
     Args:
         adapter: A folder with a CAPT adapter, or a `PeftModel`; of a model, the active adapter.
@@ -109,9 +110,9 @@ def _commit(
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, folder / name) for name in UPLOADED if (folder / name).is_file()
     ]
-    stale = not (folder / RESULTS_NAME).is_file()
-    if stale and api.file_exists(repo_id, RESULTS_NAME, revision=revision, token=token):
-        operations.append(CommitOperationDelete(RESULTS_NAME))
+    for name in MEASURED:
+        if not (folder / name).is_file() and api.file_exists(repo_id, name, revision=revision, token=token):
+            operations.append(CommitOperationDelete(name))
     # not upload_folder, which may spread the files over several commits
     return api.create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
 

@@ -115,7 +115,8 @@ def save_adapter(base, seed, folder):
     model = new_adapter(base, seed)
     model.save_pretrained(folder)
     folder = Path(folder)
-    (folder / "results.json").write_text('{"method": "capt"}\n')
+    for name in ("results.json", "evaluation.json"):
+        (folder / name).write_text('{"method": "capt"}\n')
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n\n# Our card\n\nWith numbers: 43.6%\n")
     (folder / "training_args.bin").write_bytes(b"pickle")
     (folder / "checkpoint-1").mkdir()

@@ -1,8 +1,8 @@
 """A Hub on loopback: the API that huggingface_hub uses to share models, in memory, with failures on demand.
 
 It speaks what the client of huggingface_hub 2.4 asks without Xet: repositories, branches, preupload, git-LFS, commits, model
-info, trees, and files with ETags and ranges. Weights (`*.safetensors`) live in a storage at another origin (`localhost` instead of
-`127.0.0.1`), as the Hub's do, which must never see a token.
+info, trees, and files with ETags and ranges. Weights (`*.safetensors`) live in a storage at another origin (`localhost` instead
+of `127.0.0.1`), as the Hub's do, which must never see a token.
 """
 
 import base64

@@ -1,8 +1,10 @@
 """Sharing adapters: pushed with every method, loaded by id with every loader, against a Hub that fails.
 
-The client is the real one of huggingface_hub, in processes of its own (`hub_client.py`); the Hub is on loopback (`hub_server.py`).
+The client is the real one of huggingface_hub, in processes of its own (`hub_client.py`); the Hub is on loopback
+(`hub_server.py`).
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,13 +13,14 @@ import pytest
 import yaml
 from helpers import TINY_CLIP
 from hub_client import Client, StepFailed
-from hub_server import Hub
+from hub_server import Hub, Repo
 
 from capt_peft.report import UPLOADED
 
 TOKEN, STRANGER = "hf_" + "Secret" * 5, "hf_" + "Stranger" * 4
 BASE, ADAPTER = "someone/tiny-clip", "someone/tiny-capt"
 WEIGHTS = "adapter_model.safetensors"
+SAVED_BY_PEFT = {WEIGHTS, "adapter_config.json", "README.md"}
 LOADERS = ["PeftModel", "AutoPeftModel", "CLIPModel", "ZeroShotClassifier", "pipeline"]
 
 
@@ -162,14 +165,14 @@ def test_pushing_again_sends_nothing_and_commits_nothing(client, hub, folder):
 def test_results_of_other_weights_do_not_stay(client, hub, folder):
     client("push_adapter", str(folder / "a"), "someone/moving")
     logits = client("push_adapter_model", BASE, 7, "someone/moving")
-    assert set(files(hub, "someone/moving")) == set(UPLOADED) - {"results.json"}
+    assert set(files(hub, "someone/moving")) == SAVED_BY_PEFT
     assert b"Our card" not in files(hub, "someone/moving")["README.md"]
     assert load(client, "ZeroShotClassifier", "someone/moving") == logits
 
 
 def test_pefts_own_push_to_hub_works(client, hub):
     logits = client("push_model", BASE, 8, "someone/by-peft", private=True)
-    assert set(files(hub, "someone/by-peft")) == {WEIGHTS, "adapter_config.json", "README.md"}
+    assert set(files(hub, "someone/by-peft")) == SAVED_BY_PEFT
     assert hub.repos["someone/by-peft"].private
     assert load(client, "ZeroShotClassifier", "someone/by-peft") == logits
 
@@ -178,7 +181,7 @@ def test_the_trainer_pushes_the_adapter_but_no_checkpoints_and_no_pickles(client
     client("set_token", None)  # the arguments have it
     logits = client("train", TINY_CLIP, str(tmp_path / "run"), "someone/trained", TOKEN)
     assert (tmp_path / "run" / "checkpoint-2" / "training_args.bin").exists()
-    assert set(files(hub, "someone/trained")) == set(UPLOADED) - {"results.json"}
+    assert set(files(hub, "someone/trained")) == SAVED_BY_PEFT
     repo = hub.repos["someone/trained"]
     assert repo.private
     assert len(repo.commits) == 2
@@ -195,7 +198,7 @@ def test_the_script_pushes_its_adapter_with_our_card(client, hub, tmp_path):
         "--hub_token", TOKEN,
     )  # fmt: skip
     uploaded = files(hub, "someone/scripted")
-    assert set(uploaded) == set(UPLOADED)
+    assert set(uploaded) == SAVED_BY_PEFT | {"results.json"}
     assert all(content == (out / name).read_bytes() for name, content in uploaded.items())
     assert not any(TOKEN.encode() in content for content in uploaded.values())
     card = uploaded["README.md"].decode()
@@ -246,7 +249,7 @@ def test_a_bad_token_is_refused_with_the_hubs_reason(client, hub, folder):
         with pytest.raises(StepFailed) as caught:
             load(client, loader, ADAPTER)
         assert "Invalid credentials" in caught.value.text
-    with pytest.raises(StepFailed, match="ADAPTER|401") as caught:
+    with pytest.raises(StepFailed, match="401") as caught:
         client("push_adapter", str(folder / "b"), ADAPTER)
     assert "Invalid credentials" in caught.value.text
     assert "pushing it again is safe" in caught.value.text
@@ -275,7 +278,7 @@ def test_what_is_not_there_is_named(client, loader):
 
 
 def test_a_base_that_is_not_there_is_named(client, hub):
-    repo = hub.repos["someone/orphan"] = type(hub.repos[ADAPTER])()
+    repo = hub.repos["someone/orphan"] = Repo()
     config = files(hub, ADAPTER)["adapter_config.json"].replace(BASE.encode(), b"someone/gone")
     repo.commit("main", {**files(hub, ADAPTER), "adapter_config.json": config})
     for loader in ("AutoPeftModel", "CLIPModel", "ZeroShotClassifier", "pipeline"):
@@ -293,10 +296,10 @@ def test_a_lookup_that_fails_once_is_tried_again(client, shared, hub, loader):
 
 
 def test_an_adapter_is_never_taken_for_a_bare_model_because_the_hub_failed(client, shared, hub):
-    hub.repos["someone/both"] = type(hub.repos[ADAPTER])()
+    hub.repos["someone/both"] = Repo()
     hub.repos["someone/both"].commit("main", {**files(hub, BASE), **files(hub, ADAPTER)})
     hub.fail("GET", "someone/both/resolve/.*/adapter_config.json", status=500)
-    with pytest.raises(StepFailed, match="can be read neither from the Hub nor from the cache: .*500") as caught:
+    with pytest.raises(StepFailed, match=r"can be read neither from the Hub nor from the cache: .*500") as caught:
         load(client, "ZeroShotClassifier", "someone/both")
     assert caught.value.kind == "OSError"
     assert load(client, "ZeroShotClassifier", "someone/both") == shared["a"]
@@ -316,7 +319,7 @@ def test_a_download_that_is_cut_goes_on_where_it_stopped(client, shared, hub):
     assert hub.log("GET", "/storage/")[-1].range == "bytes=5000-"
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", LOADERS[:-1])
 def test_nothing_of_a_broken_download_is_kept(client, shared, hub, tmp_path, loader):
     hub.fail("GET", f"/storage/{weights_oid(hub)}", cut=5000, reset=True)
     with pytest.raises(StepFailed):
@@ -326,9 +329,12 @@ def test_nothing_of_a_broken_download_is_kept(client, shared, hub, tmp_path, loa
     assert load(client, loader, ADAPTER) == shared["a"]
 
 
-def weights_oid(hub):
-    import hashlib
+def test_a_pipeline_tries_a_broken_download_again_and_loads_the_whole_adapter(client, shared, hub):
+    hub.fail("GET", f"/storage/{weights_oid(hub)}", cut=5000, reset=True)
+    assert load(client, "pipeline", ADAPTER) == shared["a"]
 
+
+def weights_oid(hub):
     return hashlib.sha256(files(hub, ADAPTER)[WEIGHTS]).hexdigest()
 
 

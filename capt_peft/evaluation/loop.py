@@ -160,8 +160,8 @@ def _warn_of_units(attacks: Sequence[Attack], examples: Examples, device: torch.
     for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
         if radius > diagonal / 5:
             logger.warning(
-                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so that "
-                "%g levels of 255 are written '%g/255'.",
+                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so "
+                "that %g levels of 255 are written '%g/255'.",
                 radius,
                 radius / diagonal,
                 radius,
