@@ -1,0 +1,296 @@
+"""What the page of examples/app.py does: checks what it is given, attacks each model, puts the outcome in words.
+
+There is no Gradio here, and no state but the models: any number of threads may call `Page.run` at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from PIL import Image
+from torch import Tensor
+
+from capt_peft import ThreatModel, ZeroShotClassifier, load_task
+from capt_peft.attacks import PGD
+from capt_peft.data.images import load_image
+from capt_peft.loading import load_model
+from capt_peft.randomness import example_generators
+
+TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")
+CLIP, CAPT = "CLIP", "CLIP + CAPT"
+DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
+MAX_SIDE, MAX_RATIO, MAX_BYTES = 4096, 20, 10_000_000
+MAX_CLASSES, MAX_NAME, MAX_TEMPLATE, MAX_STEPS = 100, 100, 200, 200
+SHOWN = 256  # pixels that a shown image has at least
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+
+
+class Refused(ValueError):
+    """Input that is not accepted; the message is one or two sentences for the user."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack did to one model.
+
+    Attributes:
+        name: The model's name.
+        true_class: The class that the attack leads away from.
+        images: The image as the model sees it, its attacked twin, and the noise, as PIL images of at least 256 pixels.
+        clean: Probability of each class for the image.
+        attacked: The same for its attacked twin.
+    """
+
+    name: str
+    true_class: str
+    images: tuple[Image.Image, Image.Image, Image.Image]
+    clean: dict[str, float]
+    attacked: dict[str, float]
+
+    @property
+    def held(self) -> bool:
+        """Whether the model names the true class before and after the attack."""
+        return self.true_class == best(self.clean)[0] == best(self.attacked)[0]
+
+    @property
+    def sentence(self) -> str:
+        """What happened, for people."""
+        (before, p), (after, q) = best(self.clean), best(self.attacked)
+        if before != self.true_class:
+            return f"is wrong before any attack: “{before}” ({p:.0%}), not “{self.true_class}”; attacked, “{after}” ({q:.0%})"
+        if self.held:
+            return f"holds: “{before}” ({p:.0%}), and attacked still “{after}” ({q:.0%})"
+        return f"is fooled: “{before}” ({p:.0%}) becomes “{after}” ({q:.0%})"
+
+
+def best(scores: dict[str, float]) -> tuple[str, float]:
+    """Returns the class with the highest score, and the score."""
+    return max(scores.items(), key=lambda item: item[1])
+
+
+class Page:
+    """The models, loaded once, and what a request does with them.
+
+    The base and the base with the adapter are two models, because switching an adapter off would switch it off for
+    everybody. The classifier of a request is its own; they only share the weights.
+
+    Args:
+        adapter: Folder or Hub id of a CAPT adapter; without one, only CLIP is attacked.
+        base: Folder or Hub id of the CLIP; by default the adapter's, or tiny CLIP.
+    """
+
+    def __init__(self, adapter: str | None = None, base: str | None = None) -> None:
+        self.class_names, self.template, revision = DIGITS, DIGITS_TEMPLATE, None
+        self.adapter = adapter
+        if adapter is not None:
+            config: Any = PeftConfig.from_pretrained(adapter)
+            if base is None and not is_lost_tiny_clip(config.base_model_name_or_path):
+                base, revision = config.base_model_name_or_path, config.revision
+            self.class_names = list(getattr(config, "class_names", None) or DIGITS)[:MAX_CLASSES]
+            self.template = getattr(config, "template", None) or DIGITS_TEMPLATE
+        separator = "\n" if any("," in name for name in self.class_names) else ", "
+        self.class_text = separator.join(self.class_names)
+        self.base = base or TINY_CLIP
+        self.models = {CLIP: load_model(self.base, revision=revision)}
+        if adapter is not None:
+            self.models[CAPT] = load_model(adapter, base=self.base if revision is None else None)
+        for model, _ in self.models.values():
+            model.requires_grad_(False)
+        self._lock = threading.Lock()
+
+    def run(
+        self, image: Any, class_names: Any, template: Any, epsilon_levels: Any, steps: Any, true_class: Any = None
+    ) -> tuple[list[Outcome], str]:
+        """Attacks each model itself.
+
+        Args:
+            image: Path of an image file.
+            class_names: The classes, separated by commas, or one a line.
+            template: The text of a class; `{}` stands for its name.
+            epsilon_levels: L-inf epsilon in levels of 255, 0 to 255.
+            steps: Steps of the attack, 1 to 200.
+            true_class: The class to lead away from; by default each model's own clean answer.
+
+        Returns:
+            The outcome for each model, and sentences on what was done.
+
+        Raises:
+            Refused: Anything is not as described, or too large.
+        """
+        names, template = read_class_names(class_names), read_template(template)
+        true_class = read_true_class(true_class, names)
+        attack = PGD(ThreatModel("linf", read_epsilon(epsilon_levels)), steps=read_steps(steps))
+        picture = read_image(image)
+        classifiers = list(self._classifiers(names, template))
+        outcomes = [attack_one(name, c, picture, attack, true_class) for name, c in classifiers]
+        return outcomes, describe(attack, true_class, len(outcomes))
+
+    def _classifiers(self, names: list[str], template: str) -> Iterator[tuple[str, ZeroShotClassifier]]:
+        for name, (model, processor) in self.models.items():
+            try:
+                with self._lock:  # a tokenizer keeps its padding in itself
+                    classifier = ZeroShotClassifier(model, processor, names, template)
+            except ValueError as error:  # a text is too long, or so short that prompts would overwrite the class name
+                raise Refused(str(error)) from error
+            yield name, classifier
+
+
+def is_lost_tiny_clip(name: str | None) -> bool:
+    """Tells whether an adapter was tuned on tiny CLIP, but in a folder that is not here."""
+    return name is not None and Path(name).name == Path(TINY_CLIP).name and not os.path.isdir(name)
+
+
+def attack_one(
+    name: str, classifier: ZeroShotClassifier, picture: Image.Image, attack: PGD, true_class: str | None
+) -> Outcome:
+    """Attacks one model with one image; without a true class, away from the model's own answer."""
+    pixels = classifier.transform(picture)[None]  # (1, 3, H, W)
+    with torch.no_grad():
+        clean = classifier(pixels).softmax(-1)[0]  # (N,)
+    label = int(clean.argmax()) if true_class is None else classifier.class_names.index(true_class)
+    adversarial = attack(classifier, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
+    with torch.no_grad():
+        attacked = classifier(adversarial).softmax(-1)[0]
+    noise = 0.5 + magnification(attack) * (adversarial - pixels)
+    return Outcome(
+        name,
+        classifier.class_names[label],
+        (to_picture(pixels), to_picture(adversarial), to_picture(noise)),
+        dict(zip(classifier.class_names, clean.tolist(), strict=True)),
+        dict(zip(classifier.class_names, attacked.tolist(), strict=True)),
+    )
+
+
+def magnification(attack: PGD) -> float:
+    """Returns the factor that makes the largest possible noise fill the range of a pixel."""
+    epsilon = attack.threat_model.epsilon
+    return 0.5 / epsilon if epsilon else 1.0
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Returns (1, 3, H, W) pixels as an image, each pixel as a square where there are few of them."""
+    array = (pixels[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    scale = max(1, math.ceil(SHOWN / min(array.shape[:2])))
+    picture = Image.fromarray(array)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def describe(attack: PGD, true_class: str | None, models: int) -> str:
+    """Says which attack was run, under which threat model, and what counts as right."""
+    who = "The model is" if models == 1 else "Each model is"
+    whom = "the model's" if models == 1 else "each model's"
+    truth = (
+        f"The true class is “{true_class}”." if true_class else f"No true class was chosen: {whom} clean answer counts."
+    )
+    steps = f"{attack.steps} step{'s' if attack.steps > 1 else ''}"
+    return (
+        f"{who} attacked itself (white box, through its own gradients) with {attack.name.upper()}: {steps} up the "
+        f"cross-entropy from a random start (seed 0), {attack.threat_model} on pixels in [0, 1]. {truth} The noise is shown "
+        f"× {magnification(attack):.3g}. An answer that holds may still fall to a stronger attack."
+    )
+
+
+def example_files(folder: str) -> list[list[str]]:
+    """Writes the first test digit of each class; returns what an example fills in: image, classes, template, true class."""
+    test = load_task("digits")["test"]
+    rows = []
+    for label, name in enumerate(DIGITS):
+        path = os.path.join(folder, f"digit_{name}.png")
+        test[test["label"].index(label)]["image"].save(path)
+        rows.append([path, ", ".join(DIGITS), DIGITS_TEMPLATE, name])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ what users give
+
+
+def read_image(path: Any) -> Image.Image:
+    """Reads an image file that may be anything; its size is known before its pixels are decoded."""
+    if not isinstance(path, str) or not os.path.isfile(path):
+        raise Refused("There is no image: choose an example or upload one.")
+    if (size := os.path.getsize(path)) > MAX_BYTES:
+        raise Refused(f"The file has {size / 1e6:.1f} MB; images of up to {MAX_BYTES / 1e6:.0f} MB are read.")
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            width, height = opened.size
+    except Image.DecompressionBombError:
+        raise Refused(f"The image is too large; up to {MAX_SIDE} pixels a side are read.") from None
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        raise Refused(f"The file cannot be read as an image ({', '.join(FORMATS)}).") from error
+    if max(width, height) > MAX_SIDE:
+        raise Refused(
+            f"The image has {width} x {height} pixels; up to {MAX_SIDE} a side are read. Make it smaller first."
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):  # resizing the short side would make the long one huge
+        raise Refused(f"The image has {width} x {height} pixels; one side may be {MAX_RATIO} times the other at most.")
+    try:
+        return load_image(path)
+    except Exception as error:
+        raise Refused("The image is damaged or cut short: its pixels cannot be read.") from error
+
+
+def read_class_names(text: Any) -> list[str]:
+    """Returns the class names in a text, in their order: one a line, or on a single line separated by commas."""
+    if not isinstance(text, str):
+        raise Refused("The class names must be a text, separated by commas, or one a line.")
+    if text.count(",") + text.count("\n") > 10 * MAX_CLASSES or len(text) > 2 * MAX_CLASSES * MAX_NAME:
+        raise Refused(f"That is too much: up to {MAX_CLASSES} class names of {MAX_NAME} characters are allowed.")
+    parts = text.split("\n") if "\n" in text.strip() else text.split(",")
+    names = [name for part in parts if (name := " ".join(part.split()))]
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise Refused(f"2 to {MAX_CLASSES} class names are needed, got {len(names)}. Separate them by commas.")
+    for i, name in enumerate(names):
+        if len(name) > MAX_NAME:
+            raise Refused(f"“{name[:20]}…” has {len(name)} characters; a class name may have {MAX_NAME}.")
+        if not name.isprintable():
+            raise Refused(f"Class name {i + 1} holds characters that cannot be shown.")
+        if name in names[:i]:
+            raise Refused(f"“{name}” is there twice; class names must differ.")
+    return names
+
+
+def read_template(text: Any) -> str:
+    """Returns a template that is short, can be shown and has one place for a class name."""
+    if not isinstance(text, str) or len(text) > MAX_TEMPLATE or not text.isprintable():
+        raise Refused(f"The template must be one line of up to {MAX_TEMPLATE} characters.")
+    if text.count("{}") != 1 or text.count("{") > 1 or text.count("}") > 1:
+        raise Refused("The template must hold {} once, the place of the class name, and no other braces.")
+    return text
+
+
+def read_true_class(text: Any, names: list[str]) -> str | None:
+    """Returns the true class, or None if none was chosen."""
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str) or " ".join(text.split()) not in names:
+        raise Refused(f"The true class {shorten(text)} is not among the class names.")
+    return " ".join(text.split())
+
+
+def read_epsilon(levels: Any) -> float:
+    """Returns epsilon in [0, 1] from levels of 255."""
+    if isinstance(levels, bool) or not isinstance(levels, int | float) or not 0 <= levels <= 255:  # NaN too
+        raise Refused(f"Epsilon must be 0 to 255 levels (255 is the whole range, 1), got {shorten(levels)}.")
+    return levels / 255
+
+
+def read_steps(steps: Any) -> int:
+    """Returns the number of attack steps."""
+    number = not isinstance(steps, bool) and isinstance(steps, int | float)
+    if not number or not 1 <= steps <= MAX_STEPS or steps != int(steps):
+        raise Refused(f"The attack takes a whole number of steps from 1 to {MAX_STEPS}, got {shorten(steps)}.")
+    return int(steps)
+
+
+def shorten(value: Any) -> str:
+    """Returns what was given, for a message."""
+    text = ascii(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    return text if len(text) <= 40 else text[:40] + "…"
