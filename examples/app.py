@@ -17,7 +17,18 @@ from typing import Any
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: nothing is sent anywhere
 
 import gradio as gr
-from attack_page import CAPT, MAX_BYTES, MAX_SIDE, MAX_STEPS, Outcome, Page, Refused, example_files, read_class_names
+from attack_page import (
+    CAPT,
+    CLIP,
+    MAX_BYTES,
+    MAX_SIDE,
+    MAX_STEPS,
+    Outcome,
+    Page,
+    Refused,
+    example_files,
+    read_class_names,
+)
 from PIL import Image
 
 DEMO = Path("outputs/demo")
@@ -30,18 +41,18 @@ CSS = """
 .verdict { font-size: 1.15em; padding: 2px 0; }
 .verdict b { color: #57606a; } .verdict .held b { color: #1a7f37; } .verdict .fooled b { color: #cf222e; }
 """
-INTRO = """# CLIP under attack, and CLIP + CAPT
+INTRO = """# {clip} under attack, and {clip} + CAPT
 Choose an example or upload an image, and press *Attack*: it searches for a change, too small to matter to you, that turns
 the model's answer. CAPT is a small adapter that was tuned to withstand such changes ([paper](https://arxiv.org/abs/2405.11154))."""
-NO_ADAPTER = """**There is no adapter here, so only CLIP is shown.** `make demo` tunes one in about five minutes; then start
+NO_ADAPTER = """**There is no adapter here, so only {clip} is shown.** `make demo` tunes one in about five minutes; then start
 this page again, or name any CAPT adapter with `--adapter` (folder or Hub id)."""
 
 
-def verdict(outcome: Outcome) -> str:
-    """Returns what happened to a model, as HTML; class names are whatever users wrote."""
+def verdict(name: str, outcome: Outcome) -> str:
+    """Returns what happened to a model of this name, as HTML; class names are whatever users wrote."""
     fooled = outcome.sentence.startswith("is fooled")
     kind = "held" if outcome.held else "fooled" if fooled else "wrong"
-    return f'<div class="{kind}"><b>{html.escape(outcome.name)} {html.escape(outcome.sentence)}</b></div>'
+    return f'<div class="{kind}"><b>{html.escape(name)} {html.escape(outcome.sentence)}</b></div>'
 
 
 def refuse(message: str) -> gr.Error:
@@ -65,20 +76,23 @@ def build(page: Page, examples: list[list[str]]) -> gr.Blocks:
             raise refuse("Something went wrong here, and was logged. Try another image or other settings.") from None
         shown: list[Any] = [html.escape(description, quote=False)]
         for outcome in outcomes:
-            shown += [verdict(outcome), *outcome.images, outcome.clean, outcome.attacked]
+            shown += [verdict(page.called(outcome.name), outcome), *outcome.images, outcome.clean, outcome.attacked]
         return shown
 
     with gr.Blocks(
-        title="CLIP under attack", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
+        title=f"{page.called(CLIP)} under attack", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as demo:
-        gr.Markdown(INTRO if CAPT in page.models else f"{INTRO}\n\n{NO_ADAPTER}")
+        words = INTRO if CAPT in page.models else f"{INTRO}\n\n{NO_ADAPTER}"
+        gr.Markdown(words.format(clip=page.called(CLIP)))
         samples = gr.Row()
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 inputs = input_components(page)
                 button = gr.Button("Attack", variant="primary", elem_id="attack")
             with gr.Column(scale=3):
-                outputs = [component for name in page.models for component in output_components(name)]
+                outputs = [
+                    component for name in page.models for component in output_components(name, page.called(name))
+                ]
                 description = gr.HTML(elem_id="description")
         with samples:
             upload, names, template, _, _, true_class = inputs
@@ -128,10 +142,10 @@ def input_components(page: Page) -> list[gr.components.Component]:
     return [upload, names, template, epsilon, steps, true_class]
 
 
-def output_components(name: str) -> list[gr.components.Component]:
+def output_components(name: str, title: str) -> list[gr.components.Component]:
     """Returns where the verdict, the three images and the two scores of a model are shown."""
     key = "capt" if name == CAPT else "clip"
-    sentence = gr.HTML(f"<b>{name}</b>", elem_id=f"{key}_verdict", elem_classes="verdict")
+    sentence = gr.HTML(f"<b>{html.escape(title)}</b>", elem_id=f"{key}_verdict", elem_classes="verdict")
     with gr.Row():
         images = [
             gr.Image(label=label, height=210, format="png", elem_id=f"{key}_{part}", elem_classes="pixels", min_width=120,

@@ -106,6 +106,11 @@ class Page:
             model.requires_grad_(False)
         self._lock = threading.Lock()
 
+    def called(self, name: str) -> str:
+        """Returns what people read for a model's name: tiny CLIP is called that, never CLIP."""
+        tiny = Path(self.base).name.startswith(Path(TINY_CLIP).name)
+        return name.replace("CLIP", "Tiny CLIP") if tiny else name
+
     def run(
         self, image: Any, class_names: Any, template: Any, epsilon_levels: Any, steps: Any, true_class: Any = None
     ) -> tuple[list[Outcome], str]:

@@ -404,8 +404,8 @@ def test_a_browser_shows_how_clip_is_fooled_and_the_adapter_holds(browser, withs
     browser.wait_for_selector("#upload img")
     browser.wait_for_function(f"document.querySelector('#true_class input').value == '{withstood}'")
     browser.click("#attack")
-    assert browser.inner_text("#clip_verdict .fooled").startswith(f"CLIP is fooled: “{withstood}”")
-    assert browser.inner_text("#capt_verdict .held").startswith(f"CLIP + CAPT holds: “{withstood}”")
+    assert browser.inner_text("#clip_verdict .fooled").startswith(f"Tiny CLIP is fooled: “{withstood}”")
+    assert browser.inner_text("#capt_verdict .held").startswith(f"Tiny CLIP + CAPT holds: “{withstood}”")
     for model, before, after in (("clip", True, False), ("capt", True, True)):
         for part, right in (("before", before), ("after", after)):
             heading = browser.inner_text(f"#{model}_{part} h2").strip()
