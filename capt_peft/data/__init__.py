@@ -1,9 +1,22 @@
 """What is classified: tasks, their images and pixels, and which of them are trained on."""
 
+from .catalog import CATALOG, entry
 from .images import load_image
 from .loading import list_tasks, load_task
+from .published import Entry
 from .sampling import sample_shots, split_classes
 from .task import Task
 from .transforms import PixelTransform
 
-__all__ = ["PixelTransform", "Task", "list_tasks", "load_image", "load_task", "sample_shots", "split_classes"]
+__all__ = [
+    "CATALOG",
+    "Entry",
+    "PixelTransform",
+    "Task",
+    "entry",
+    "list_tasks",
+    "load_image",
+    "load_task",
+    "sample_shots",
+    "split_classes",
+]

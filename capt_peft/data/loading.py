@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
+from .catalog import CATALOG, recognize
 from .columns import check_number, label_splits, with_labels
 from .images import check_image
+from .published import Entry, to_catalog
 from .sampling import sample_shots, stratified_split
 from .sources import SPLIT_NAMES, open_hub, open_local, split_of
 from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values, encoded_images
@@ -30,6 +32,7 @@ MAX_CHECKED_IMAGES = 5000
 def load_task(
     name_or_path: str | Path,
     *,
+    root: str | Path | None = None,
     name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -52,7 +55,9 @@ def load_task(
         name_or_path: In this order: a name of `list_tasks()`; a local path (`./digits` is a path, `digits` a name);
             the id of a Hub dataset. A path is a folder of class folders, with or without split folders around them; a
             parquet file, or a folder of them whose names begin with their split; what `save_to_disk` wrote; or a CoOp
-            root with its `split_zhou_*.json` (or that file).
+            root with its `split_zhou_*.json` (or that file). A name of `CATALOG` is loaded from its Hub dataset, with
+            its columns, splits, class names and template, which also serve CoOp's own folders (`docs/datasets.md`).
+        root: Where a data set of `CATALOG` lies locally: its folder, in CoOp's layout or another, or CoOp's `$DATA`.
         name: Configuration of a Hub dataset.
         image_column: Column of the images; needed if there are several.
         label_column: Column of the labels; needed if there is no or more than one `ClassLabel`. A column of strings
@@ -78,26 +83,29 @@ def load_task(
     if class_names is not None:
         check_class_names(class_names)
         class_names = tuple(class_names)
-    source, path = str(name_or_path), Path(os.path.abspath(Path(name_or_path).expanduser()))
-    chosen = {"train": train_split, "validation": validation_split, "test": test_split}
-    if isinstance(name_or_path, str) and source in list_tasks():
-        _refuse(source, name=name, revision=revision, image_column=image_column, label_column=label_column, **chosen)
-        return _customized(_catalog_task(source, seed), class_names, template)
-    if path.exists():
-        _refuse(source, name=name, revision=revision)
-        kind, available = open_local(path)
+    source, given = str(name_or_path), {"train": train_split, "validation": validation_split, "test": test_split}
+    columns = {"image_column": image_column, "label_column": label_column}
+    if isinstance(name_or_path, str) and source in _procedural():
+        _refuse(source, root=root, name=name, revision=revision, **columns, **given)
+        return _customized(_procedural_task(source, seed), class_names, template)
+    entry = CATALOG.get(source) if isinstance(name_or_path, str) else None
+    path = _local_path(source, root, entry)
+    if path is None:
+        kind, available = "hub", _open_hub(source, entry, name, revision)
     else:
-        kind, available = "hub", open_hub(source, name, revision, list_tasks())
+        _refuse(str(path), name=name, revision=revision)
+        entry = entry or recognize(path)
+        kind, available = open_local(entry.folder(path) if entry is not None else path)
     if kind == "folder":
-        label_column = label_column or "label"
-    splits = _choose_splits(available, chosen)
-    splits, found_names = label_splits(splits, image_column, label_column, class_names)
+        columns["label_column"] = label_column or "label"
+    splits, found_names = _labelled(entry, available, columns, given, class_names)
+    origin = str(path) if root is not None else entry.hub_id if entry is not None and path is None else source
     task = Task(
-        name=_task_name(path) if kind != "hub" else f"{source}:{name}" if name else source,
+        name=_task_name(source, path if root is None else None, name),
         class_names=found_names,
         splits=_complete(splits, seed),
-        template=template or DEFAULT_TEMPLATE,
-        source=f"{source}@{revision}" if revision else source,
+        template=template or (entry.template if entry is not None else DEFAULT_TEMPLATE),
+        source=f"{origin}@{revision}" if revision else str(origin),
     )
     if kind in ("folder", "coop") and sum(map(len, task.splits.values())) <= MAX_CHECKED_IMAGES:
         check_images(task)
@@ -105,7 +113,11 @@ def load_task(
 
 
 def list_tasks() -> list[str]:
-    """Returns the names that `load_task` knows without a network or files."""
+    """Returns the names that `load_task` knows: first those without a network or files, then those of `CATALOG`."""
+    return [*_procedural(), *CATALOG]
+
+
+def _procedural() -> list[str]:
     from .toy import TOY_TASKS
 
     return ["digits", *TOY_TASKS]
@@ -142,7 +154,79 @@ def _problem(image: Any) -> FileNotFoundError | ValueError | None:
     return None
 
 
-def _task_name(path: Path) -> str:
+def _local_path(source: str, root: str | Path | None, entry: Entry | None) -> Path | None:
+    """Returns what to open locally, or None for the Hub."""
+    if root is not None and entry is None:
+        raise ValueError(
+            f"`root` says where a data set of the catalog lies ({', '.join(CATALOG)}), and {source!r} is none. Give "
+            "the path as the first argument."
+        )
+    if root is not None and not Path(root).expanduser().exists():
+        raise FileNotFoundError(f"The root {str(root)!r} of {source!r} does not exist. Check the path.")
+    if entry is not None and root is None:
+        return None
+    path = Path(os.path.abspath(Path(source if root is None else root).expanduser()))
+    return path if path.exists() else None
+
+
+def _open_hub(source: str, entry: Entry | None, name: str | None, revision: str | None) -> dict[str, Dataset]:
+    if entry is None:
+        return open_hub(source, name, revision, list_tasks())
+    if entry.hub_id is None:
+        raise FileNotFoundError(
+            f"The catalog knows no Hub dataset of {entry.title}. {entry.note} Give `root`, the folder it lies in."
+        )
+    try:
+        return open_hub(entry.hub_id, name or entry.hub_config, revision, list_tasks())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{entry.title} could not be loaded from the Hub as {entry.hub_id}: {error.__cause__}. Check the network, "
+            "and on the dataset's page whether it asks for consent; or give `root`, the folder of a local copy."
+        ) from error
+
+
+def _labelled(
+    entry: Entry | None,
+    available: Mapping[str, Dataset],
+    columns: Mapping[str, str | None],
+    given: Mapping[str, str | None],
+    class_names: tuple[str, ...] | None,
+) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+    """Returns the task's splits and class names, by the settings given or else by the entry of the catalog."""
+    if entry is not None:
+        columns, given = _entry_settings(entry, available, columns, given)
+    splits = _choose_splits(available, given)
+    if entry is None or class_names is not None:
+        return label_splits(splits, **columns, class_names=class_names)
+    numbered = entry.labels_in_order and _has_numbers(splits, columns["label_column"])
+    return to_catalog(*label_splits(splits, **columns, class_names=entry.class_names if numbered else None), entry)
+
+
+def _entry_settings(
+    entry: Entry, available: Mapping[str, Dataset], columns: Mapping[str, str | None], given: Mapping[str, str | None]
+) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    """Returns the columns and splits to use: those given, or else the entry's, where the data has them."""
+    present = set(next(iter(available.values())).column_names)
+    chosen = dict(columns)
+    for key, column in (("image_column", entry.image_column), ("label_column", entry.label_column)):
+        if chosen[key] is None and column in present:
+            chosen[key] = column
+    if any(given.values()):
+        return chosen, dict(given)
+    if entry.test_only and len(available) == 1:
+        return chosen, {"test": next(iter(available))}
+    return chosen, {split: name for split, name in entry.splits.items() if name in available}
+
+
+def _has_numbers(splits: Mapping[str, Dataset], label_column: str | None) -> bool:
+    """Whether the labels are numbers without names."""
+    feature = next(iter(splits.values())).features.get(label_column)
+    return isinstance(feature, Value) and "int" in feature.dtype
+
+
+def _task_name(source: str, path: Path | None, config: str | None) -> str:
+    if path is None:
+        return f"{source}:{config}" if config else source
     if path.is_dir():
         return path.name
     return path.parent.name if path.suffix == ".json" else path.stem
@@ -154,7 +238,7 @@ def _refuse(source: str, **settings: Any) -> None:
         raise ValueError(f"{source!r} is local or in the catalog and takes no {' or '.join(given)}. Leave it out.")
 
 
-def _catalog_task(name: str, seed: int) -> Task:
+def _procedural_task(name: str, seed: int) -> Task:
     from .toy import load_digits_task, load_toy_task
 
     return load_digits_task(seed=seed) if name == "digits" else load_toy_task(name, seed=seed)
