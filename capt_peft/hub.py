@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
@@ -121,6 +121,7 @@ class HubTrainer(Trainer):
     """A Trainer that uploads its adapter and nothing else; [`CaptTrainer`] is one."""
 
     classifier: ZeroShotClassifier
+    hub_model_id: Any  # the Trainer starts with None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Creates the repository of `args.hub_model_id` before any long work; arguments as of [`prepare_repo`]."""
