@@ -9,7 +9,7 @@ from .hub import push_adapter
 from .loading import from_pretrained
 from .methods import METHODS, get_method
 from .monitor import TrainingStopped
-from .objectives import AdversarialCrossEntropy, CaptObjective, Views
+from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
 from .trainer import CaptTrainer
 from .training_args import CaptTrainingArguments
 from .tuner import CaptConfig, CaptModel
@@ -29,6 +29,7 @@ __all__ = [
     "CaptTrainer",
     "CaptTrainingArguments",
     "Evaluation",
+    "FapObjective",
     "Square",
     "Task",
     "ThreatModel",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attacks import Attack
 from .classifier import ZeroShotClassifier, pooled
+from .data import Task
 from .objectives import Views
 from .randomness import example_generators
 from .trainer import CaptTrainer
@@ -80,7 +81,7 @@ class FareTrainer(CaptTrainer):
         model: nn.Module,
         args: CaptTrainingArguments,
         *,
-        task: Any,
+        task: Task,
         processor: Any,
         attack: Attack | None = None,
         **kwargs: Any,

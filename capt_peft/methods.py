@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .objectives import AdversarialCrossEntropy, CaptObjective, Objective
+from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
 from .training_args import CaptTrainingArguments
 
 
@@ -18,11 +18,13 @@ class Method:
         source: Paper that it comes from.
         objective: Makes the objective from the training arguments.
         prompts: Fields of [`CaptConfig`] that belong to the method; other fields are the user's.
+        attack: Fields of [`CaptTrainingArguments`] that belong to the method's training attack.
     """
 
     source: str
     objective: Callable[[CaptTrainingArguments], Objective]
     prompts: Mapping[str, Any] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _adversarial(args: CaptTrainingArguments) -> Objective:
@@ -35,6 +37,12 @@ METHODS: dict[str, Method] = {
         "arXiv 1901.08573 with the prompts of arXiv 2210.03117",
         lambda args: CaptObjective(args.consistency, 0.0),
         {"coupling": "text_to_vision"},
+    ),
+    "fap": Method(
+        "arXiv 2403.14774",
+        lambda args: FapObjective(args.consistency),
+        {"coupling": "vision_to_text"},
+        {"attack_loss": "kl"},
     ),
     "adv-maple": Method("arXiv 2210.03117, as in arXiv 2403.14774", _adversarial, {"coupling": "text_to_vision"}),
     "adv-vlp": Method("independent prompts, as in arXiv 2403.14774", _adversarial, {"coupling": "none"}),

@@ -113,6 +113,40 @@ class CaptObjective:
         return torch.where(frozen + tuned > 0, frozen / (frozen + tuned).clamp_min(1e-30), 0.5)
 
 
+class FapObjective:
+    r"""FAP's objective (Zhou et al. 2024, arXiv 2403.14774, as its code has it).
+
+    `L = CE(clean, y) + λ · mean_i [(cos(f_clean_i, f_adv_i) + 1) · KL(clean_i ‖ adversarial_i)]`
+
+    with f the image features: it draws the predictions on both together and the features apart. The gradient flows through both
+    branches and through the cosine.
+
+    Args:
+        consistency: λ, 0 or more.
+
+    Raises:
+        ValueError: λ negative or not finite.
+    """
+
+    needs_frozen = False
+
+    def __init__(self, consistency: float = 1.5) -> None:
+        if not 0 <= consistency < float("inf"):
+            raise ValueError(f"consistency={consistency} (λ) must be a finite number, 0 or more.")
+        self.consistency = float(consistency)
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts `clean_loss`, `consistency_tuned` (without the cosine) and `cosine`."""
+        if views.clean_features is None or views.adversarial_features is None:
+            raise ValueError("FAP's objective needs the image features of both views.")
+        clean_loss = F.cross_entropy(views.clean, views.labels)
+        tuned = kl_to(views.adversarial, views.clean)  # (B,)
+        cosine = F.cosine_similarity(views.clean_features.float(), views.adversarial_features.float())  # (B,)
+        loss = clean_loss + self.consistency * ((cosine + 1) * tuned).mean()
+        parts = {"clean_loss": clean_loss, "consistency_tuned": tuned.mean(), "cosine": cosine.mean()}
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+
 class AdversarialCrossEntropy:
     """Cross-entropy on the adversarial images alone: the objective of TeCoA, APT and the Adv- baselines (Madry et al. 2018)."""
 

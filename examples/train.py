@@ -47,7 +47,9 @@ class ScriptArguments:
     eval_limit: int | None = field(
         default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
     )
-    method: str = field(default="capt", metadata={"help": "capt, trades-maple, adv-maple, adv-vlp, adv-vp or adv-tp."})
+    method: str = field(
+        default="capt", metadata={"help": "capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp or adv-tp."}
+    )
     teacher: str | None = field(default=None, metadata={"help": "Another CLIP that guides the tuning."})
     coupling: str | None = field(default=None, metadata={"help": "text_to_vision, vision_to_text or none."})
     num_text_tokens: int | None = field(default=None, metadata={"help": "Text prompts a layer."})
@@ -85,6 +87,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Tunes, measures and saves; returns the results."""
     script, args = parse_args(sys.argv[1:] if argv is None else argv)
     method = get_method(script.method)
+    for name, value in method.attack.items():
+        setattr(args, name, value)
     if script.shots != "all" and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
     task = load_task(

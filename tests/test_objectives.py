@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from capt_peft.objectives import AdversarialCrossEntropy, CaptObjective, Views, certainty, kl_to, parse_weighting
+from capt_peft.objectives import (
+    AdversarialCrossEntropy,
+    CaptObjective,
+    FapObjective,
+    Views,
+    certainty,
+    kl_to,
+    parse_weighting,
+)
 
 WEIGHTINGS = ["confidence", "entropy", "batch", "schedule", 0.0, 0.3, 1.0]
 
@@ -152,3 +160,27 @@ def test_unknown_weightings_are_refused(weighting):
 def test_bad_strengths_are_refused(consistency):
     with pytest.raises(ValueError, match="must be a finite number"):
         CaptObjective(consistency)
+
+
+def test_faps_objective_is_its_equation_and_its_gradient_flows_through_both_views():
+    generator = torch.Generator().manual_seed(3)
+    features = [torch.randn(6, 5, generator=generator) for _ in range(2)]
+    v = views(clean_features=features[0], adversarial_features=features[1])
+    loss, parts = FapObjective(2.5)(v)
+    clean, adversarial = probabilities(v.clean), probabilities(v.adversarial)
+    expected = 0.0
+    for i in range(6):
+        a, b = features[0][i].tolist(), features[1][i].tolist()
+        cosine = sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+        expected += (-math.log(clean[i][v.labels[i]]) + 2.5 * (cosine + 1) * divergence(clean[i], adversarial[i])) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert set(parts) == {"clean_loss", "consistency_tuned", "cosine"}
+    for name in ("clean", "adversarial", "clean_features", "adversarial_features"):
+        leaf = getattr(v, name).clone().requires_grad_()
+        loss, _ = FapObjective(1.0)(views(**{**vars(v), name: leaf}))
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        assert gradient.abs().max() > 1e-4
+    with pytest.raises(ValueError, match="needs the image features"):
+        FapObjective()(views())
+    with pytest.raises(ValueError, match="consistency=-1"):
+        FapObjective(-1)
