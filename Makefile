@@ -2,19 +2,30 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo app test docs lint clean
 
 help:
 	@echo "make demo   train a CAPT adapter on handwritten digits, measure it, load it back (about 5 minutes)"
 	@echo "make test   run all tests"
+	@echo "make app    a page to try the demo's adapter on"
+	@echo "make docs   build the documentation into site/"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and everything that was made"
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/demo.py
 
+app: $(VENV)/ready
+	$(BIN)/python examples/app.py
+
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+# a warning about a docstring fails it too, which --strict lets pass
+docs: $(VENV)/ready
+	@mkdir -p build
+	$(BIN)/zensical build --clean --strict > build/docs.log 2>&1; status=$$?; cat build/docs.log; exit $$status
+	@! grep -n griffe build/docs.log
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -30,5 +41,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache site .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -118,13 +118,13 @@ def _commit(
 
 
 class HubTrainer(Trainer):
-    """A Trainer that uploads its adapter and nothing else; [`CaptTrainer`] is one."""
+    """A Trainer that uploads its adapter and nothing else; `CaptTrainer` is one."""
 
     classifier: ZeroShotClassifier
     hub_model_id: Any  # the Trainer starts with None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repository of `args.hub_model_id` before any long work; arguments as of [`prepare_repo`]."""
+        """Creates the repository of `args.hub_model_id` before any long work; arguments as of `prepare_repo`."""
         if self.is_world_process_zero():
             private = private if private is not None else self.args.hub_private_repo
             self.hub_model_id = prepare_repo(self._repo_id(), token=token or self.args.hub_token, private=private)
@@ -143,7 +143,7 @@ class HubTrainer(Trainer):
 
         Args:
             commit_message: Title of the commit.
-            token: As of [`push_adapter`], as the others; by default `args.hub_token`.
+            token: As of `push_adapter`, as the others; by default `args.hub_token`.
             revision: By default `args.hub_revision`.
             private: By default `args.hub_private_repo`.
 
@@ -151,7 +151,7 @@ class HubTrainer(Trainer):
             The commit; None in all processes but the first.
 
         Raises:
-            ValueError: The model has no adapter, or as of [`push_adapter`].
+            ValueError: The model has no adapter, or as of `push_adapter`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():

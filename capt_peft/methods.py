@@ -17,8 +17,8 @@ class Method:
     Args:
         source: Paper that it comes from.
         objective: Makes the objective from the training arguments.
-        prompts: Fields of [`CaptConfig`] that belong to the method; other fields are the user's.
-        attack: Fields of [`CaptTrainingArguments`] that belong to the method's training attack.
+        prompts: Fields of `CaptConfig` that belong to the method; other fields are the user's.
+        attack: Fields of `CaptTrainingArguments` that belong to the method's training attack.
     """
 
     source: str

@@ -26,5 +26,5 @@ def example_generator(seed: int, index: int, *, epoch: int = 0, stream: str = "a
 def example_generators(
     seed: int, indices: Sequence[int], *, epoch: int = 0, stream: str = "attack"
 ) -> list[torch.Generator]:
-    """Returns one [`example_generator`] an index, in their order."""
+    """Returns one `example_generator` an index, in their order."""
     return [example_generator(seed, int(index), epoch=epoch, stream=stream) for index in indices]

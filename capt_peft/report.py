@@ -21,7 +21,7 @@ UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", RES
 
 
 def accuracies(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns what [`CaptTrainer.evaluate`] measured, as results hold it.
+    """Returns what `CaptTrainer.evaluate` measured, as results hold it.
 
     Args:
         metrics: Its return value.

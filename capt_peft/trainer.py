@@ -56,7 +56,7 @@ class CaptTrainer(HubTrainer):
         attack: The training attack: a `PGD`, or an object with its `run`; by default PGD with the arguments' settings.
         teacher: Another CLIP whose predictions on clean images guide the tuning: a classifier over the same class names, or the
             folder or Hub id of a model. By default the base model itself, with the adapter off.
-        kwargs: Further arguments of [`~transformers.Trainer`] (`callbacks`, `optimizers`).
+        kwargs: Further arguments of `transformers.Trainer` (`callbacks`, `optimizers`).
 
     Raises:
         ValueError: No training images, or a teacher with other classes or another image size.
@@ -121,7 +121,7 @@ class CaptTrainer(HubTrainer):
         return teacher.eval().requires_grad_(False)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Tunes the adapter; arguments and result as of [`~transformers.Trainer.train`]."""
+        """Tunes the adapter; arguments and result as of `transformers.Trainer.train`."""
         if getattr(self.model, "_is_accelerate_prepared", False) and self.model_wrapped is self.model:
             # evaluate() has prepared the model without DDP, and Accelerate prepares nothing twice: the processes would train
             # apart, without a word (transformers 5.23)
@@ -290,8 +290,8 @@ class CaptTrainer(HubTrainer):
 
         Args:
             eval_dataset: A split of a task (columns `image` and `label`); by default the validation split.
-            args: As of [`~transformers.Trainer.evaluate`].
-            kwargs: As of [`~transformers.Trainer.evaluate`].
+            args: As of `transformers.Trainer.evaluate`.
+            kwargs: As of `transformers.Trainer.evaluate`.
 
         Returns:
             `eval_clean_accuracy`, `eval_robust_accuracy`, each with its 95% Wilson interval (`_low`, `_high`), `eval_n` and

@@ -12,7 +12,7 @@ from .objectives import CaptObjective
 
 @dataclass
 class CaptTrainingArguments(TrainingArguments):
-    r"""Arguments of [`CaptTrainer`]: those of [`~transformers.TrainingArguments`], and what follows.
+    r"""Arguments of `CaptTrainer`: those of `transformers.TrainingArguments`, and what follows.
 
     Args:
         epsilon: Radius of the perturbations, as a fraction of the [0, 1] range of the pixels; "4/255" is read exactly.
@@ -27,12 +27,10 @@ class CaptTrainingArguments(TrainingArguments):
         stop_on_collapse: Stop when the model has become constant: the consistency loss falls to a thousandth of what it was
             while the clean loss is that of guessing.
 
-    <Tip>
     Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.1`,
     `lr_scheduler_type="cosine"`, `num_train_epochs=50`, `per_device_train_batch_size=32`,
     `per_device_eval_batch_size=128`, `logging_steps=10`, `report_to="none"`, `remove_unused_columns=False`,
     `label_names=["labels"]`, `average_tokens_across_devices=True`.
-    </Tip>
     """
 
     epsilon: str = field(

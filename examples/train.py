@@ -89,6 +89,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     method = get_method(script.method)
     for name, value in method.attack.items():
         setattr(args, name, value)
+    script.shots = str(script.shots)  # a number in a YAML file
+    if args.resume_from_checkpoint in ("true", "True"):
+        args.resume_from_checkpoint = True
     if script.shots != "all" and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
     task = load_task(

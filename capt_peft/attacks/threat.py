@@ -91,7 +91,6 @@ class ThreatModel:
     epsilon: float
 
     def __init__(self, norm: str, epsilon: float | str) -> None:
-        """Check the settings and read epsilon."""
         if norm not in NORMS:
             raise ValueError(f"unknown norm {norm!r}: it must be 'linf' or 'l2'")
         radius = parse_fraction(epsilon)

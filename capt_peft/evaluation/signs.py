@@ -156,9 +156,9 @@ def _square(gain: float | None) -> Sign:
         "square_beats_white_box",
         gain,
         SQUARE,
-        f"Square, which sees no gradients, breaks {100 * gain:.1f}% of the images that white-box attacks leave standing: the "
-        "gradients are masked, and robust accuracy is too high.",
-        f"Square breaks {100 * gain:.1f}% of the images that white-box attacks leave standing.",
+        f"Square, which sees no gradients, breaks {100 * gain:.1f}% of all images where white-box attacks fail: gradients are "
+        "masked, and robust accuracy is too high.",
+        f"Square breaks {100 * gain:.1f}% of all images where white-box attacks fail.",
     )
 
 

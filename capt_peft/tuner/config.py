@@ -19,7 +19,7 @@ DEFAULT_VISION_TOKENS = 8
 
 @dataclass
 class CaptConfig(PeftConfig):
-    """Configuration of a [`CaptModel`].
+    """Configuration of a `CaptModel`.
 
     Args:
         num_text_tokens: Number of text prompts a layer; they replace the tokens 1..n after the start token.
@@ -165,7 +165,7 @@ class CaptConfig(PeftConfig):
         Args:
             pretrained_model_name_or_path: Folder or Hub id of the adapter.
             subfolder: Folder inside it.
-            kwargs: Further arguments of [`peft.PeftConfig.from_pretrained`] (`revision`, `token`, `cache_dir`, ...).
+            kwargs: Further arguments of `peft.PeftConfig.from_pretrained` (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
             ValueError: The weights are a pickle, or a file that is cut short or damaged.

@@ -25,7 +25,7 @@ PEFT_PREFIX = "base_model.model."
 class CaptModel(BaseTuner):
     """Deep text and vision prompts for CLIP (CAPT, arXiv 2405.11154), as a PEFT tuner.
 
-    Made by [`peft.get_peft_model`] from a [`CaptConfig`]; works with one active adapter at a time.
+    Made by `peft.get_peft_model` from a `CaptConfig`; works with one active adapter at a time.
 
     Args:
         model: A CLIPModel, one of its towers, or a MetaCLIP 2; SigLIP is experimental.

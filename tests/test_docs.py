@@ -1,0 +1,165 @@
+"""The documentation: every public name is in it, its links lead somewhere, its commands and code are what the package knows."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import HfArgumentParser
+
+from capt_peft.methods import METHODS
+from capt_peft.objectives import WEIGHTINGS
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("README.md"))]
+PAGES = [*DOCS, *READMES]
+WITH_ALL = ("capt_peft", "capt_peft.attacks", "capt_peft.evaluation", "capt_peft.backbones")
+WITHOUT_ALL = {
+    "capt_peft.card": ("write_card", "model_card", "accuracy_rows", "card_data", "Row"),
+    "capt_peft.randomness": ("example_generator", "example_generators"),
+}
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page, language):
+    """The code blocks of a page, without their indent."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [re.sub(r"(?m)^  (?=\S)", "", code) if language == "" else code for kind, code in found if kind == language]
+
+
+def commands(page):
+    """The command lines of a page that run a script of examples, as lists of words from the script's name on."""
+    for block in (*blocks(page, ""), *blocks(page, "bash")):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            at = next((i for i, word in enumerate(words) if re.fullmatch(r"examples/\w+\.py", word)), None)
+            if at is not None and words[0] in ("python", "accelerate", "torchrun"):
+                yield words[at:]
+    for code in re.findall(r"`(python examples/[^`]*)`", page.read_text(encoding="utf-8")):
+        yield shlex.split(code)[1:]
+
+
+def options_of(script):
+    """Every option of a script, by its own parser."""
+    module = importlib.import_module(Path(script).stem)
+    if Path(script).stem == "train":
+        parser = HfArgumentParser([module.ScriptArguments, module.CaptTrainingArguments], allow_abbrev=False)
+        parser.add_argument("--config")
+        return parser
+    if hasattr(module, "Arguments"):
+        return HfArgumentParser(module.Arguments, allow_abbrev=False)
+    return None
+
+
+def documented():
+    """The names that the API pages show, as they are written there: `capt_peft.attacks.PGD`."""
+    pages = sorted((ROOT / "docs" / "api").glob("*.md"))
+    return {name for page in pages for name in re.findall(r"(?m)^::: (\S+)$", page.read_text(encoding="utf-8"))}
+
+
+def find(name):
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("module", [*WITH_ALL, *WITHOUT_ALL])
+def test_every_public_name_has_a_place_in_the_reference(module):
+    names = WITHOUT_ALL.get(module) or importlib.import_module(module).__all__
+    shown = {name.rsplit(".", 1)[1] for name in documented()}
+    assert sorted(set(names) - shown) == [], f"add them to a page of docs/api (`::: {module}.NAME`)"
+
+
+def test_the_reference_shows_nothing_that_is_not_there():
+    for name in documented():
+        find(name)
+    names = [name.rsplit(".", 1)[1] for name in documented()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_images_lead_to_files(page):
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    broken = [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+:|#", target) and not (page.parent / target.split("#")[0]).exists()
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_have_options_that_the_scripts_know(page):
+    for script, *words in commands(page):
+        assert (ROOT / script).is_file()
+        parser = options_of(script)
+        if parser is None:
+            continue
+        known = {option: action for action in parser._actions for option in action.option_strings}
+        for word, value in zip(words, [*words[1:], ""], strict=False):
+            if word.startswith("--"):
+                assert word in known, f"{script} knows no {word}"
+                if known[word].nargs is None and known[word].type is not None:
+                    known[word].type(value)  # a value of the right kind stands behind it
+
+
+@pytest.mark.parametrize(("page", "names"), [("train.md", METHODS), ("how_it_works.md", WEIGHTINGS)])
+def test_every_method_and_weighting_is_explained(page, names):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert [name for name in names if f"| `{name}`" not in text] == []
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in DOCS)
+
+
+def test_commands_are_found():
+    assert [words[0] for words in commands(ROOT / "docs" / "evaluate.md")].count("examples/evaluate.py") >= 3
+    assert [words[0] for words in commands(ROOT / "docs" / "train.md")].count("examples/train.py") >= 6
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_code_compiles(page):
+    for code in blocks(page, "python"):
+        compile(code, str(page), "exec")
+
+
+def test_the_quickstart_runs(tmp_path, monkeypatch):
+    """Its main block, with an epoch and a few images instead of all of them."""
+    tune, measure = blocks(ROOT / "docs" / "quickstart.md", "python")
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "tiny_clip").symlink_to(ROOT / "examples" / "tiny_clip")
+    monkeypatch.chdir(tmp_path)
+    for old, new in (
+        ("few_shot(16,", "few_shot(2,"),
+        ("num_train_epochs=60", "num_train_epochs=1, eval_attack='pgd-2', use_cpu=True"),
+        ('evaluate(task["test"])', 'evaluate(task["test"].select(range(20)))'),
+    ):
+        assert old in tune
+        tune = tune.replace(old, new)
+    for old, new in (('"autoattack"', '"pgd-3"'), ("range(100)", "range(20)")):
+        assert old in measure
+        measure = measure.replace(old, new)
+    names = {}
+    exec(tune, names)
+    exec(measure, names)
+    assert (tmp_path / "outputs" / "digits" / "adapter_model.safetensors").is_file()
+    assert names["evaluation"].clean.n == 20
+
+
+def test_documents_name_no_place_on_a_machine():
+    notebook = ROOT / "examples" / "quickstart.ipynb"
+    for path in [*PAGES, notebook]:
+        text = path.read_text(encoding="utf-8")
+        if path == notebook:  # pictures are base64, in which anything can occur
+            cells = json.loads(text)["cells"]
+            text = re.sub(r'"image/png": "[^"]*"', "", json.dumps(cells))
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt|opt)/", text), path
