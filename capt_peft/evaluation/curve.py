@@ -195,7 +195,7 @@ def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: i
 
 
 def _level(epsilon: float) -> str:
-    return "0" if epsilon == 0 else f"{255 * epsilon:.3g}/255"
+    return f"{epsilon:g}" if epsilon in (0, 1) else f"{255 * epsilon:.3g}/255"
 
 
 def _label(axis: Any, ticks: Sequence[str], title: str) -> None:
