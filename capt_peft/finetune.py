@@ -1,6 +1,6 @@
 """Adversarial fine-tuning of an image tower, which makes a robust backbone: TeCoA with class texts, FARE without labels.
 
-TeCoA is [`CaptTrainer`] with [`AdversarialCrossEntropy`] on a model whose text tower is frozen, and needs nothing more.
+TeCoA is `CaptTrainer` with `AdversarialCrossEntropy` on a model whose text tower is frozen, and needs nothing more.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def train_image_tower_alone(model: nn.Module) -> nn.Module:
 class FeatureDistance:
     r"""FARE's objective (Schlarmann et al. 2024, arXiv 2402.12336): `mean_i ‖φ(adversarial_i) - φ_original(clean_i)‖²`.
 
-    φ is the projected and not normalised image feature. [`FareTrainer`] puts φ of the adversarial images into
+    φ is the projected and not normalised image feature. `FareTrainer` puts φ of the adversarial images into
     `Views.adversarial_features` and the original's of the clean images into `Views.frozen`, both (B, D).
     """
 
@@ -58,20 +58,20 @@ class FeatureDistance:
 class FareTrainer(CaptTrainer):
     """Fine-tunes an image tower so that adversarial images have the features that clean ones had: FARE, without labels.
 
-    The loss is that of [`FeatureDistance`], and the attack climbs the same distance. The original is a frozen copy of the model
+    The loss is that of `FeatureDistance`, and the attack climbs the same distance. The original is a frozen copy of the model
     as it is given; its features are kept for each image while nothing is augmented. The task's labels and class texts are for
     the log alone.
 
     Args:
-        model: A CLIP, bare; see [`train_image_tower_alone`].
-        args: As of [`CaptTrainer`]; `attack_loss` has no say and stays "ce".
-        task: As of [`CaptTrainer`].
+        model: A CLIP, bare; see `train_image_tower_alone`.
+        args: As of `CaptTrainer`; `attack_loss` has no say and stays "ce".
+        task: As of `CaptTrainer`.
         processor: The model's processor.
         attack: The training attack; by default PGD with the arguments' settings.
-        kwargs: Further arguments of [`~transformers.Trainer`].
+        kwargs: Further arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: Another `attack_loss`, or as of [`CaptTrainer`].
+        ValueError: Another `attack_loss`, or as of `CaptTrainer`.
     """
 
     teacher: ZeroShotClassifier

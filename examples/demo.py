@@ -1,6 +1,7 @@
 """The demo: tunes a CAPT adapter on 160 handwritten digits, measures it, and loads it back in a fresh process.
 
 make demo
+python examples/demo.py --model_name_or_path examples/tiny_clip_robust      # from a robust backbone
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from train import TINY_CLIP, main
+from train import DIGITS, main
 from transformers import AutoModel, AutoProcessor
 
 from capt_peft import ThreatModel, ZeroShotClassifier, load_task
@@ -37,11 +38,13 @@ def shown_images() -> torch.utils.data.Dataset:
 
 def demo() -> None:
     """Runs the demo."""
-    results = main(["--output_dir", str(FOLDER), *sys.argv[1:]])
+    # the digits' settings, whatever the model; later arguments win
+    results = main(["--config", DIGITS, "--output_dir", str(FOLDER), *sys.argv[1:]])
 
     task = load_task("digits")
-    processor = AutoProcessor.from_pretrained(TINY_CLIP)
-    base = AutoModel.from_pretrained(TINY_CLIP, dtype=torch.float32).eval()
+    name = results["configuration"]["script"]["model_name_or_path"]
+    processor = AutoProcessor.from_pretrained(name)
+    base = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
     shown = shown_images()
     attack = parse_attack("pgd-20", ThreatModel(**results["evaluation"]["attack"]["threat_model"]))
     picture = attack_picture(

@@ -1,0 +1,224 @@
+"""Makes a robust backbone: fine-tunes a CLIP's image tower on adversarial images; the text tower stays as it is.
+
+python examples/adversarial_finetune.py             # from tiny CLIP, with settings of its own, examples/tiny_clip_robust
+accelerate launch examples/adversarial_finetune.py --objective fare --model_name_or_path openai/clip-vit-base-patch32 \
+        --dataset_name path/to/images --epsilon 4/255 --output_dir backbones/fare4
+
+TeCoA (Mao et al. 2023, arXiv 2212.07016): the cross-entropy of the attacked images over the class texts.
+FARE (Schlarmann et al. 2024, arXiv 2402.12336): attacked images keep the features that the clean ones had; without labels.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from train import EXAMPLES, TINY_CLIP
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, PreTrainedModel, set_seed
+
+from capt_peft import (
+    AdversarialCrossEntropy,
+    CaptTrainer,
+    CaptTrainingArguments,
+    Evaluation,
+    Task,
+    ZeroShotClassifier,
+    evaluate,
+    load_task,
+)
+from capt_peft.data.task import task_features
+from capt_peft.data.toy import FACTS, Facts, draw
+from capt_peft.files import write_json, written_whole
+from capt_peft.finetune import FareTrainer, train_image_tower_alone
+from capt_peft.report import count_parameters, results_table
+from capt_peft.versions import describe_machine, versions
+
+OBJECTIVES, DTYPES = ("tecoa", "fare"), ("float32", "float16", "bfloat16")
+DRAWN = "drawn"
+# those of RobustVLM, FARE's own code, for both objectives on ImageNet; each of 10 attack steps is epsilon / 4 long
+PUBLISHED = {
+    "optim": "adamw_torch", "learning_rate": 1e-5, "weight_decay": 1e-4, "warmup_steps": 0.07, "num_train_epochs": 2,
+    "per_device_train_batch_size": 128, "attack_steps": 10, "save_total_limit": 1, "output_dir": "outputs/robust",
+}  # fmt: skip
+# without a model's name; chosen on validation images, see examples/tiny_clip_robust/README.md
+TINY = {
+    "learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 64, "attack_steps": 3, "epsilon": "10/255",
+    "save_dtype": "float16", "save_strategy": "no", "logging_steps": 50, "use_cpu": True, "dataloader_pin_memory": False,
+    "output_dir": os.path.relpath(EXAMPLES / "tiny_clip_robust"),
+}  # fmt: skip
+
+
+@dataclass
+class FinetuneArguments:
+    """What is fine-tuned on what, and measured where."""
+
+    objective: str = field(default="fare", metadata={"help": "tecoa (with class texts) or fare (without labels)."})
+    model_name_or_path: str = field(
+        default=os.path.relpath(TINY_CLIP), metadata={"help": "Folder or Hub id of a CLIP; by default tiny CLIP."}
+    )
+    dataset_name: str = field(
+        default=DRAWN,
+        metadata={
+            "help": "A task's name, a Hub id, a folder or file of images, or 'drawn': as tiny CLIP was pre-trained."
+        },
+    )
+    drawn_images: int = field(default=16_000, metadata={"help": "How many images are drawn."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "What is measured; by default that dataset, or the digits if it is drawn."}
+    )
+    eval_split: str = field(default="validation", metadata={"help": "Split that the accuracies are measured on."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
+    )
+    save_dtype: str = field(default="float32", metadata={"help": f"Precision of the file: {', '.join(DTYPES)}."})
+
+
+def parse_args(argv: list[str]) -> tuple[FinetuneArguments, CaptTrainingArguments]:
+    """Reads the command line; unless a model is named, the defaults are those of tiny CLIP."""
+    parser = HfArgumentParser([FinetuneArguments, CaptTrainingArguments], allow_abbrev=False)
+    named = "--model_name_or_path" in {argument.split("=")[0] for argument in argv}
+    parser.set_defaults(**(PUBLISHED if named else PUBLISHED | TINY))
+    script, training = parser.parse_args_into_dataclasses(argv)
+    for name, allowed in (("objective", OBJECTIVES), ("save_dtype", DTYPES)):
+        if getattr(script, name) not in allowed:
+            raise ValueError(f"{name}={getattr(script, name)!r} is unknown. Allowed: {', '.join(allowed)}.")
+    return script, training
+
+
+def thing(facts: Facts) -> str:
+    """Returns what an image shows, one thing an image: "a star", "stars", "a dotted texture", "the letter A", "the digit 3"."""
+    for noun in ("letter", "digit"):
+        if noun in facts:
+            return f"the {noun} {facts[noun]}"
+    if "texture" in facts:
+        return f"a {facts['texture']} texture"
+    if facts["number"] == "one":
+        return f"a {facts['shape']}"
+    return f"{facts['shape']}{'es' if facts['shape'].endswith('s') else 's'}"
+
+
+def drawn_task(size: int, seed: int) -> Task:
+    """Draws training images as tiny CLIP was pre-trained on, from a stream of their own.
+
+    No image holds a held-out pair of the procedural tasks, and none is a scan of the digits: both stay unseen.
+    """
+    if size < 1:
+        raise ValueError(f"drawn_images={size} must be at least 1.")
+    shown = [{"number": number, "shape": shape} for number in FACTS["number"] for shape in FACTS["shape"]]
+    shown += [{name: value} for name in ("texture", "letter", "digit") for value in FACTS[name]]
+    class_names = tuple(thing(facts) for facts in shown)
+    rng = np.random.default_rng([seed, 4])  # pre-training draws from streams 1 to 3
+    images, facts = zip(*(draw(rng) for _ in range(size)), strict=True)
+    columns = {"image": list(images), "label": [class_names.index(thing(f)) for f in facts]}
+    train = Dataset.from_dict(columns, features=task_features(class_names))
+    return Task(DRAWN, class_names, {"train": train}, "a photo of {}.", source=f"{size} images, seed {seed}")
+
+
+def load_bare(name_or_path: str) -> PreTrainedModel:
+    """Loads a CLIP in float32 with all but its image tower frozen."""
+    model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{name_or_path} is an adapter. Fine-tune a CLIP, and tune the adapter on that.")
+    return train_image_tower_alone(model)
+
+
+def measure(
+    model: PreTrainedModel, processor: Any, task: Task, data: Dataset, args: CaptTrainingArguments
+) -> Evaluation:
+    """Returns zero-shot clean and robust accuracy."""
+    classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
+    attack, batch = args.evaluation_attack, args.per_device_eval_batch_size
+    return evaluate(classifier.to(args.device), data, attack, batch_size=batch, seed=args.seed, signs=False)
+
+
+def save(model: PreTrainedModel, processor: Any, folder: str | Path, dtype: str) -> None:
+    """Writes a plain CLIP with its processor, whole or not at all; it loads as float32, whatever `dtype` the file has."""
+    for name in ("is_local", "local_files_only"):  # how the tokenizer was found, which transformers would write down
+        processor.tokenizer.init_kwargs.pop(name, None)
+    with written_whole(folder) as temporary:
+        state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
+        model.save_pretrained(temporary, state_dict=state)
+        processor.save_pretrained(temporary)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Measures, fine-tunes, saves, measures what was saved; returns the results."""
+    script, args = parse_args(sys.argv[1:] if argv is None else argv)
+    drawn = script.dataset_name == DRAWN
+    measured = load_task(script.eval_dataset_name or ("digits" if drawn else script.dataset_name))
+    data = measured[script.eval_split]
+    if script.eval_limit is not None:
+        data = data.shuffle(seed=0).select(range(min(script.eval_limit, len(data))))
+    set_seed(args.seed)
+    model, processor = load_bare(script.model_name_or_path), AutoProcessor.from_pretrained(script.model_name_or_path)
+    task = drawn_task(script.drawn_images, args.seed) if drawn else load_task(script.dataset_name)
+    kinds = {"tecoa": lambda *a, **k: CaptTrainer(*a, objective=AdversarialCrossEntropy(), **k), "fare": FareTrainer}
+    trainer = kinds[script.objective](model, args, task=task, processor=processor)
+    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
+
+    before = measure(model, processor, measured, data, args)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    seconds = time.perf_counter() - start
+    if trainer.is_world_process_zero():
+        save(model, processor, args.output_dir, script.save_dtype)
+    trainer.accelerator.wait_for_everyone()
+    after = measure(load_bare(args.output_dir), processor, measured, data, args)
+
+    results = record(trainer, script, measured, before, after, seconds)
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "results.json", results)
+        print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of fine-tuning.")
+    return results
+
+
+def record(
+    trainer: CaptTrainer,
+    script: FinetuneArguments,
+    measured: Task,
+    before: Evaluation,
+    after: Evaluation,
+    seconds: float,
+) -> dict[str, Any]:
+    """Returns the record of the run: what `results.json` holds."""
+    task, args = trainer.task, trainer.args
+    stages = {"before": before, "after": after}
+    return {
+        "method": script.objective,
+        "seed": args.seed,
+        "task": {
+            "name": task.name,
+            "source": task.source,
+            "class_names": list(task.class_names),
+            "template": task.template,
+            "training_images": len(task["train"]),
+        },
+        "evaluation": {
+            "task": measured.name,
+            "split": script.eval_split,
+            "attack": args.evaluation_attack.to_dict(),
+            **{name: {"clean": e.clean.to_dict(), "robust": e.robust.to_dict()} for name, e in stages.items()},
+        },
+        "training": {
+            "seconds": seconds,
+            "attack": trainer.attack.to_dict(),
+            "steps": trainer.state.global_step,
+            "processes": args.world_size,
+            "pixels": trainer.classifier.transform.to_dict(),
+        },
+        "parameters": count_parameters(trainer.classifier.model),
+        "configuration": {"script": asdict(script), "training": args.to_sanitized_dict()},
+        "versions": versions(),
+        "machine": describe_machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()
