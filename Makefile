@@ -8,7 +8,7 @@ help:
 	@echo "make demo   train a CAPT adapter on handwritten digits, measure it, load it back (about 5 minutes)"
 	@echo "make test   run all tests"
 	@echo "make app    a page to try the demo's adapter on"
-	@echo "make docs   build the documentation into site/"
+	@echo "make docs   build the documentation into build/"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and everything that was made"
 
@@ -41,5 +41,5 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache site .hypothesis
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
