@@ -5,6 +5,7 @@ from .backbones import convert_backbone
 from .classifier import ZeroShotClassifier
 from .data import Task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
+from .finetune import FareTrainer
 from .hub import push_adapter
 from .loading import from_pretrained
 from .methods import METHODS, get_method
@@ -30,6 +31,7 @@ __all__ = [
     "CaptTrainingArguments",
     "Evaluation",
     "FapObjective",
+    "FareTrainer",
     "Square",
     "Task",
     "ThreatModel",

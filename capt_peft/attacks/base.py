@@ -83,24 +83,8 @@ class Attack(Protocol):
         """Return the adversarial images and what the attack saw."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one attempt found for A images: the best images (A, 3, H, W), and the first step's zero gradients (A,)."""
-
-    images: Tensor
-    zero_gradient_share: Tensor
-
-
-Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], Found]
-
-
-class SearchAttack(ABC):
-    """An attack that tries for each image until the classifier is wrong on it, and then leaves it.
-
-    A subclass lists its attempts (restarts, target classes); each gets the images that the ones before left standing. An
-    image that is misclassified already comes back as it is; one that no attempt breaks comes back as the point where the
-    label's lead over the other classes was smallest. Images do not influence each other.
-    """
+class BaseAttack(ABC):
+    """What every attack of this package shares: it is called for its images, and run for what it saw."""
 
     threat_model: ThreatModel
 
@@ -114,15 +98,27 @@ class SearchAttack(ABC):
         """Return the name, the threat model and every setting, in types that JSON has."""
 
     @abstractmethod
-    def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yield the attempts in their order: (logits_fn, images, labels, clean_logits, generators) -> `Found`."""
-
-    def notes(self, num_classes: int) -> tuple[str, ...]:
-        """Say what is changed for a model with this number of classes."""
-        return ()
+    def run(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generator: Seeds = None,
+        *,
+        clean_logits: Tensor | None = None,
+        report: Report | None = None,
+    ) -> AttackResult:
+        """Attack a batch."""
 
     def __call__(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None, *, progress: bool = False
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generator: Seeds = None,
+        *,
+        clean_logits: Tensor | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """Attack a batch; as `run`, which also says what the attack saw.
 
@@ -131,13 +127,42 @@ class SearchAttack(ABC):
             images: as for `run`.
             labels: as for `run`.
             generator: as for `run`.
+            clean_logits: as for `run`.
             progress: show a bar with the images left and those robust so far.
 
         Returns:
             (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
         """
         with progress_bar(len(images), progress) as report:
-            return self.run(logits_fn, images, labels, generator, report=report).images
+            return self.run(logits_fn, images, labels, generator, clean_logits=clean_logits, report=report).images
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one attempt found for A images: the best images (A, 3, H, W), and the first step's zero gradients (A,)."""
+
+    images: Tensor
+    zero_gradient_share: Tensor
+
+
+Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], Found]
+
+
+class SearchAttack(BaseAttack):
+    """An attack that tries for each image until the classifier is wrong on it, and then leaves it.
+
+    A subclass lists its attempts (restarts, target classes); each gets the images that the ones before left standing. An
+    image that is misclassified already comes back as it is; one that no attempt breaks comes back as the point where the
+    label's lead over the other classes was smallest. Images do not influence each other.
+    """
+
+    @abstractmethod
+    def attempts(self, num_classes: int) -> Iterator[Attempt]:
+        """Yield the attempts in their order: (logits_fn, images, labels, clean_logits, generators) -> `Found`."""
+
+    def notes(self, num_classes: int) -> tuple[str, ...]:
+        """Say what is changed for a model with this number of classes."""
+        return ()
 
     def run(
         self,
@@ -164,19 +189,15 @@ class SearchAttack(ABC):
             TypeError: wrong type or dtype.
             ValueError: wrong shape or range, or a model without usable logits or gradients.
         """
-        threat = self.threat_model
-        threat.check(images, labels)
+        self.threat_model.check(images, labels)
         generator = resolve_generator(generator, len(images))
         # Tensors made in inference mode carry no gradients: work outside it, on copies.
         with torch.inference_mode(False), torch.no_grad():
-            images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
-            clean = logits_fn(images.clone()) if clean_logits is None else clean_logits.clone()
-            clean = check_logits(clean, len(images)).detach()
-            check_label_range(labels, clean.shape[1])
+            images, labels, clean = prepare(logits_fn, images, labels, clean_logits)
             best, lead = images.clone(), label_lead(clean, labels)  # (B, 3, H, W), (B,)
             zero_share = images.new_full(labels.shape, torch.nan)
             standing = clean.argmax(1) == labels
-            for attempt in self.attempts(clean.shape[1]) if threat.epsilon > 0 else ():
+            for attempt in self.attempts(clean.shape[1]) if self.threat_model.epsilon > 0 else ():
                 rows = standing.nonzero().squeeze(1)  # (A,)
                 if len(rows) == 0:
                     break
@@ -196,6 +217,17 @@ class SearchAttack(ABC):
             if report is not None:
                 report(self.name, int(standing.sum()), int(standing.sum()))
             return AttackResult(best, zero_share, notes=self.notes(clean.shape[1]))
+
+
+def prepare(
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, clean_logits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return copies of images and labels to work on, and the checked clean logits (B, N)."""
+    images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
+    clean = logits_fn(images.clone()) if clean_logits is None else clean_logits.clone()
+    clean = check_logits(clean, len(images)).detach()
+    check_label_range(labels, clean.shape[1])
+    return images, labels, clean
 
 
 @contextmanager

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from .apgd import APGD
-from .base import AttackResult, Part, Report, SearchAttack, progress_bar
+from .base import AttackResult, BaseAttack, Part, Report, SearchAttack, prepare
 from .checks import check_threat_model
 from .fab import FAB
 from .losses import check_logits
 from .noise import Seeds, resolve_generator, select_generators
 from .square import Square
-from .threat import LogitsFn, ThreatModel, check_label_range
+from .threat import LogitsFn, ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")
 
 
 @dataclass(frozen=True)
-class AutoAttack:
+class AutoAttack(BaseAttack):
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690, section 6), the measure of RobustBench.
 
     "standard": APGD-CE, APGD-T (9 targets), FAB-T (9 targets), Square (5,000 queries). "plus": APGD-CE and APGD-DLR with 5
@@ -85,17 +85,6 @@ class AutoAttack:
             "parts": parts,
         }
 
-    def __call__(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None, *, progress: bool = False
-    ) -> Tensor:
-        """Attack a batch; as `run`, which also says what the attacks saw. `progress` shows a bar.
-
-        Returns:
-            (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
-        """
-        with progress_bar(len(images), progress) as report:
-            return self.run(logits_fn, images, labels, generator, report=report).images
-
     def run(
         self,
         logits_fn: LogitsFn,
@@ -114,10 +103,7 @@ class AutoAttack:
         self.threat_model.check(images, labels)
         generator = resolve_generator(generator, len(images))
         with torch.inference_mode(False), torch.no_grad():
-            images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
-            clean = logits_fn(images.clone()) if clean_logits is None else clean_logits.clone()
-            clean = check_logits(clean, len(images)).detach()
-            check_label_range(labels, clean.shape[1])
+            images, labels, clean = prepare(logits_fn, images, labels, clean_logits)
             result = AttackResult(images.clone(), images.new_full(labels.shape, torch.nan))
             standing = clean.argmax(1) == labels
             for part in self.parts:

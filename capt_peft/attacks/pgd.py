@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import AttackResult, Report
+from .base import AttackResult, BaseAttack, Report
 from .checks import check_counts, check_threat_model
 from .losses import LOSSES, check_logits, pixel_gradient
 from .noise import Generators, Seeds, resolve_generator, select_generators
@@ -17,7 +17,7 @@ from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wi
 
 
 @dataclass(frozen=True)
-class PGD:
+class PGD(BaseAttack):
     """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083, section 2.1).
 
     From a random point of the ball, `steps` times: `x <- project(x + step_size * direction(gradient of the loss at
@@ -122,22 +122,6 @@ class PGD:
             "random_start": self.random_start,
             "targeted": self.targeted,
         }
-
-    def __call__(
-        self,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generator: Seeds = None,
-        *,
-        clean_logits: Tensor | None = None,
-    ) -> Tensor:
-        """Attack a batch; as `run`, which also says what the attack saw.
-
-        Returns:
-            (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
-        """
-        return self.run(logits_fn, images, labels, generator, clean_logits=clean_logits).images
 
     def run(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks import LogitsFn, ThreatModel
+from ..attacks import Attack, LogitsFn, ThreatModel
 from ..classifier import ZeroShotClassifier
 from ..data.pixels import PixelDataset
 from ..data.task import column_values
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED = 16  # images that the fingerprint looks at
 
@@ -76,3 +80,18 @@ class Examples:
         some = np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).round().astype(int).tolist()
         digest.update(self.batch(some, torch.device("cpu"))[0].numpy(force=True).tobytes())
         return {"n": len(self), "fingerprint": digest.hexdigest()[:16]}
+
+
+def warn_of_units(attacks: Sequence[Attack], examples: Examples) -> None:
+    """Warns of L2 radii that only make sense in units of 0 to 255."""
+    diagonal = math.sqrt(examples.batch([0], torch.device("cpu"))[0].numel())
+    for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
+        if radius > diagonal / 5:
+            logger.warning(
+                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so "
+                "that %g levels of 255 are written '%g/255'.",
+                radius,
+                radius / diagonal,
+                radius,
+                radius,
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from ..attacks import Attack, LogitsFn, ThreatModel
 from ..attacks.losses import check_logits
 from ..files import written_whole
 from ..versions import describe_machine, versions
-from .examples import Examples
+from .examples import Examples, warn_of_units
 from .jobs import Jobs, check_same, read_json
 from .merging import merge
 from .outcomes import attack_batch
@@ -102,7 +101,7 @@ def evaluate(
         subject = subject_of(classifier, attack_target, attack_template)
         examples = Examples(data, classifier)
         examples.check_labels(_number_of_classes(subject, examples))
-        _warn_of_units(attacks, examples, subject.device)
+        warn_of_units(attacks, examples)
         configuration = json.loads(
             json.dumps(
                 {
@@ -152,21 +151,6 @@ def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save
             f"output={str(output)!r} must end in .json; the examples go to a .parquet file of the same name."
         )
     PartialState(timeout=timedelta(days=7))  # a process that waits for another's AutoAttack must not give up
-
-
-def _warn_of_units(attacks: Sequence[Attack], examples: Examples, device: torch.device) -> None:
-    """Warns of L2 radii that only make sense in units of 0 to 255."""
-    diagonal = math.sqrt(examples.batch([0], device)[0].numel())
-    for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
-        if radius > diagonal / 5:
-            logger.warning(
-                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so "
-                "that %g levels of 255 are written '%g/255'.",
-                radius,
-                radius / diagonal,
-                radius,
-                radius,
-            )
 
 
 def _number_of_classes(subject: Subject, examples: Examples) -> int:
