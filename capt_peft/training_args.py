@@ -21,6 +21,7 @@ class CaptTrainingArguments(TrainingArguments):
         attack_step_size: Length of its steps, same unit as `epsilon`; by default 2/3 of epsilon for 3 steps, as APT trains.
         attack_loss: What the training attack raises: "ce", "kl" (to the clean prediction) or "margin".
         eval_attack: Attack of `evaluate()`: "pgd-20", "pgd-100x5" (restarts), "pgd-20-margin", "autoattack", ...
+        eval_step_size: Length of a step of a PGD `eval_attack`; by default as of `PGD`.
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
         augment: Random crops and flips, drawn by example.
@@ -41,6 +42,9 @@ class CaptTrainingArguments(TrainingArguments):
     attack_step_size: str | None = field(default=None, metadata={"help": "Length of a step, e.g. 1/255."})
     attack_loss: str = field(default="ce", metadata={"help": "Loss of the training attack: ce, kl or margin."})
     eval_attack: str = field(default="pgd-20", metadata={"help": "Attack of evaluate(), e.g. pgd-20 or pgd-100x5."})
+    eval_step_size: str | None = field(
+        default=None, metadata={"help": "Length of a step of a PGD eval_attack, e.g. 1/255."}
+    )
     consistency: float = field(default=1.5, metadata={"help": "Weight of the consistency terms (lambda)."})
     weighting: str = field(
         default="confidence", metadata={"help": "alpha: confidence, entropy, batch, schedule or a number in [0, 1]."}
@@ -90,4 +94,4 @@ class CaptTrainingArguments(TrainingArguments):
     @property
     def evaluation_attack(self) -> Attack:
         """The attack of `evaluate()`."""
-        return parse_attack(self.eval_attack, self.threat_model)
+        return parse_attack(self.eval_attack, self.threat_model, step_size=self.eval_step_size)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import TINY_CLIP
 from PIL import Image
 from safetensors.torch import load_file
 from train import main, parse_args
 
-from capt_peft import ZeroShotClassifier
+from capt_peft import PGD, ZeroShotClassifier, get_method
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
 QUICK = [
@@ -163,3 +164,29 @@ def test_accelerate_launches_the_script(tmp_path):
     output = launch(*command, *QUICK, "--max_steps", "1", "--output_dir", str(tmp_path / "out"))
     assert "| zero-shot |" in output
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "size", "evaluated", "loss"),
+    [("fap", 2, 1 / 255, 1 / 255, "kl"), ("apt", 3, 2 / 3 * 4 / 255, 1 / 255, "ce")],
+)
+def test_the_published_protocols_are_what_their_papers_say(name, steps, size, evaluated, loss):
+    script, args = parse_args(["--config", str(SCRIPT.parent / "configs" / f"{name}.yaml")])
+    attack = PGD(
+        args.threat_model, steps=args.attack_steps, loss=get_method(script.method).attack.get("attack_loss", "ce")
+    )
+    assert (attack.steps, attack.loss) == (steps, loss) and attack.resolved_step_size == pytest.approx(size)
+    assert args.evaluation_attack.steps == 100
+    assert args.evaluation_attack.resolved_step_size == pytest.approx(evaluated)
+
+
+@pytest.mark.parametrize("name", ["fap", "apt"])
+def test_a_published_protocol_runs(name, tmp_path):
+    config = yaml.safe_load((SCRIPT.parent / "configs" / f"{name}.yaml").read_text())
+    few = {"shots": 1, "max_steps": 1, "eval_limit": 4, "eval_attack": "pgd-1", "model_name_or_path": TINY_CLIP}
+    shallow = {key: 2 for key in ("text_depth", "vision_depth") if key in config}
+    (tmp_path / "quick.yaml").write_text(yaml.safe_dump({**config, **few, **shallow}))
+    results = main(["--config", str(tmp_path / "quick.yaml"), "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert results["method"] == config["method"] and results["training"]["steps"] == 1
+    assert results["adapter"]["config"]["num_text_tokens"] == config["num_text_tokens"]
+    assert results["task"]["shots"] == "1"
