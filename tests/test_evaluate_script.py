@@ -81,7 +81,7 @@ def test_two_processes_count_each_example_once_and_end_in_the_same_file(adapter,
     arguments = [str(SCRIPT), "--adapter", adapter, *QUICK]
     launch(sys.executable, *arguments, "--output", str(one))
     out = launch(
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", *arguments,
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *arguments,
         "--output", str(two),
     )  # fmt: skip
     assert one.read_bytes() == two.read_bytes()
