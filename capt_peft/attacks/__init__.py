@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .apgd import APGD
-from .base import Attack, AttackResult, BaseAttack, Part, SearchAttack
+from .base import Attack, AttackResult, Part, SearchAttack
 from .ensemble import AutoAttack
 from .fab import FAB
 from .names import parse_attack
@@ -19,7 +19,6 @@ __all__ = [
     "Attack",
     "AttackResult",
     "AutoAttack",
-    "BaseAttack",
     "Generators",
     "LogitsFn",
     "Part",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,38 +53,14 @@ class AttackResult:
     notes: tuple[str, ...] = ()
 
 
-class Attack(Protocol):
-    """What an attack is to the rest of the package: an object that turns images into adversarial ones."""
+class Attack(ABC):
+    """What an attack is to the rest of the package: it is called for its images, and run for what it saw.
 
-    @property
-    def threat_model(self) -> ThreatModel:
-        """The ball that the attack stays in."""
+    An attack of your own is a subclass with `name`, `to_dict` and `run`.
 
-    @property
-    def name(self) -> str:
-        """A short name for logs and results, the same for the same settings."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every setting, in types that JSON has."""
-
-    def __call__(self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, generator: Seeds = None) -> Tensor:
-        """Return adversarial images (B, 3, H, W) for `images` of the same shape."""
-
-    def run(
-        self,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generator: Seeds = None,
-        *,
-        clean_logits: Tensor | None = None,
-        report: Report | None = None,
-    ) -> AttackResult:
-        """Return the adversarial images and what the attack saw."""
-
-
-class BaseAttack(ABC):
-    """What every attack of this package shares: it is called for its images, and run for what it saw."""
+    Attributes:
+        threat_model: The ball that the attack stays in.
+    """
 
     threat_model: ThreatModel
 
@@ -108,7 +84,7 @@ class BaseAttack(ABC):
         clean_logits: Tensor | None = None,
         report: Report | None = None,
     ) -> AttackResult:
-        """Attack a batch."""
+        """Return the adversarial images and what the attack saw; `SearchAttack.run` describes the arguments."""
 
     def __call__(
         self,
@@ -148,7 +124,7 @@ class Found:
 Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], Found]
 
 
-class SearchAttack(BaseAttack):
+class SearchAttack(Attack):
     """An attack that tries for each image until the classifier is wrong on it, and then leaves it.
 
     A subclass lists its attempts (restarts, target classes); each gets the images that the ones before left standing. An

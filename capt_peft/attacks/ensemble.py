@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .apgd import APGD
-from .base import AttackResult, BaseAttack, Part, Report, SearchAttack, prepare
+from .base import Attack, AttackResult, Part, Report, SearchAttack, prepare
 from .checks import check_threat_model
 from .fab import FAB
 from .losses import check_logits
@@ -21,7 +21,7 @@ VERSIONS = ("standard", "plus", "rand")
 
 
 @dataclass(frozen=True)
-class AutoAttack(BaseAttack):
+class AutoAttack(Attack):
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690, section 6), the measure of RobustBench.
 
     "standard": APGD-CE, APGD-T (9 targets), FAB-T (9 targets), Square (5,000 queries). "plus": APGD-CE and APGD-DLR with 5

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import AttackResult, BaseAttack, Report
+from .base import Attack, AttackResult, Report
 from .checks import check_counts, check_threat_model
 from .losses import LOSSES, check_logits, pixel_gradient
 from .noise import Generators, Seeds, resolve_generator, select_generators
@@ -17,7 +17,7 @@ from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wi
 
 
 @dataclass(frozen=True)
-class PGD(BaseAttack):
+class PGD(Attack):
     """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083, section 2.1).
 
     From a random point of the ball, `steps` times: `x <- project(x + step_size * direction(gradient of the loss at

@@ -21,7 +21,7 @@ PIXEL_TOLERANCE = 1e-6
 # Four float32 roundings (norm, factor, product, difference) lie between a step and its length as a caller measures it:
 # aiming this much inside the L2 ball keeps the result inside it whatever they add up to.
 _L2_MARGIN = 1 - 2**-21
-_FRACTION = re.compile(r"\s*(\d+\.?\d*)\s*/\s*(\d+\.?\d*)\s*")
+_FRACTION = re.compile(r"\s*(-?\d+\.?\d*)\s*/\s*(\d+\.?\d*)\s*")
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -97,7 +97,7 @@ class ThreatModel:
         if norm == "linf" and radius > 1:
             raise ValueError(
                 f"epsilon={epsilon!r} is more than the whole range of a pixel: an L-inf epsilon is a fraction of "
-                "[0, 1], such as '4/255'"
+                f"[0, 1], such as '{f'{radius:g}' if radius <= 255 else 4}/255'"
             )
         object.__setattr__(self, "norm", norm)
         object.__setattr__(self, "epsilon", radius)
