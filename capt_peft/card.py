@@ -89,8 +89,8 @@ def model_card(results: Mapping[str, Any], adapter: str, evaluation: Mapping[str
     Args:
         results: What `results.json` holds.
         adapter: Folder or Hub id by which people load it.
-        evaluation: What `evaluation.json` holds: figures of the same adapter under more attacks, which take the place of those in
-            the results.
+        evaluation: What `evaluation.json` holds: figures of the same adapter under more attacks. They take the place of those in
+            the results where they are of as many images or more.
 
     Raises:
         ValueError: The evaluation is not one of a CAPT adapter.
@@ -122,8 +122,9 @@ def accuracy_rows(results: Mapping[str, Any], evaluation: Mapping[str, Any] | No
     """Returns the accuracies of results and evaluation, zero-shot first."""
     attack = results["evaluation"]["attack"]
     before = _trainer_rows("zero-shot", results["evaluation"]["before"], attack)
+    after = _trainer_rows(results["method"], results["evaluation"]["after"], attack)
     if evaluation is None:
-        return [*before, *_trainer_rows(results["method"], results["evaluation"]["after"], attack)]
+        return [*before, *after]
     if evaluation.get("kind") != "evaluation" or not evaluation["configuration"]["model"].get("adapter"):
         raise ValueError("The evaluation is not one of a CAPT adapter: measure it with examples/evaluate.py --adapter.")
     rows = [_row(results["method"], "clean", evaluation["clean"])]
@@ -135,7 +136,10 @@ def accuracy_rows(results: Mapping[str, Any], evaluation: Mapping[str, Any] | No
         threat = str(ThreatModel(**worst["threat_model"]))
         if sum(row.threat_model == threat for row in rows) > 1:
             rows.append(_row(results["method"], "robust", worst, threat, "worst case"))
-    return [*before, *rows]
+    # figures of more images are never hidden behind figures of fewer
+    measured = {(row.kind, row.threat_model, row.attack): row.n for row in rows}
+    kept = [row for row in after if measured.get((row.kind, row.threat_model, row.attack), 0) < row.n]
+    return [*before, *kept, *rows]
 
 
 def _trainer_rows(model: str, accuracies: Mapping[str, Any], attack: Mapping[str, Any]) -> list[Row]:
@@ -162,7 +166,7 @@ def _measured(results: Mapping[str, Any], evaluation: Mapping[str, Any] | None) 
     task = evaluation["configuration"].get("task", {})
     n = evaluation["clean"]["n"]
     own = f"{n} images of the {task.get('split', '?')} split of {task.get('name', '?')}"
-    return own if own == images else f"{own} (zero-shot: {images})"
+    return own if own == images else f"{images}, and on {own}"
 
 
 def _base_name(results: Mapping[str, Any]) -> str:

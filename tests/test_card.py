@@ -118,17 +118,22 @@ def test_a_number_changed_in_the_results_changes_in_the_card(adapter, results, t
     assert expected in write_card(tmp_path).read_text()
 
 
-def test_an_evaluation_takes_the_place_of_the_runs_own_figures(results, evaluation):
+def test_an_evaluation_stands_beside_the_runs_own_figures(results, evaluation):
     card = model_card(results, "someone/capt", evaluation)
     assert "| zero-shot | robust | L-inf 4/255 | pgd-2 |" in card
     own = [line for line in card.splitlines() if line.startswith("| capt |")]
-    assert [line.split("|")[4].strip() for line in own] == ["", "pgd-2", "pgd-5", "worst case"]
-    assert all(line.endswith("| 12 |") for line in own)
-    assert "Measured on 12 images of the test split of digits (zero-shot: 20 images" in card
+    assert [line.split("|")[4].strip() for line in own] == ["", "pgd-2", "", "pgd-2", "pgd-5", "worst case"]
+    assert [line.split("|")[-2].strip() for line in own] == ["20"] * 2 + ["12"] * 4
+    assert "Measured on 20 images of the test split of digits, and on 12 images of the test split" in card
     assert "- not raised: zero_gradients. 0% of the pixel gradients are exactly zero." in card
-    assert "- not checked: square_beats_white_box." in card
+    assert "- square_beats_white_box. Not checked: " in card
     names = [result.metric_name for result in ModelCard(card).data.eval_results]
     assert names[-1] == "robust accuracy (worst case, L-inf 4/255)"
+    fewer = copy.deepcopy(results)
+    for kind in ("clean", "robust"):
+        fewer["evaluation"]["after"][kind]["n"] = 12  # no more than the evaluation has
+    rows = [line for line in model_card(fewer, "someone/capt", evaluation).splitlines() if line.startswith("| capt |")]
+    assert [line.split("|")[4].strip() for line in rows] == ["", "pgd-2", "pgd-5", "worst case"]
     raised = copy.deepcopy(evaluation)
     raised["signs"][0]["raised"] = True
     assert "- **raised**: one_step_beats_many." in model_card(results, "a", raised)
