@@ -85,6 +85,8 @@ def _torch_load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(harmless):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception as error:  # a damaged pickle fails in a dozen ways
         found = re.search(r"(?:GLOBAL|class|global:?) ([\w.]+\.\w+)", str(error))
         if found:

@@ -111,6 +111,8 @@ def differences(new: Any, old: Any, path: str = "") -> list[str]:
         return [
             line for i, pair in enumerate(zip(new, old, strict=True)) for line in differences(*pair, f"{path}[{i}]")
         ]
+    if isinstance(new, list) and isinstance(old, list):
+        return [f"{path} has {len(new)} entries now and had {len(old)}"]
     return [] if new == old else [f"{path} is {_short(new)} now and was {_short(old)}"]
 
 

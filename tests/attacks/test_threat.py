@@ -55,13 +55,13 @@ def test_fractions_are_read_exactly(value: float | str, number: float) -> None:
     assert math.copysign(1, parse_fraction(value)) == 1
 
 
-@pytest.mark.parametrize("value", ["4/0", "four", "", "4/255/2", "4//255", "-4/255", "1/-2", "0x1"])
+@pytest.mark.parametrize("value", ["4/0", "four", "", "4/255/2", "4//255", "1/-2", "0x1"])
 def test_unreadable_text_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match=r"write a fraction such as '4/255'"):
         parse_fraction(value)
 
 
-@pytest.mark.parametrize("value", [-0.1, "-0.1", math.nan, "nan", math.inf, "inf", "1e999"])
+@pytest.mark.parametrize("value", [-0.1, "-0.1", "-4/255", math.nan, "nan", math.inf, "inf", "1e999"])
 def test_negative_and_unbounded_numbers_are_refused(value: float | str) -> None:
     with pytest.raises(ValueError, match="finite and at least 0"):
         parse_fraction(value)
