@@ -99,7 +99,15 @@ def main() -> None:
     with FlopCounterMode(display=False) as one, torch.no_grad():
         classifier.image_features(pixels)
     with FlopCounterMode(display=False) as all_of_it:
-        evaluate(classifier, (pixels, labels), attack, batch_size=len(pixels), signs=False, progress=False)
+        # the counter cannot follow a module whose input is a leaf of autograd, as pixels under attack are
+        evaluate(
+            lambda images: classifier(images + 0),
+            (pixels, labels),
+            attack,
+            batch_size=len(pixels),
+            signs=False,
+            progress=False,
+        )
     operations = all_of_it.get_total_flops() / (one.get_total_flops() * (2 * args.steps + 2))
     result = {
         "model": "CLIP ViT-B/32, random" if args.vit else "tiny CLIP",
