@@ -296,6 +296,7 @@ def test_the_robust_tiny_clip_withstands_what_tiny_clip_does_not():
 
 def test_the_demo_starts_from_the_model_that_is_named(tmp_path, monkeypatch, capfd):
     quick = ["--shots", "1", "--num_train_epochs", "1", "--eval_limit", "4", "--eval_attack", "pgd-2", "--use_cpu"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the fresh process must not depend on how many threads it would take
     monkeypatch.setattr("sys.argv", ["demo.py", "--model_name_or_path", str(ROBUST), *quick])
     monkeypatch.chdir(tmp_path)
     pictured = []
