@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from .data.transforms import PixelTransform
 from .loading import load_model
-from .texts import TEXT_INPUTS, check_end_tokens, check_prompts_fit, max_text_length, tokenize
+from .texts import TEXT_INPUTS, check_classes_known, check_end_tokens, check_prompts_fit, max_text_length, tokenize
 from .tuner import PromptLayer
 
 
@@ -32,7 +32,8 @@ class ZeroShotClassifier(nn.Module):
 
     Raises:
         ValueError: A template without one `{}`, class names that repeat, a text that is too long for the model, or one so short
-            that the adapter's prompts would overwrite the class name; or the processor of another model.
+            that the adapter's prompts would overwrite the class name; the processor of another model; or other classes than
+            those of an active adapter with class-specific prompts.
     """
 
     model: Any  # a PeftModel, or a model of transformers: both hand out CLIP's methods
@@ -51,6 +52,7 @@ class ZeroShotClassifier(nn.Module):
         self.template = template
         check_template(template)
         check_class_names(self.class_names)
+        check_classes_known(model, self.class_names)
         self.texts = [template.format(name) for name in self.class_names]
         text_inputs = tokenize(processor.tokenizer, self.texts, max_text_length(model))
         check_end_tokens(model, text_inputs["input_ids"])
@@ -104,7 +106,13 @@ class ZeroShotClassifier(nn.Module):
         return self.logits(self.image_features(pixels), self.text_features())
 
     def text_inputs(self) -> dict[str, Tensor]:
-        """Returns the tokens of the N texts: `input_ids` and `attention_mask`, (N, L) with L the length of the longest."""
+        """Returns the tokens of the N texts: `input_ids` and `attention_mask`, (N, L) with L the length of the longest.
+
+        Raises:
+            ValueError: The adapter in use is class-specific, for other classes.
+        """
+        # another adapter may have become the active one since this was made, with as many classes by chance
+        check_classes_known(self.model, self.class_names)
         return {name: getattr(self, name) for name in TEXT_INPUTS if hasattr(self, name)}
 
     def text_features(self) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
 
-from .tuner import CaptConfig
+from .tuner import CaptConfig, PromptLayer
 
 TEXT_INPUTS = ("input_ids", "attention_mask")
 
@@ -68,3 +69,28 @@ def check_prompts_fit(model: nn.Module, tokenizer: Any, template: str) -> None:
                 f"text prompts of adapter {name!r} would overwrite {config.num_text_tokens}. Put more words before {{}}, or "
                 "set num_text_tokens lower."
             )
+
+
+def check_classes_known(model: nn.Module, class_names: Sequence[str]) -> None:
+    """Raises a ValueError if the adapter in use has class-specific prompts for other classes, or in another order."""
+    layers = (layer for layer in model.modules() if isinstance(layer, PromptLayer) and layer.site.tower == "text")
+    name = next((layer.applied_adapter for layer in layers), None)
+    config = getattr(model, "peft_config", {}).get(name)
+    if not isinstance(config, CaptConfig) or not config.class_specific:
+        return
+    tuned, given = config.class_names or [], list(class_names)
+    if given == tuned:
+        return
+    i, (known, asked) = next(
+        (i, pair) for i, pair in enumerate(zip_longest(tuned, given, fillvalue="missing")) if pair[0] != pair[1]
+    )
+    raise ValueError(
+        f"Adapter {name!r} has class-specific text prompts for the {len(tuned)} classes {_first(tuned)}, but is given the "
+        f"{len(given)} classes {_first(given)} (class {i} is {known!r} there and {asked!r} here). Give the classes that it was "
+        "tuned on, in their order, or take an adapter with one context for all classes (class_specific=False)."
+    )
+
+
+def _first(names: Sequence[str], limit: int = 10) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more

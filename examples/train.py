@@ -21,7 +21,7 @@ from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
-from capt_peft.report import results_table, run_results, save_run
+from capt_peft.runs import results_table, run_results, save_run
 
 EXAMPLES = Path(__file__).resolve().parent
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
@@ -57,10 +57,12 @@ class ScriptArguments:
     text_depth: int | None = field(default=None, metadata={"help": "Text layers with prompts."})
     vision_depth: int | None = field(default=None, metadata={"help": "Vision layers with prompts."})
     init: str | None = field(default=None, metadata={"help": "Start of the text prompts: template or random."})
+    class_specific: bool = field(default=False, metadata={"help": "Every class has text prompts of its own."})
 
     def prompts(self) -> dict[str, Any]:
         """Returns the fields of CaptConfig that were given."""
-        names = ("coupling", "num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth", "init")
+        shape = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
+        names = ("coupling", *shape, "init", "class_specific")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -112,7 +114,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     processor = AutoProcessor.from_pretrained(script.model_name_or_path)
     # in float32, whatever precision it is stored in: pixel gradients vanish in less
     base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)
-    config = CaptConfig(**{**script.prompts(), **method.prompts}, template=task.template)
+    prompts = {**script.prompts(), **method.prompts}
+    config = CaptConfig(**prompts, template=task.template, class_names=list(task.class_names))
     model = get_peft_model(base, config)
     trainer = CaptTrainer(
         model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher

@@ -194,3 +194,47 @@ def test_the_bare_model_is_loaded_by_name(tmp_path):
     assert isinstance(loaded, PeftModel) and not loaded.training
     assert next(loaded.parameters()).dtype == torch.float32
     assert isinstance(capt_peft.from_pretrained(str(tmp_path), base=TINY_CLIP), PeftModel)
+
+
+@pytest.fixture
+def class_specific():
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    peft_model = get_peft_model(base, CaptConfig(class_specific=True, class_names=list(NAMES)))
+    shake(peft_model)
+    return peft_model.eval()
+
+
+def test_a_class_specific_adapter_classifies_its_own_classes(class_specific, processor, tmp_path):
+    pixels = torch.rand(2, 3, 32, 32)
+    class_specific.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = ZeroShotClassifier(class_specific, processor, NAMES)(pixels)
+        assert expected.shape == (2, 3)
+        assert torch.equal(ZeroShotClassifier.from_pretrained(str(tmp_path))(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("green square", "red circle", "seven"), "class 0 is 'red circle' there and 'green square' here"),
+        (("red circle", "green square"), "but is given the 2 classes 'red circle', 'green square' (class 2 is 'seven'"),
+        ([str(i) for i in range(12)], "'8', '9' and 2 more"),
+    ],
+)
+def test_a_class_specific_adapter_knows_no_other_classes(class_specific, processor, names, words):
+    with pytest.raises(ValueError) as caught:
+        ZeroShotClassifier(class_specific, processor, names)
+    assert words in str(caught.value)
+    assert "for the 3 classes 'red circle', 'green square', 'seven'" in str(caught.value)
+    with pytest.raises(ValueError, match="class-specific text prompts"):
+        ZeroShotClassifier(class_specific, processor, NAMES).predict(images(1), class_names=names)
+    with class_specific.disable_adapter():
+        others = ZeroShotClassifier(class_specific, processor, names)
+        assert len(others.predict(images(1))[0]) == len(names)
+
+
+def test_a_class_specific_adapter_that_becomes_active_later_is_noticed(class_specific, processor):
+    with class_specific.disable_adapter():
+        classifier = ZeroShotClassifier(class_specific, processor, NAMES[::-1])  # as many classes, in another order
+    with pytest.raises(ValueError, match="class-specific text prompts"):
+        classifier(torch.rand(1, 3, 32, 32))

@@ -118,6 +118,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         (["--template", "{}."], "would overwrite"),
         (["--epsilon", "x"], "x"),
         (["--coupling", "sideways"], "sideways"),
+        (["--class_specific", "true", "--text_depth", "0"], "class_specific=True needs text prompts"),
         (["--text_depth", "40", "--vision_depth", "40"], "text_depth=40"),
         (["--eval_split", "holdout"], "holdout"),
         (["--model_name_or_path", "./nowhere"], "nowhere"),
@@ -180,13 +181,19 @@ def test_the_published_protocols_are_what_their_papers_say(name, steps, size, ev
     assert args.evaluation_attack.resolved_step_size == pytest.approx(evaluated)
 
 
-@pytest.mark.parametrize("name", ["fap", "apt"])
-def test_a_published_protocol_runs(name, tmp_path):
+@pytest.mark.parametrize(("name", "class_specific"), [("fap", False), ("apt", False), ("apt", True)])
+def test_a_published_protocol_runs(name, class_specific, tmp_path):
     config = yaml.safe_load((SCRIPT.parent / "configs" / f"{name}.yaml").read_text())
     few = {"shots": 1, "max_steps": 1, "eval_limit": 4, "eval_attack": "pgd-1", "model_name_or_path": TINY_CLIP}
     shallow = {key: 2 for key in ("text_depth", "vision_depth") if key in config}
     (tmp_path / "quick.yaml").write_text(yaml.safe_dump({**config, **few, **shallow}))
-    results = main(["--config", str(tmp_path / "quick.yaml"), "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    results = main([
+        "--config", str(tmp_path / "quick.yaml"), "--use_cpu", "--output_dir", str(tmp_path / "out"),
+        "--class_specific", str(class_specific).lower(),
+    ])  # fmt: skip
     assert results["method"] == config["method"] and results["training"]["steps"] == 1
     assert results["adapter"]["config"]["num_text_tokens"] == config["num_text_tokens"]
     assert results["task"]["shots"] == "1"
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    inputs = next(tensor for name, tensor in tensors.items() if "token_embedding" in name)
+    assert inputs.shape[:-1] == (*[10] * class_specific, config["num_text_tokens"])

@@ -39,7 +39,10 @@ class CaptConfig(PeftConfig):
         init_std: Standard deviation of the random start.
         template_token_ids: Token ids of the template up to the class name, start token first. Filled from the tokenizer of
             the base model when there is one.
-        class_names: The class names that the adapter was tuned on, for the record; any others can be used.
+        class_names: The class names that the adapter was tuned on. For the record, and any others can be used, unless the text
+            prompts are class-specific.
+        class_specific: Every class has text prompts of its own, as in APT's (arXiv 2403.01849) and CoOp's class-specific
+            context. Needs `class_names`, and knows no classes but these, in their order.
         base_model_fingerprint: Hash of the base weights that the prompts were tuned on; filled in.
         modules_to_save: Further modules of the base model to train and save, as in every PEFT method.
 
@@ -65,6 +68,9 @@ class CaptConfig(PeftConfig):
         default=None, metadata={"help": "Token ids of the template up to the class name, start token first."}
     )
     class_names: list[str] | None = field(default=None, metadata={"help": "Class names that the adapter was tuned on."})
+    class_specific: bool = field(
+        default=False, metadata={"help": "Every class has text prompts of its own; needs class_names."}
+    )
     base_model_fingerprint: str | None = field(
         default=None, metadata={"help": "Hash of the base weights that the prompts were tuned on."}
     )
@@ -80,6 +86,7 @@ class CaptConfig(PeftConfig):
         self._check_types()
         self._check_values()
         self._check_coupling()
+        self._check_class_specific()
 
     def _check_types(self) -> None:
         for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
@@ -89,6 +96,8 @@ class CaptConfig(PeftConfig):
         for name in ("coupling", "template", "init"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
+        if not isinstance(self.class_specific, bool):
+            raise TypeError(f"class_specific={self.class_specific!r} must be True or False.")
         if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float):
             raise TypeError(f"init_std={self.init_std!r} must be a number.")
         lists: list[tuple[str, type]] = [("template_token_ids", int), ("class_names", str), ("modules_to_save", str)]
@@ -141,6 +150,25 @@ class CaptConfig(PeftConfig):
                     f"and {vision} for vision. Make them equal, or set coupling='none'."
                 )
 
+    def _check_class_specific(self) -> None:
+        if not self.class_specific:
+            return
+        if self.coupling != "none":
+            raise ValueError(
+                f"class_specific=True needs coupling='none', got {self.coupling!r}: a coupled vision prompt would depend on the "
+                "class, which an image does not tell. Set coupling='none', or class_specific=False."
+            )
+        if not self.depth("text"):
+            raise ValueError(
+                f"class_specific=True needs text prompts, got text_depth={self.text_depth} and num_text_tokens="
+                f"{self.num_text_tokens}. Set both to 1 or more, or class_specific=False."
+            )
+        if not self.class_names:
+            raise ValueError(
+                f"class_specific=True needs the classes that get text prompts of their own, got class_names={self.class_names}. "
+                "Give their names in order, class_names=['cat', 'dog'], or set class_specific=False."
+            )
+
     def depth(self, tower: str) -> int:
         """Returns the number of layers of `tower` ("text" or "vision") that get prompts; 0: the tower is left as it is."""
         depth = self.text_depth if tower == "text" else self.vision_depth
@@ -149,6 +177,11 @@ class CaptConfig(PeftConfig):
     def num_tokens(self, tower: str) -> int:
         """Returns the number of prompts a layer of `tower` ("text" or "vision")."""
         return self.num_text_tokens if tower == "text" else int(self.num_vision_tokens or 0)
+
+    def prompt_shape(self, tower: str) -> tuple[int, ...]:
+        """Returns the shape of the prompts of a layer of `tower`, without its width: (n,), or (N, n) where class-specific."""
+        classes = (len(self.class_names or []),) if self.class_specific and tower == "text" else ()
+        return (*classes, self.num_tokens(tower))
 
     def owner(self, index: int) -> str | None:
         """Returns the tower whose prompts are the parameters at layer `index`, None where both have their own."""

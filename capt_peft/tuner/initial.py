@@ -48,6 +48,8 @@ def template_ids(config: CaptConfig, model: nn.Module) -> list[int] | None:
 def text_start(config: CaptConfig, model: nn.Module, tower: Tower) -> dict[int, torch.Tensor]:
     """Returns the (n, dim) values from which the text prompts start, by layer index; absent layers start at random.
 
+    Class-specific prompts start from the same values for every class.
+
     Args:
         config: The adapter's configuration, with `template_token_ids`.
         model: The model, its adapters switched off.

@@ -53,12 +53,12 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: Name of the adapter.
             config: Its configuration.
-            start: (n, dim) values that the prompts start from; None for N(0, `config.init_std`).
+            start: (n, dim) values that the prompts (of every class) start from; None for N(0, `config.init_std`).
             active: Names of the active adapters.
             inference_mode: Whether the parameters are frozen.
         """
         if config.owner(self.site.index) in (None, self.site.tower):
-            prompt = torch.empty(config.num_tokens(self.site.tower), self.site.dim)  # (n, dim)
+            prompt = torch.empty(*config.prompt_shape(self.site.tower), self.site.dim)  # (n, dim) or (N, n, dim)
             if prompt.device.type != "meta":
                 nn.init.normal_(prompt, std=config.init_std)
                 if start is not None:
@@ -70,7 +70,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(active, inference_mode=inference_mode)
 
     def prompt(self, adapter_name: str) -> torch.Tensor:
-        """Returns the prompts (n, dim) that `adapter_name` writes here."""
+        """Returns the prompts that `adapter_name` writes here: (n, dim), or (N, n, dim) where class-specific."""
         if adapter_name in self.capt_prompt:
             return self.capt_prompt[adapter_name]
         return self.capt_proj[adapter_name](self.partners[adapter_name][0].capt_prompt[adapter_name])
@@ -106,13 +106,21 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
         Args:
             hidden: (B, L, dim) tokens of this tower.
-            prompt: (n, dim).
+            prompt: (n, dim), or (N, n, dim) for N = B texts with prompts of their own.
 
         Returns:
             Text: (B, L, dim), the tokens `start`..`start + n - 1` replaced. Vision: (B, L + n, dim) at the embeddings, where
             the prompts are appended; (B, L, dim) at the layers, where the last n tokens are replaced.
+
+        Raises:
+            ValueError: Class-specific prompts, and another number of texts than of classes.
         """
-        n, start = len(prompt), self.site.start
+        n, start = prompt.shape[-2], self.site.start
+        if prompt.ndim == 3 and len(prompt) != len(hidden):
+            raise ValueError(
+                f"Got {len(hidden)} texts, but the adapter has {len(prompt)} classes: its class-specific context knows only the "
+                "classes it was tuned on, in their order, and takes the texts of all of them in one batch."
+            )
         prompt = prompt.to(hidden.device, hidden.dtype).expand(len(hidden), -1, -1)  # (B, n, dim)
         if self.site.tower == "text":
             return torch.cat([hidden[:, :start], prompt, hidden[:, start + n :]], dim=1)
@@ -121,17 +129,19 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs the wrapped module with the active adapter's prompts in its output (embeddings) or input (layers)."""
-        adapter_name = self._adapter_to_apply()
+        adapter_name = self.applied_adapter
         if adapter_name is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         prompt = self.prompt(adapter_name)
         if self.site.index > 0:
             return self.base_layer(self.write(hidden_states, prompt), *args, **kwargs)
         if self.site.tower == "text":
-            self._check_room(hidden_states, len(prompt))
+            self._check_room(hidden_states, prompt.shape[-2])
         return self.write(self.base_layer(hidden_states, *args, **kwargs), prompt)
 
-    def _adapter_to_apply(self) -> str | None:
+    @property
+    def applied_adapter(self) -> str | None:
+        """The adapter whose prompts are written here; None if they are switched off, or the active one has none here."""
         if self.disable_adapters:
             return None
         return next((a for a in self.active_adapters if a in self.capt_prompt or a in self.capt_proj), None)

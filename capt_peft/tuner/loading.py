@@ -88,14 +88,23 @@ def check_adapter_tensors(
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{source}: {name} has the shape {tuple(tensor.shape)}, but the configuration and the base model need "
-                f"{tuple(expected[name].shape)}. Load it on the base model it was tuned on, or mend the configuration."
-            )
+            raise ValueError(f"{source}: {name} {_mismatch(tensor.shape, expected[name].shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: {name} is {tensor.dtype}, not floating point. {MEND}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{source}: {name} holds NaN or infinite values. {MEND}")
+
+
+def _mismatch(found: torch.Size, needed: torch.Size) -> str:
+    if len(found) == 3 and len(needed) == 3 and found[1:] == needed[1:]:  # only class-specific prompts have three axes
+        return (
+            f"holds the prompts of {found[0]} classes, but the configuration has {needed[0]} class_names. Mend the "
+            f"configuration: it must name the {found[0]} classes that the adapter was tuned on, in their order."
+        )
+    return (
+        f"has the shape {tuple(found)}, but the configuration and the base model need {tuple(needed)}. Load it on the base "
+        "model it was tuned on, or mend the configuration."
+    )
 
 
 def _some(names: list[str], limit: int = 3) -> str:

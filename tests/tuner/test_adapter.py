@@ -21,16 +21,23 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel
 
 from capt_peft import CaptConfig, CaptModel
 
+PROMPTS = [
+    *(pytest.param({"coupling": coupling}, id=coupling) for coupling in COUPLINGS),
+    pytest.param(
+        {"coupling": "none", "class_specific": True, "class_names": ["cat", "dog", "cow"]}, id="class_specific"
+    ),
+]
+
 
 def logits(model):
     with torch.no_grad():
         return model(**clip_inputs()).logits_per_image
 
 
-@pytest.fixture(params=COUPLINGS)
+@pytest.fixture(params=PROMPTS)
 def saved(request, saved_clip, tmp_path):
     """A saved adapter, the base it belongs to, and the logits it gave."""
-    model = adapted(CLIPModel.from_pretrained(saved_clip), coupling=request.param)
+    model = adapted(CLIPModel.from_pretrained(saved_clip), **request.param)
     model.save_pretrained(tmp_path / "adapter")
     return str(tmp_path / "adapter"), saved_clip, logits(model)
 
@@ -118,10 +125,10 @@ def test_a_config_from_a_newer_version_loads_with_a_warning(saved):
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_a_disabled_adapter_leaves_the_base_bitwise(clip, coupling):
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_a_disabled_adapter_leaves_the_base_bitwise(clip, prompts):
     expected = logits(copy.deepcopy(clip))
-    model = adapted(clip, coupling=coupling)
+    model = adapted(clip, **prompts)
     assert not torch.allclose(logits(model), expected, atol=1e-3)
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
@@ -179,10 +186,10 @@ def test_two_adapters_at_once_are_refused(clip):
         model.base_model.set_adapter(["default", "other"])
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_unload_gives_the_base_back(clip, coupling):
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_unload_gives_the_base_back(clip, prompts):
     expected, names = logits(copy.deepcopy(clip)), set(clip.state_dict())
-    unloaded = adapted(clip, coupling=coupling).unload()
+    unloaded = adapted(clip, **prompts).unload()
     assert torch.equal(logits(unloaded), expected)
     assert set(unloaded.state_dict()) == names
 
@@ -230,10 +237,10 @@ def test_baking_an_unknown_adapter_is_refused(clip):
         adapted(clip).base_model.bake("nope")
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(clip, coupling, reentrant):
-    model = adapted(clip, coupling=coupling).train()
+def test_gradient_checkpointing_gives_the_same_gradients(clip, prompts, reentrant):
+    model = adapted(clip, **prompts).train()
 
     def gradients():
         model.zero_grad()
@@ -272,9 +279,9 @@ def test_autocast_gives_nearly_the_same(clip):
         assert (logits(model) - expected).abs().max() < 0.05 * expected.abs().max() + 0.1
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_torch_compile_finds_one_graph_without_a_break(clip, coupling):
-    model = adapted(clip, coupling=coupling)
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_torch_compile_finds_one_graph_without_a_break(clip, prompts):
+    model = adapted(clip, **prompts)
     torch._dynamo.reset()
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

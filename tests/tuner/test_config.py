@@ -21,6 +21,8 @@ from transformers import (
 from capt_peft import CaptConfig, CaptModel
 from capt_peft.tuner.registration import CaptPeftType, register
 
+CLASS_SPECIFIC = {"class_specific": True, "class_names": ["cat", "dog", "cow"]}
+
 
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
@@ -52,6 +54,12 @@ from capt_peft.tuner.registration import CaptPeftType, register
         ({"target_modules": ["q_proj"]}, ValueError, "CAPT finds its places itself"),
         ({"coupling": "none", "text_depth": 0, "vision_depth": 0}, ValueError, "no prompts at all"),
         ({"coupling": "none", "num_text_tokens": 0, "vision_depth": 0}, ValueError, "no prompts at all"),
+        ({"class_specific": "yes"}, TypeError, "class_specific='yes' must be True or False"),
+        ({"class_specific": True}, ValueError, "got class_names=None. Give their names in order"),
+        ({"class_specific": True, "class_names": []}, ValueError, "got class_names=[]"),
+        ({**CLASS_SPECIFIC, "coupling": "text_to_vision"}, ValueError, "needs coupling='none', got 'text_to_vision'"),
+        ({**CLASS_SPECIFIC, "text_depth": 0}, ValueError, "needs text prompts, got text_depth=0"),
+        ({**CLASS_SPECIFIC, "num_text_tokens": 0}, ValueError, "and num_text_tokens=0"),
     ],
 )
 def test_bad_fields_are_refused_with_a_sentence(fields, error, words):
@@ -149,12 +157,12 @@ def test_siglip_is_experimental_and_says_so(caplog):
     assert not torch.allclose(prompted, plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS)
-def test_a_new_adapter_leaves_texts_of_the_template_as_they_were(clip, coupling):
+@pytest.mark.parametrize("fields", [*({"coupling": coupling} for coupling in COUPLINGS), CLASS_SPECIFIC])
+def test_a_new_adapter_leaves_texts_of_the_template_as_they_were(clip, fields):
     inputs = clip_inputs()
     with torch.no_grad():
         expected = clip(**inputs).text_embeds
-        model = get_peft_model(clip, CaptConfig(coupling=coupling, template_token_ids=TEMPLATE_IDS)).eval()
+        model = get_peft_model(clip, CaptConfig(**fields, template_token_ids=TEMPLATE_IDS)).eval()
         torch.testing.assert_close(model(**inputs).text_embeds, expected, atol=1e-5, rtol=0)
 
 
