@@ -1,4 +1,4 @@
-"""Named recipes: which prompts, and which objective. None has a trainer of its own."""
+"""Named recipes: which prompts, which objective and which attack. None has a trainer of its own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Method:
 
     Args:
         source: Paper that it comes from.
-        objective: Makes the objective from the training arguments.
+        objective: Makes the objective from the training arguments; None: nothing is tuned.
         prompts: Fields of `CaptConfig` that belong to the method; other fields are the user's.
         attack: Fields of `CaptTrainingArguments` that belong to the method's training attack.
     """
 
     source: str
-    objective: Callable[[CaptTrainingArguments], Objective]
+    objective: Callable[[CaptTrainingArguments], Objective] | None
     prompts: Mapping[str, Any] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
 
@@ -32,6 +32,7 @@ def _adversarial(args: CaptTrainingArguments) -> Objective:
 
 
 METHODS: dict[str, Method] = {
+    "zero-shot": Method("the hand-written template (arXiv 2103.00020); nothing is tuned", None),
     "capt": Method("arXiv 2405.11154", lambda args: CaptObjective(args.consistency, args.weighting)),
     "trades-maple": Method(
         "arXiv 1901.08573 with the prompts of arXiv 2210.03117",
@@ -51,12 +52,25 @@ METHODS: dict[str, Method] = {
 }
 
 
-def get_method(name: str) -> Method:
-    """Returns a method by name.
+ALIASES = {"apt": "adv-tp"}
+
+
+def method_name(name: str) -> str:
+    """Returns the name under which `METHODS` has a method.
 
     Raises:
         ValueError: An unknown name.
     """
+    name = ALIASES.get(name, name)
     if name not in METHODS:
-        raise ValueError(f"Unknown method {name!r}. Allowed: {', '.join(METHODS)}.")
-    return METHODS[name]
+        raise ValueError(f"Unknown method {name!r}. Allowed: {', '.join([*METHODS, *ALIASES])}.")
+    return name
+
+
+def get_method(name: str) -> Method:
+    """Returns a method by name or alias.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    return METHODS[method_name(name)]

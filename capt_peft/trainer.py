@@ -99,6 +99,7 @@ class CaptTrainer(HubTrainer):
         self._frozen_logits: dict[int, Tensor] = {}
         self._frozen_texts: Tensor | None = None
         self._monitor = Monitor(task.num_classes)
+        self.collapsed: str | None = None  # what was seen, where `stop_on_collapse` is off
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
@@ -231,10 +232,10 @@ class CaptTrainer(HubTrainer):
         if "loss" in logs:
             means = self._monitor.means(lambda sums: self.accelerator.reduce(sums, "sum"))
             logs |= means | {"attack": self.attack.name}
-            collapse = self._monitor.collapse(means)
-            if collapse and self.args.stop_on_collapse:
+            self.collapsed = self._monitor.collapse(means) or self.collapsed
+            if self.collapsed and self.args.stop_on_collapse:
                 raise TrainingStopped(
-                    f"The model has become constant at step {self.state.global_step}: {collapse}. Lower the learning rate "
+                    f"The model has become constant at step {self.state.global_step}: {self.collapsed}. Lower the learning rate "
                     f"({self.args.learning_rate}) or `consistency` ({self.args.consistency}), or use another coupling. "
                     f"{self._last_good()}"
                 )

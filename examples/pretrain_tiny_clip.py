@@ -27,11 +27,13 @@ from capt_peft.attacks.pgd import PGD
 from capt_peft.attacks.threat import ThreatModel
 from capt_peft.classifier import ZeroShotClassifier
 from capt_peft.data.task import Task
-from capt_peft.data.toy import FACTS, TOY_TASKS, Facts, caption, draw, load_digits_task, load_toy_task, phrase
+from capt_peft.data.toy import FACTS, Facts, caption, draw, phrase
+from capt_peft.data.toy_tasks import load_digits_task, load_toy_task
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 FACT_NAMES = list(FACTS)
 SPOKEN = [name for name in FACTS if name != "font"]
+MEASURED = ("shapes", "colors", "sizes", "positions", "counts", "backgrounds", "textures", "letters")
 EPSILONS = (1, 2, 4, 6, 8, 10, 12, 16)  # of 255
 
 
@@ -205,7 +207,7 @@ def evaluate(folder: Path, quick: bool) -> dict[str, float]:
     """Loads the folder as anyone would and returns its zero-shot accuracies, clean and under PGD-20."""
     model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
     figures = {}
-    for name in TOY_TASKS:
+    for name in MEASURED:
         task = load_toy_task(name, train_per_class=1, validation_per_class=1, test_per_class=2 if quick else 40)
         figures[name] = accuracy(*classified(model, processor, task, "test"))
     figures["mean of the procedural tasks"] = sum(figures.values()) / len(figures)

@@ -20,6 +20,7 @@ from .published import Entry, to_catalog
 from .sampling import sample_shots, stratified_split
 from .sources import SPLIT_NAMES, open_hub, open_local, split_of
 from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values, encoded_images
+from .toy_tasks import load_procedural_task, procedural_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,9 @@ def load_task(
         class_names = tuple(class_names)
     source, given = str(name_or_path), {"train": train_split, "validation": validation_split, "test": test_split}
     columns = {"image_column": image_column, "label_column": label_column}
-    if isinstance(name_or_path, str) and source in _procedural():
+    if isinstance(name_or_path, str) and source in procedural_tasks():
         _refuse(source, root=root, name=name, revision=revision, **columns, **given)
-        return _customized(_procedural_task(source, seed), class_names, template)
+        return _customized(load_procedural_task(source, seed), class_names, template)
     entry = CATALOG.get(source) if isinstance(name_or_path, str) else None
     path = _local_path(source, root, entry)
     if path is None:
@@ -114,13 +115,7 @@ def load_task(
 
 def list_tasks() -> list[str]:
     """Returns the names that `load_task` knows: first those without a network or files, then those of `CATALOG`."""
-    return [*_procedural(), *CATALOG]
-
-
-def _procedural() -> list[str]:
-    from .toy import TOY_TASKS
-
-    return ["digits", *TOY_TASKS]
+    return [*procedural_tasks(), *CATALOG]
 
 
 def check_images(task: Task, splits: Iterable[str] | None = None) -> None:
@@ -236,12 +231,6 @@ def _refuse(source: str, **settings: Any) -> None:
     given = [key if key not in SPLITS else f"{key}_split" for key, value in settings.items() if value is not None]
     if given:
         raise ValueError(f"{source!r} is local or in the catalog and takes no {' or '.join(given)}. Leave it out.")
-
-
-def _procedural_task(name: str, seed: int) -> Task:
-    from .toy import load_digits_task, load_toy_task
-
-    return load_digits_task(seed=seed) if name == "digits" else load_toy_task(name, seed=seed)
 
 
 def _customized(task: Task, class_names: tuple[str, ...] | None, template: str | None) -> Task:

@@ -1,33 +1,14 @@
-"""Procedural captioned images and the classification tasks that need no download.
+"""Procedural captioned images.
 
 An image is drawn from its facts, such as `{"shape": "star", "color": "red", "size": "large"}`, and a caption states
-some of them. `draw` makes what `examples/pretrain_tiny_clip.py` trains on. The tasks of `TOY_TASKS` ask for one fact,
-in images drawn from random streams of their own and with pairs of facts that `draw` never puts into one image: a pair
-is held out where the positions of the two values in `FACTS` add up to a multiple of five, a fifth of all pairs.
-
-=============  =====================================  =====================================================
-task           classes                                held-out pairs (every image of the task has one)
-=============  =====================================  =====================================================
-shapes         10 shapes                              (shape, color)
-colors         10 colours of a shape                  (shape, color)
-sizes          small, medium, large                   (shape, size)
-positions      9 places of a shape                    (shape, position)
-counts         two to five shapes                     (shape, count)
-backgrounds    10 colours of the ground               (color, background)
-textures       10 textures                            (texture, color)
-letters        26 capital letters                     (letter, font)
-=============  =====================================  =====================================================
-
-The task `digits` is real: scikit-learn's 1,797 scans of handwritten digits, which `draw` never saw either.
+some of them. `draw` makes what `examples/pretrain_tiny_clip.py` trains on. Some pairs of facts it never puts into one image:
+those where the positions of the two values in `FACTS` add up to a multiple of five, a fifth of all pairs. The tasks of
+`toy_tasks` are made of these.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-from zlib import crc32
-
 import numpy as np
-from datasets import Dataset
 from PIL import Image
 
 from .drawing import (
@@ -44,7 +25,6 @@ from .drawing import (
     to_mask,
 )
 from .glyphs import CANVAS, DIGITS, FONTS, LETTERS, glyph_mask
-from .task import Task, task_features
 
 Facts = dict[str, str]
 
@@ -75,25 +55,6 @@ HELD_OUT_PAIRS = (
 )
 
 
-class ToyTask(NamedTuple):
-    """What a procedural task asks for: the fact, its held-out pair, what is drawn and the text of a class."""
-
-    fact: str
-    held_out: tuple[str, str]
-    kind: str
-    template: str
-
-
-TOY_TASKS = {
-    "shapes": ToyTask("shape", ("shape", "color"), "object", "a photo of a {}."),
-    "colors": ToyTask("color", ("shape", "color"), "object", "a photo of a {} shape."),
-    "sizes": ToyTask("size", ("shape", "size"), "object", "a photo of a {} shape."),
-    "positions": ToyTask("position", ("shape", "position"), "object", "a photo of a shape in the {}."),
-    "counts": ToyTask("count", ("shape", "count"), "objects", "a photo of {}."),
-    "backgrounds": ToyTask("background", ("color", "background"), "object", "a photo of a shape on a {} background."),
-    "textures": ToyTask("texture", ("texture", "color"), "texture", "a photo of a {} texture."),
-    "letters": ToyTask("letter", ("letter", "font"), "letter", "a photo of the letter {}."),
-}
 KINDS = {"object": 0.24, "objects": 0.14, "texture": 0.12, "letter": 0.15, "digit": 0.35}  # shares of `draw`
 _SCAN_SHARE = 0.55  # of the digits; the other fonts share the rest
 
@@ -234,71 +195,3 @@ def _shape_words(stated: Facts, single: bool) -> str:
     words = ("a" if single else stated.get("count"), stated.get("size"), stated.get("color"), noun)
     joined = " ".join(word for word in words if word)
     return f"{joined} in the {stated['position']}" if "position" in stated else joined
-
-
-def load_toy_task(
-    name: str, seed: int = 0, train_per_class: int = 32, validation_per_class: int = 20, test_per_class: int = 40
-) -> Task:
-    """Draws a procedural task; every image holds a pair of facts that pre-training never showed (see the module).
-
-    Args:
-        name: A key of `TOY_TASKS`.
-        seed: Any non-negative integer; the same seed draws the same task.
-        train_per_class: Images of a class in the training split, at least 1.
-        validation_per_class: The same for the validation split.
-        test_per_class: The same for the test split.
-
-    Raises:
-        ValueError: An unknown name, or less than one image a class.
-    """
-    if name not in TOY_TASKS:
-        raise ValueError(f"Unknown procedural task {name!r}. Allowed: {', '.join(TOY_TASKS)}.")
-    sizes = {"train": train_per_class, "validation": validation_per_class, "test": test_per_class}
-    for split, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{split}_per_class is {size}; it must be at least 1.")
-    task, values = TOY_TASKS[name], FACTS[TOY_TASKS[name].fact]
-    class_names = tuple(f"{value} shapes" for value in values) if name == "counts" else values
-    splits = {}
-    for number, (split, size) in enumerate(sizes.items()):
-        rng = np.random.default_rng([seed, crc32(name.encode()), number])
-        labels = [label for label in range(len(values)) for _ in range(size)]
-        images = [_draw_held_out(task, values[label], rng) for label in labels]
-        splits[split] = Dataset.from_dict({"image": images, "label": labels}, features=task_features(class_names))
-    return Task(name, class_names, splits, task.template, source=name)
-
-
-def _draw_held_out(task: ToyTask, value: str, rng: np.random.Generator) -> Image.Image:
-    """An image of the class `value` with a held-out pair of the task."""
-    while True:
-        facts = sample_facts(rng, task.kind)
-        if facts.get(task.fact) == value and is_held_out(facts, task.held_out):
-            return draw_facts(facts, rng)
-
-
-def load_digits_task(seed: int = 0) -> Task:
-    """Loads scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels, bright on black.
-
-    The splits are stratified: 797 images to train on, 300 for validation, 700 to test.
-
-    Args:
-        seed: Any non-negative integer; the same seed makes the same splits.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("The task `digits` needs scikit-learn: pip install capt-peft[toy]") from error
-    scans = load_digits()
-    images = [Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).convert("RGB") for scan in scans.images]
-    labels = scans.target.tolist()
-    rest, test = train_test_split(range(len(labels)), test_size=700, stratify=labels, random_state=seed)
-    train, validation = train_test_split(rest, test_size=300, stratify=[labels[i] for i in rest], random_state=seed)
-    splits = {}
-    for split, chosen in {"train": train, "validation": validation, "test": test}.items():
-        columns = {"image": [images[i] for i in chosen], "label": [labels[i] for i in chosen]}
-        splits[split] = Dataset.from_dict(columns, features=task_features(DIGITS))
-    return Task("digits", DIGITS, splits, "a photo of the digit {}.", source="digits")

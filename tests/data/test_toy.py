@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capt_peft.data import toy
+from capt_peft import list_tasks, load_task
+from capt_peft.data import toy, toy_tasks
 from capt_peft.data.glyphs import DIGITS, FONTS, LETTERS, STROKES, glyph_mask, hand_strokes, parse_strokes
 
 SMALL = {"train_per_class": 2, "validation_per_class": 1, "test_per_class": 1}
@@ -103,9 +104,9 @@ def test_shapes_of_a_count_lie_apart(count: str) -> None:
     assert blobs == toy.FACTS["count"].index(count) + 2
 
 
-@pytest.mark.parametrize("name", toy.TOY_TASKS)
+@pytest.mark.parametrize("name", toy_tasks.TOY_TASKS)
 def test_a_task_draws_balanced_splits_that_share_no_image_and_repeats_itself(name: str) -> None:
-    task, again, other = (toy.load_toy_task(name, seed, **SMALL) for seed in (0, 0, 1))
+    task, again, other = (toy_tasks.load_toy_task(name, seed, **SMALL) for seed in (0, 0, 1))
     seen: list[bytes] = []
     for split, per_class in (("train", 2), ("validation", 1), ("test", 1)):
         assert sorted(task[split]["label"]) == sorted(list(range(task.num_classes)) * per_class)
@@ -115,25 +116,65 @@ def test_a_task_draws_balanced_splits_that_share_no_image_and_repeats_itself(nam
     assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("name", toy.TOY_TASKS)
+@pytest.mark.parametrize("name", toy_tasks.TOY_TASKS)
 def test_every_image_of_a_task_holds_a_held_out_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[toy.Facts] = []
-    plain = toy.draw_facts
-    monkeypatch.setattr(toy, "draw_facts", lambda facts, rng: drawn.append(facts) or plain(facts, rng))
-    toy.load_toy_task(name, **SMALL)
-    assert drawn and all(toy.is_held_out(facts, toy.TOY_TASKS[name].held_out) for facts in drawn)
+    plain = toy_tasks.draw_facts
+    monkeypatch.setattr(toy_tasks, "draw_facts", lambda facts, rng: drawn.append(facts) or plain(facts, rng))
+    toy_tasks.load_toy_task(name, **SMALL)
+    assert drawn and all(toy.is_held_out(facts, toy_tasks.TOY_TASKS[name].held_out) for facts in drawn)
 
 
 def test_unknown_tasks_and_empty_splits_are_refused() -> None:
     with pytest.raises(ValueError, match="shapes, colors"):
-        toy.load_toy_task("dogs")
+        toy_tasks.load_toy_task("dogs")
     with pytest.raises(ValueError, match="test_per_class is 0"):
-        toy.load_toy_task("shapes", test_per_class=0)
+        toy_tasks.load_toy_task("shapes", test_per_class=0)
+
+
+def test_the_suite_has_eleven_tasks_and_three_shifts_that_load_task_knows() -> None:
+    assert len(toy_tasks.TOY_TASKS) + 1 == 11 and len(toy_tasks.SHIFTS) == 3
+    assert list_tasks()[:14] == toy_tasks.procedural_tasks()
+
+
+@pytest.mark.parametrize("name", toy_tasks.SHIFTS)
+def test_a_shift_has_test_images_alone_of_the_same_classes_that_look_different(name: str) -> None:
+    task, plain = load_task(name), load_task("shapes")
+    assert list(task.splits) == ["test"] and len(task["test"]) == 400
+    assert task.class_names == plain.class_names and task.template == plain.template
+    assert set(pixels(task["test"]["image"])).isdisjoint(pixels(plain["test"]["image"]))
+    assert pixels(task["test"]["image"]) == pixels(load_task(name)["test"]["image"])
+
+
+def test_a_sketch_is_gray_and_mostly_white_with_dark_lines_at_the_edges() -> None:
+    facts = {"shape": "square", "number": "one", "color": "red", "background": "green", "size": "large"}
+    image = toy_tasks.sketch(toy.draw_facts(facts, np.random.default_rng(0)), np.random.default_rng(0))
+    drawn = np.asarray(image)
+    assert (drawn == drawn[..., :1]).all() and np.median(drawn) > 200 and drawn.min() < 60
+    assert drawn[16, 16].min() > 120, "inside a shape there is no edge"
+
+
+def test_recoloured_images_keep_their_contours_in_other_colours() -> None:
+    facts = {"shape": "circle", "number": "one", "color": "red", "background": "blue", "size": "large"}
+    image = toy.draw_facts(facts, np.random.default_rng(3))
+    other = np.asarray(toy_tasks.recolor(image, np.random.default_rng(1)), int)
+    assert sorted(other[16, 16]) == sorted(255 - np.asarray(image, int)[16, 16])
+    assert np.abs(other - np.asarray(image, int)).max(-1).mean() > 50
+
+
+def test_corruptions_are_of_four_kinds_and_keep_the_size() -> None:
+    facts = {"shape": "star", "number": "one", "color": "white", "background": "black", "size": "large"}
+    image = toy.draw_facts(facts, np.random.default_rng(0))
+    drawn = [toy_tasks.corrupt(image, np.random.default_rng(seed)) for seed in range(24)]
+    assert {(other.mode, other.size) for other in drawn} == {("RGB", (32, 32))}
+    assert len(set(pixels(drawn))) > 15 and image.tobytes() not in pixels(drawn)  # coarse ones repeat
+    contrast = [np.asarray(other.convert("L"), float).std() for other in drawn]
+    assert min(contrast) < 0.6 * np.asarray(image.convert("L"), float).std()
 
 
 def test_digits_are_all_the_scans_in_stratified_splits_of_797_300_and_700() -> None:
     pytest.importorskip("sklearn")
-    task, again = toy.load_digits_task(), toy.load_digits_task()
+    task, again = toy_tasks.load_digits_task(), toy_tasks.load_digits_task()
     assert {split: len(task[split]) for split in task.splits} == {"train": 797, "validation": 300, "test": 700}
     images = [image for split in task.splits for image in task[split]["image"]]
     assert len(set(pixels(images))) == 1797 and {(image.mode, image.size) for image in images} == {("RGB", (8, 8))}
@@ -141,7 +182,7 @@ def test_digits_are_all_the_scans_in_stratified_splits_of_797_300_and_700() -> N
         counts = np.bincount(task[split]["label"])
         assert len(counts) == 10 and counts.max() - counts.min() <= 0.07 * counts.mean() + 1
         assert task[split]["label"] == again[split]["label"]
-    assert task["test"]["label"] != toy.load_digits_task(seed=1)["test"]["label"]
+    assert task["test"]["label"] != toy_tasks.load_digits_task(seed=1)["test"]["label"]
 
 
 def test_digits_without_scikit_learn_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +195,7 @@ def test_digits_without_scikit_learn_say_how_to_install_it(monkeypatch: pytest.M
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install capt-peft\[toy\]"):
-        toy.load_digits_task()
+        toy_tasks.load_digits_task()
 
 
 @pytest.mark.parametrize("font", FONTS)
