@@ -1,0 +1,211 @@
+"""Cells: one method on one data set with one number of shots and one seed, and what it is measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from ..methods import METHODS, method_name
+from ..training_args import CaptTrainingArguments
+from ..tuner import CaptConfig
+from .suites import Suite
+
+PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
+ZERO_SHOT = "zero-shot"
+Shots = int | str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an adapter is measured on: a data set, all its classes or a half of them."""
+
+    task: str
+    classes: str = "all"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a benchmark. It holds all that its figures depend on, but the versions of packages.
+
+    Args:
+        suite: Name of the suite.
+        protocol: One of `PROTOCOLS`.
+        method: Name of the method.
+        variant: Name of the variant of its settings; "" for none.
+        task: The data set that it is tuned on.
+        shots: Training images a class, "all", or 0 for zero-shot.
+        seed: Seed of the images drawn, of the prompts and of all attacks.
+        split: Split that is measured.
+        model: Folder or Hub id of the CLIP.
+        epsilon: Radius of the threat model, as a fraction of the [0, 1] range.
+        norm: Its norm.
+        attacks: Names of the attacks that measure robust accuracy.
+        eval_step_size: Length of a step of PGD among them; None: as of `PGD`.
+        limit: Images of a split that are measured, drawn by seed 0; None: all.
+        targets: What is measured.
+        settings: Other fields of `CaptTrainingArguments`, and `teacher`.
+        prompts: Fields of `CaptConfig`.
+    """
+
+    suite: str
+    protocol: str
+    method: str
+    variant: str
+    task: str
+    shots: Shots
+    seed: int
+    split: str
+    model: str
+    epsilon: str
+    norm: str
+    attacks: tuple[str, ...]
+    eval_step_size: str | None
+    limit: int | None
+    targets: tuple[Target, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, in JSON types."""
+        content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return content
+
+    @property
+    def key(self) -> str:
+        """Identifies the cell: 12 hexadecimal digits of a hash of all fields."""
+        return _hash(self.to_dict())
+
+    @property
+    def training_key(self) -> str:
+        """Identifies the adapter: cells that differ only in what is measured share one."""
+        content = self.to_dict()
+        measured = ("suite", "protocol", "variant", "split", "attacks", "eval_step_size", "limit", "targets")
+        return _hash({k: v for k, v in content.items() if k not in measured} | {"classes": self.train_classes})
+
+    @property
+    def train_classes(self) -> str:
+        """The classes that it is tuned on: "all" or "base"."""
+        return "base" if self.protocol == "base-to-new" else "all"
+
+    @property
+    def label(self) -> str:
+        """The method, and the variant if it has one."""
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+    def __str__(self) -> str:
+        shots = "" if self.method == ZERO_SHOT else f", {self.shots} shot{'s' * (self.shots != 1)}"
+        return f"{self.protocol}: {self.label} on {self.task}{shots}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Args:
+        suite: The data sets.
+        model: Folder or Hub id of the CLIP.
+        methods: Names of the methods.
+        protocols: Of `PROTOCOLS`.
+        shots: Numbers of shots of the protocol few-shot, or "all"; the others use `transfer_shots`.
+        seeds: Seeds.
+        tasks: A part of the suite's data sets; None: all.
+        variants: Named settings that are tried in place of the method's own; {"": {}} is the method as it is.
+        settings: Fields of `CaptTrainingArguments` and `CaptConfig`, on top of the suite's.
+        attacks: Attacks in place of the suite's.
+        limit: Images in place of the suite's; 0: all.
+        split: Split that is measured; "validation" to choose settings.
+        transfer_shots: Shots of base-to-new, cross-dataset and shift.
+    """
+
+    suite: Suite
+    model: str
+    methods: Sequence[str] = (ZERO_SHOT, *[name for name in METHODS if name != ZERO_SHOT])
+    protocols: Sequence[str] = PROTOCOLS
+    shots: Sequence[Shots] = (1, 4, 16, "all")
+    seeds: Sequence[int] = (0, 1, 2)
+    tasks: Sequence[str] | None = None
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attacks: Sequence[str] | None = None
+    limit: int | None = None
+    split: str = "test"
+    transfer_shots: Shots = 16
+
+    def __post_init__(self) -> None:
+        for name, values, allowed in (
+            ("protocols", self.protocols, PROTOCOLS),
+            ("tasks", self.tasks or (), self.suite.tasks),
+        ):
+            unknown = [value for value in values if value not in allowed]
+            if unknown:
+                raise ValueError(f"Unknown {name} {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
+        for shots in (*self.shots, self.transfer_shots):
+            if shots != "all" and (not isinstance(shots, int) or shots < 1):
+                raise ValueError(f"shots={shots!r} must be a whole number of at least 1, or 'all'.")
+
+    def cells(self) -> list[Cell]:
+        """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed."""
+        cells = [
+            cell
+            for seed in self.seeds
+            for protocol in self.protocols
+            for method in map(method_name, self.methods)
+            for variant, changed in self.variants.items()
+            for cell in self._of(protocol, method, variant, changed, seed)
+        ]
+        return list({cell.key: cell for cell in cells}.values())
+
+    def _of(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Iterator[Cell]:
+        tasks = tuple(self.tasks or self.suite.tasks)
+        shots: Sequence[Shots] = self.shots if protocol == "few-shot" else (self.transfer_shots,)
+        if protocol in ("cross-dataset", "shift"):
+            targets = tasks if protocol == "cross-dataset" else self.suite.shifts
+            source = self.suite.source
+            chosen = [(source, (Target(source), *[Target(name) for name in targets if name != source]))]
+        elif protocol == "base-to-new":
+            chosen = [(name, (Target(name, "base"), Target(name, "new"))) for name in tasks]
+        else:
+            chosen = [(name, (Target(name),)) for name in tasks]
+        if method == ZERO_SHOT:  # nothing is drawn and nothing is tuned
+            if seed != self.seeds[0] or variant:
+                return
+            shots = (0,)
+        blank = self._cell(protocol, method, variant, changed, seed)
+        for count in shots:
+            for task, targets in chosen:
+                yield replace(blank, task=task, shots=count, targets=targets)
+
+    def _cell(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Cell:
+        recipe = METHODS[method]
+        own = {} if method == ZERO_SHOT else {**recipe.attack, **recipe.prompts}
+        values = {
+            **self.suite.settings, **self.settings, **own, **self.suite.method_settings.get(method, {}), **changed,
+        }  # fmt: skip
+        epsilon, norm = str(values.pop("epsilon", "4/255")), str(values.pop("norm", "linf"))
+        step_size = values.pop("eval_step_size", None)
+        prompts = {name: value for name, value in values.items() if name in _PROMPTS}
+        settings = {name: value for name, value in values.items() if name not in _PROMPTS}
+        unknown = sorted(set(settings) - _TRAINING)
+        if unknown:
+            raise ValueError(
+                f"Unknown settings {', '.join(unknown)}: they are fields of neither CaptTrainingArguments nor CaptConfig."
+            )
+        if method == ZERO_SHOT:
+            prompts = settings = {}
+        attacks = tuple(self.attacks or self.suite.attacks)
+        limit = self.suite.limit if self.limit is None else self.limit or None
+        return Cell(
+            self.suite.name, protocol, method, variant, "", 0, seed, self.split, self.model, epsilon, norm, attacks,
+            step_size, limit, (), settings, prompts,
+        )  # fmt: skip
+
+
+_PROMPTS = {f.name for f in fields(CaptConfig)} - {"template", "class_names", "template_token_ids"}
+_TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack"} | {"teacher"}
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,78 @@
+"""The file of a benchmark: one JSON line a cell, written whole, in the order in which the cells ended."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class Lines:
+    """A file of benchmark lines that several processes may append to.
+
+    Args:
+        path: The file; it need not exist yet.
+
+    Raises:
+        ValueError: A line other than the last that is no JSON object, or a path that is a folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a folder; the lines go to a file, such as {self.path / 'lines.jsonl'}.")
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Returns the last line of each cell, by its key. A last line that was cut short is left out, with a warning."""
+        if not self.path.exists():
+            return {}
+        lines = {}
+        content = self.path.read_bytes().split(b"\n")
+        for number, text in enumerate(content, 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+                lines[line["key"]] = line
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(content):
+                    raise ValueError(
+                        f"Line {number} of {self.path} is no line of a benchmark ({error}). Mend or remove it."
+                    ) from error
+                logger.warning("The last line of %s was cut short; its cell runs again.", self.path)
+        return lines
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes a line at the end and onto the disk, in one piece; what was cut short there before is removed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            end = self._end_of_whole_lines(file)
+            file.truncate(end)
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # a full disk must not leave half a line
+                raise
+
+    @staticmethod
+    def _end_of_whole_lines(file: Any) -> int:
+        """Returns the place behind the last newline."""
+        end: int = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+        return 0
