@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import Trainer
 
 from .card import EVALUATION, RESULTS
-from .report import UPLOADED
+from .runs import UPLOADED
 from .tuner import CaptConfig
 from .tuner.loading import SAFETENSORS_NAME
 
