@@ -72,9 +72,7 @@ def run_here(cells: Sequence[Cell], output: Path, root: str | None) -> Iterator[
         yield cell, run_cell(cell, adapters=adapters_of(output), root=root)
 
 
-def run_in_pool(
-    cells: Sequence[Cell], output: Path, root: str | None, *, workers: int
-) -> Iterator[tuple[Cell, Line]]:
+def run_in_pool(cells: Sequence[Cell], output: Path, root: str | None, *, workers: int) -> Iterator[tuple[Cell, Line]]:
     """Runs cells in processes of this machine, which share its cores. They end with this process, however it ends.
 
     Raises:
@@ -92,8 +90,8 @@ def run_in_pool(
                 forget(cell, output)
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"A worker was killed, perhaps because memory ran out: {len(running) + 1} cells at most have no line. "
-                "Run the same command again, with fewer `workers`: it goes on with them."
+                "A worker was killed, perhaps because memory ran out. Run the same again, with fewer `workers`: it goes on "
+                "with the cells that have not ended."
             ) from error
         except BaseException:  # an interrupt, or no more lines are wanted: what runs is not waited for
             for process in list(pool._processes.values()):
