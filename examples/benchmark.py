@@ -4,8 +4,9 @@ python examples/benchmark.py --suite toy --quick                # every method a
 python examples/benchmark.py --suite toy --methods capt,adv-maple,apt --shots 1,4,16,all --seeds 0,1,2
 python examples/benchmark.py --suite toy --list                 # what would run, and how long it should take
 python examples/benchmark.py --suite paper --root /data --model_name_or_path openai/clip-vit-base-patch32 \
-        --settings examples/configs/fap.yaml --output fap.jsonl
+        --settings examples/configs/fap.yaml --output outputs/fap.jsonl
 python examples/benchmark.py --config examples/configs/ablations/weighting.yaml
+python examples/benchmark.py --suite own --tasks pets=path/to/pets,dtd=path/to/dtd --model_name_or_path ...
 accelerate launch examples/benchmark.py --suite paper ...       # all processes run each cell together
 """
 
@@ -24,7 +25,7 @@ import transformers
 import yaml
 
 from capt_peft import CaptConfig, CaptTrainingArguments
-from capt_peft.benchmark import PROTOCOLS, SUITES, Plan, get_executor, get_suite, listing, run_cells
+from capt_peft.benchmark import PROTOCOLS, SUITES, Plan, Suite, get_executor, get_suite, listing, run_cells
 from capt_peft.methods import ALIASES, METHODS
 from capt_peft.report import write_report
 
@@ -42,12 +43,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Returns the command line; a YAML file may give the same names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file with any of these arguments, and `variants`")
-    parser.add_argument("--suite", default="toy", help=f"data sets: {', '.join(SUITES)}")
+    parser.add_argument("--suite", default="toy", help=f"data sets: {', '.join(SUITES)}, or own")
     parser.add_argument("--model_name_or_path", help="folder or Hub id of a CLIP; tiny CLIP for the toy suite")
     parser.add_argument("--root", help="where the catalog's data sets lie (CoOp's $DATA); without it, the Hub")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join([*METHODS, *ALIASES])}")
     parser.add_argument("--protocols", default=",".join(PROTOCOLS), help=f"of {', '.join(PROTOCOLS)}")
-    parser.add_argument("--tasks", help="a part of the suite's data sets; all by default")
+    parser.add_argument("--tasks", help="a part of the suite's data sets; of --suite own, name=path,name=path")
     parser.add_argument("--shots", default="1,4,16,all", help="training images a class, for few-shot")
     parser.add_argument("--transfer_shots", default="16", help="the same for the other protocols")
     parser.add_argument("--seeds", default="0,1,2")
@@ -101,24 +102,42 @@ def read_settings(given: Any) -> dict[str, Any]:
     if "=" in given:
         return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in names(given))}
     content = read_yaml(given, build_parser())
-    known = {field.name for kind in (CaptTrainingArguments, CaptConfig) for field in fields(kind)} | {"teacher"}
-    return {k: v for k, v in content.items() if k in known - {"output_dir", "seed", "eval_attack", "template"}}
+    known = {field.name for kind in (CaptTrainingArguments, CaptConfig) for field in fields(kind)}
+    known |= {"teacher", "model_name_or_path"}
+    return {name: value for name, value in content.items() if name in known - {"output_dir", "seed"}}
+
+
+def own_suite(tasks: str | None) -> Suite:
+    """Returns a suite of data sets given as name=path; the first one is the source of cross-dataset."""
+    pairs = [pair.partition("=") for pair in names(tasks or "")]
+    if not pairs or not all(name and path for name, _, path in pairs):
+        raise SystemExit(f"--suite own needs --tasks name=path,name=path; given: {tasks}.")
+    found = tuple(name for name, _, _ in pairs)
+    return Suite("own", found, source=found[0], shifts=())
+
+
+def places(args: argparse.Namespace) -> str | dict[str, str] | None:
+    """Returns where the data sets lie."""
+    if args.suite != "own":
+        return args.root
+    return {name: path for name, _, path in (pair.partition("=") for pair in names(args.tasks))}
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Returns what the arguments ask for."""
-    suite = get_suite(args.suite)
-    model = args.model_name_or_path or (os.path.relpath(TINY_CLIP) if args.suite == "toy" else None)
+    suite = own_suite(args.tasks) if args.suite == "own" else get_suite(args.suite)
+    settings, variants = read_settings(args.settings), args.variants or {args.variant or "": {}}
+    model, attack = settings.pop("model_name_or_path", None), settings.pop("eval_attack", None)
+    model = args.model_name_or_path or (os.path.relpath(TINY_CLIP) if args.suite == "toy" else model)
     if model is None:
         raise SystemExit(f"--suite {args.suite} needs --model_name_or_path, the folder or Hub id of a CLIP.")
-    settings, variants = read_settings(args.settings), args.variants or {args.variant or "": {}}
     plan: dict[str, Any] = {
         "methods": names(args.methods),
         "protocols": names(args.protocols),
         "shots": [int(shots) if shots.isdecimal() else shots for shots in names(args.shots)],
         "seeds": [int(seed) for seed in names(args.seeds)],
-        "tasks": names(args.tasks) if args.tasks else None,
-        "attacks": names(args.attacks) if args.attacks else None,
+        "tasks": names(args.tasks) if args.tasks and args.suite != "own" else None,
+        "attacks": names(args.attacks or attack or "") or None,
         "limit": args.limit,
         "settings": settings,
         "variants": {name: values or {} for name, values in variants.items()},
@@ -126,7 +145,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "transfer_shots": int(args.transfer_shots) if str(args.transfer_shots).isdecimal() else args.transfer_shots,
     }
     if args.quick:
-        plan |= {"tasks": ["digits", "shapes"], "shots": [1], "seeds": [0], "limit": 20, "transfer_shots": 1}
+        plan |= {"tasks": list(suite.tasks[:2]), "shots": [1], "seeds": [0], "limit": 20, "transfer_shots": 1}
         plan |= {"attacks": ["pgd-5"], "settings": settings | QUICK}
     return Plan(suite, model, **plan)
 
@@ -145,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         print(listing(cells, output, plan.model, args.workers))
         return
     executor = get_executor(args.executor, args.workers)
-    lines = run_cells(cells, output, executor=executor, root=args.root)
+    lines = run_cells(cells, output, executor=executor, root=places(args))
     failed = [line for line in lines.values() if line["status"] == "failed"]
     for line in failed:
         print(f"failed: {line['cell']['method']} on {line['cell']['task']}: {line['error']['message']}")

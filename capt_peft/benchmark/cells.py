@@ -47,7 +47,8 @@ class Cell:
         limit: Images of a split that are measured, drawn by seed 0; None: all.
         targets: What is measured.
         settings: Other fields of `CaptTrainingArguments`, and `teacher`.
-        prompts: Fields of `CaptConfig`.
+        prompts: Fields of `CaptConfig`; with a `template`, it is the text of all tuned methods on all data sets, as in the
+            published protocols; without, each data set has its own.
     """
 
     suite: str
@@ -161,6 +162,8 @@ class Plan:
     def _of(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Iterator[Cell]:
         tasks = tuple(self.tasks or self.suite.tasks)
         shots: Sequence[Shots] = self.shots if protocol == "few-shot" else (self.transfer_shots,)
+        if protocol == "shift" and not self.suite.shifts:
+            return
         if protocol in ("cross-dataset", "shift"):
             targets = tasks if protocol == "cross-dataset" else self.suite.shifts
             source = self.suite.source
@@ -203,7 +206,7 @@ class Plan:
         )  # fmt: skip
 
 
-_PROMPTS = {f.name for f in fields(CaptConfig)} - {"template", "class_names", "template_token_ids"}
+_PROMPTS = {f.name for f in fields(CaptConfig)} - {"class_names", "template_token_ids"}
 _TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack"} | {"teacher"}
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import tempfile
 import time
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AutoModel, AutoProcessor, PrinterCallback, set_seed
 from ..attacks import ThreatModel, parse_attack
 from ..classifier import ZeroShotClassifier
 from ..data.halves import half
-from ..data.loading import load_task
+from ..data.loading import list_tasks, load_task
 from ..data.task import Task
 from ..evaluation import Evaluation, evaluate
 from ..files import write_json, written_whole
@@ -37,16 +38,17 @@ from .cells import ZERO_SHOT, Cell, Target
 logger = logging.getLogger(__name__)
 
 TRAINING = "training.json"
+Root = str | Mapping[str, str] | None
 
 
-def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: str | Path | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = None) -> dict[str, Any]:
     """Runs a cell, in all processes of `accelerate launch`.
 
     Args:
         cell: The cell.
         adapters: Folder where adapters are kept, by what they were tuned with; cells that differ only in what is measured
             share one. None: they are not kept.
-        root: Where the data sets of the catalog lie (CoOp's `$DATA`); None: the Hub.
+        root: Where the data sets of the catalog lie (CoOp's `$DATA`), or the place of each data set by its name; None: the Hub.
 
     Returns:
         The line of the cell: `status` is "finished", with `results` and `training`, or "failed", with `error`. Only an
@@ -63,7 +65,7 @@ def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: str | Path
     return line | {"seconds": seconds, "versions": versions(), "machine": describe_machine()}
 
 
-def _run(cell: Cell, adapters: str | Path | None, root: str | Path | None) -> dict[str, Any]:
+def _run(cell: Cell, adapters: str | Path | None, root: Root) -> dict[str, Any]:
     base, processor = _load_base(cell.model)
     fingerprint = base_fingerprint(base)
     with tempfile.TemporaryDirectory() as temporary:
@@ -80,8 +82,13 @@ def _load_base(name: str) -> tuple[nn.Module, Any]:
     return AutoModel.from_pretrained(name, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(name)
 
 
+def _template(cell: Cell, task: Task) -> str:
+    """Returns the text of a class: the same for all data sets where the settings say so, or else the data set's own."""
+    return str(cell.prompts.get("template", task.template))
+
+
 @lru_cache(maxsize=32)
-def _load_task(name: str, classes: str, root: str | Path | None) -> Task:
+def _load_task(name: str, classes: str, root: Root) -> Task:
     task = load_task(name, root=root)
     return task if classes == "all" else half(task, classes)
 
@@ -90,7 +97,7 @@ def _load_task(name: str, classes: str, root: str | Path | None) -> Task:
 
 
 def _adapter(
-    cell: Cell, base: nn.Module, processor: Any, folder: Path, root: str | Path | None
+    cell: Cell, base: nn.Module, processor: Any, folder: Path, root: Root
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Returns the base with the cell's adapter on it, and the record of its training."""
     kept = (folder / TRAINING).exists()
@@ -107,14 +114,16 @@ def _adapter(
     return model, training
 
 
-def _tune(cell: Cell, base: nn.Module, processor: Any, root: str | Path | None) -> tuple[PeftModel, dict[str, Any]]:
-    task = _load_task(cell.task, cell.train_classes, root)
+def _tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[PeftModel, dict[str, Any]]:
+    task = _task(cell.task, cell.train_classes, root)
     if cell.shots != "all":
         task = task.few_shot(int(cell.shots), cell.seed)
+    task = replace(task, template=_template(cell, task))
     with tempfile.TemporaryDirectory() as output:
         args = _training_arguments(cell, output)
         set_seed(cell.seed)
-        config = CaptConfig(**cell.prompts, template=task.template, class_names=list(task.class_names))
+        prompts = {**cell.prompts, "template": task.template, "class_names": list(task.class_names)}
+        config = CaptConfig(**prompts)
         model = get_peft_model(base, config)
         make = METHODS[cell.method].objective
         assert make is not None  # zero-shot is not tuned
@@ -168,10 +177,11 @@ def non_default(args: CaptTrainingArguments) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root: str | Path | None) -> dict[str, Any]:
+def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root: Root) -> dict[str, Any]:
     """Returns clean and robust accuracy on one target, white box through the prompts."""
-    task = _load_task(target.task, target.classes, root)
-    classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
+    task = _task(target.task, target.classes, root)
+    template = _template(cell, task)
+    classifier = ZeroShotClassifier(model, processor, task.class_names, template)
     threat = ThreatModel(cell.norm, cell.epsilon)
     attacks = []
     for name in cell.attacks:
@@ -179,7 +189,7 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
         attacks.append(parse_attack(name, threat, step_size=step_size))
     data = drawn(task[cell.split], cell.limit)
     evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, progress=False)
-    return {"task": target.task, "classes": target.classes, "template": task.template, **_counts(evaluation)}
+    return {"task": target.task, "classes": target.classes, "template": template, **_counts(evaluation)}
 
 
 def drawn(data: datasets.Dataset, limit: int | None) -> datasets.Dataset:

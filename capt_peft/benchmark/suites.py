@@ -63,6 +63,8 @@ SUITES = {
         tasks=tuple(name for name, entry in CATALOG.items() if entry.shift_of is None and not name.startswith("cifar")),
         source="imagenet",
         shifts=("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
+        # MaPLe and FAP tune with this text everywhere; zero-shot has the hand-written ones
+        settings={"template": "a photo of a {}."},
         attacks=("pgd-100",),
     ),
 }
