@@ -55,10 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--attacks", help="attacks that measure robust accuracy; the suite's by default")
     parser.add_argument("--limit", type=int, help="test images a data set, drawn by seed 0; 0: all")
     parser.add_argument("--split", default="test", help="split that is measured; validation to choose settings")
-    parser.add_argument("--settings", help="settings for all methods: a YAML file of examples/train.py, or name=value,...")
+    parser.add_argument(
+        "--settings", help="settings for all methods: a YAML file of examples/train.py, or name=value,..."
+    )
     parser.add_argument("--variant", help="a name for these settings in the tables")
     parser.add_argument("--output", help="file of lines; outputs/benchmark/SUITE.jsonl by default")
-    parser.add_argument("--report", help="folder of tables and plots; by default that of the output")
+    parser.add_argument("--report", help="folder of tables and plots; by default of the output's name")
+    parser.add_argument("--tables", help="files of lines: only make tables and plots of them, into --report")
     parser.add_argument("--executor", default="local", help="local, ray or slurm")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--list", action="store_true", help="show what would run, and how long it should take")
@@ -157,6 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if args.tables:
+        report(names(args.tables), args.report or Path(names(args.tables)[0]).with_suffix(""))
+        return
     plan = make_plan(args)
     cells = plan.cells()
     output = Path(args.output or f"outputs/benchmark/{args.suite}{'-quick' if args.quick else ''}.jsonl")
@@ -168,9 +174,16 @@ def main(argv: list[str] | None = None) -> None:
     failed = [line for line in lines.values() if line["status"] == "failed"]
     for line in failed:
         print(f"failed: {line['cell']['method']} on {line['cell']['task']}: {line['error']['message']}")
-    for path in write_report(output, args.report or output.with_suffix("")):
-        print(path)
+    if len(failed) < len(lines):
+        report([output], args.report or output.with_suffix(""))
     print(f"\n{len(lines) - len(failed)} of {len(cells)} cells are finished; their lines are in {output}.")
+
+
+def report(lines: list[Any], folder: Any) -> None:
+    """Writes tables and plots, and prints the tables that are averaged over data sets."""
+    paths = write_report(lines, folder)
+    print(Path(folder, "tables.md").read_text(encoding="utf-8"))
+    print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
     )
     method: str = field(
-        default="capt", metadata={"help": "capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp or adv-tp."}
+        default="capt", metadata={"help": "capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp or adv-tp (apt)."}
     )
     teacher: str | None = field(default=None, metadata={"help": "Another CLIP that guides the tuning."})
     coupling: str | None = field(default=None, metadata={"help": "text_to_vision, vision_to_text or none."})
@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Tunes, measures and saves; returns the results."""
     script, args = parse_args(sys.argv[1:] if argv is None else argv)
     method = get_method(script.method)
+    if method.objective is None:
+        raise ValueError(f"{script.method} tunes nothing; python examples/evaluate.py --base measures it.")
     for name, value in method.attack.items():
         setattr(args, name, value)
     script.shots = str(script.shots)  # a number in a YAML file

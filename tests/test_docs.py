@@ -16,7 +16,14 @@ ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("README.md"))]
 PAGES = [*DOCS, *READMES]
-WITH_ALL = ("capt_peft", "capt_peft.attacks", "capt_peft.evaluation", "capt_peft.backbones")
+WITH_ALL = (
+    "capt_peft",
+    "capt_peft.attacks",
+    "capt_peft.evaluation",
+    "capt_peft.backbones",
+    "capt_peft.benchmark",
+    "capt_peft.report",
+)
 WITHOUT_ALL = {
     "capt_peft.card": ("write_card", "model_card", "accuracy_rows", "card_data", "Row"),
     "capt_peft.randomness": ("example_generator", "example_generators"),
@@ -53,6 +60,8 @@ def options_of(script):
         parser = HfArgumentParser([module.ScriptArguments, module.CaptTrainingArguments], allow_abbrev=False)
         parser.add_argument("--config")
         return parser
+    if hasattr(module, "build_parser"):
+        return module.build_parser()
     if hasattr(module, "Arguments"):
         return HfArgumentParser(module.Arguments, allow_abbrev=False)
     return None

@@ -87,8 +87,15 @@ def _template(cell: Cell, task: Task) -> str:
     return str(cell.prompts.get("template", task.template))
 
 
+def _task(name: str, classes: str, root: Root) -> Task:
+    """Returns a data set of the benchmark, or a half of its classes."""
+    place = root.get(name) if isinstance(root, Mapping) else root
+    in_catalog = name in list_tasks()
+    return _load_task(name if in_catalog or place is None else place, place if in_catalog else None, classes)
+
+
 @lru_cache(maxsize=32)
-def _load_task(name: str, classes: str, root: Root) -> Task:
+def _load_task(name: str, root: str | None, classes: str) -> Task:
     task = load_task(name, root=root)
     return task if classes == "all" else half(task, classes)
 
@@ -96,9 +103,7 @@ def _load_task(name: str, classes: str, root: Root) -> Task:
 # ------------------------------------------------------------------------------------------------------------- tuning
 
 
-def _adapter(
-    cell: Cell, base: nn.Module, processor: Any, folder: Path, root: Root
-) -> tuple[PeftModel, dict[str, Any]]:
+def _adapter(cell: Cell, base: nn.Module, processor: Any, folder: Path, root: Root) -> tuple[PeftModel, dict[str, Any]]:
     """Returns the base with the cell's adapter on it, and the record of its training."""
     kept = (folder / TRAINING).exists()
     PartialState().wait_for_everyone()  # or a process could find what another has just written

@@ -66,6 +66,15 @@ def with_labels(dataset: Dataset, image_column: str, labels: np.ndarray, class_n
     return dataset.add_column("label", labels, feature=task_features(class_names)["label"])
 
 
+def relabelled(dataset: Dataset, lookup: np.ndarray, names: tuple[str, ...]) -> Dataset:
+    """Returns a dataset whose label i is now `lookup[i]`, among the classes `names`; images with the new label -1 are left out."""
+    labels = lookup[column_values(dataset, "label")]
+    # Added before the old column goes: `datasets` cannot add to a table whose part in memory has lost all its columns.
+    dataset = dataset.add_column("relabelled", labels, feature=task_features(names)["label"])
+    dataset = dataset.select_columns(["image", "relabelled"]).rename_column("relabelled", "label")
+    return dataset if (labels >= 0).all() else dataset.select(np.flatnonzero(labels >= 0))
+
+
 def check_number(class_names: Sequence[str], num_classes: int) -> None:
     """Raises a ValueError unless there is one class name for each class."""
     if len(class_names) != num_classes:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from .columns import with_labels
+from .columns import relabelled
 from .sampling import split_classes
 from .task import Task
 
@@ -31,14 +31,10 @@ def select_classes(task: Task, labels: Sequence[int]) -> Task:
             f"{task.num_classes - 1}."
         )
     names = tuple(task.class_names[label] for label in labels)
-    place = np.full(task.num_classes, -1)
-    place[labels] = np.arange(len(labels))
-    splits = {}
-    for split, dataset in task.splits.items():
-        new = place[task.labels(split)]
-        kept = np.flatnonzero(new >= 0)
-        if len(kept):
-            splits[split] = with_labels(dataset.select(kept), "image", new[kept], names)
+    lookup = np.full(task.num_classes, -1)
+    lookup[labels] = np.arange(len(labels))
+    splits = {split: relabelled(dataset, lookup, names) for split, dataset in task.splits.items()}
+    splits = {split: dataset for split, dataset in splits.items() if len(dataset)}
     return replace(task, class_names=names, splits=splits)
 
 

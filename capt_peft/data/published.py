@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from .task import DEFAULT_TEMPLATE, column_values, task_features
+from .columns import relabelled
+from .task import DEFAULT_TEMPLATE
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def to_catalog(
         logger.warning("This copy of %s has %d of its %d classes.", entry.title, len(kept), entry.num_classes)
     names = tuple(entry.class_names[place] for place in kept)
     lookup = np.array([kept.index(place) if place in kept else -1 for place in places], dtype=np.int64)
-    return {split: _relabelled(dataset, lookup, names) for split, dataset in splits.items()}, names
+    return {split: relabelled(dataset, lookup, names) for split, dataset in splits.items()}, names
 
 
 def _places(found: tuple[str, ...], entry: Entry) -> list[int | None]:
@@ -154,11 +155,3 @@ def _places(found: tuple[str, ...], entry: Entry) -> list[int | None]:
 def _words(name: str) -> tuple[str, ...]:
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower().replace("'", "")
     return tuple(sorted(re.findall(r"[a-z0-9]+", spaced)))
-
-
-def _relabelled(dataset: Dataset, lookup: np.ndarray, names: tuple[str, ...]) -> Dataset:
-    labels = lookup[column_values(dataset, "label")]
-    # Added before the old column goes: `datasets` cannot add to a table whose part in memory has lost all its columns.
-    dataset = dataset.add_column("relabelled", labels, feature=task_features(names)["label"])
-    dataset = dataset.select_columns(["image", "relabelled"]).rename_column("relabelled", "label")
-    return dataset if (labels >= 0).all() else dataset.select(np.flatnonzero(labels >= 0))

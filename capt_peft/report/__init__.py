@@ -7,43 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import written_whole
-from .comparison import Comparison, Difference, Interval, compare, difference, sentence
 from .difference_plot import differences_figure
-from .lines import Cell, Result, Section, choose_attack, read_lines, sections
-from .markup import Table
+from .lines import Section, choose_attack, read_lines, sections
 from .plots import few_shot_sections, import_figure, save_figure, scatter_figure, shots_figure
-from .statistics import Common, Runs, Summary, collect, common_runs, harmonic_mean, summarise
 from .tables import section_tables, to_latex, to_markdown
 
-__all__ = [
-    "Cell",
-    "Common",
-    "Comparison",
-    "Difference",
-    "Interval",
-    "Result",
-    "Runs",
-    "Section",
-    "Summary",
-    "Table",
-    "choose_attack",
-    "collect",
-    "common_runs",
-    "compare",
-    "difference",
-    "differences_figure",
-    "harmonic_mean",
-    "read_lines",
-    "scatter_figure",
-    "section_tables",
-    "sections",
-    "sentence",
-    "shots_figure",
-    "summarise",
-    "to_latex",
-    "to_markdown",
-    "write_report",
-]
+__all__ = ["read_lines", "section_tables", "sections", "to_latex", "to_markdown", "write_report"]
 
 
 def write_report(

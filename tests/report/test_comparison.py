@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from capt_peft.report import Difference, Interval, compare, difference, harmonic_mean, sentence
-from capt_peft.report.statistics import Runs
+from capt_peft.report.comparison import Difference, Interval, compare, difference, sentence
+from capt_peft.report.statistics import Runs, harmonic_mean
 
 
 def runs(label, scores, once=False):

@@ -7,7 +7,7 @@ import pytest
 from report.benchmark_lines import base_to_new, figures, line, transfer, write
 
 from capt_peft.evaluation import Accuracy
-from capt_peft.report import choose_attack, read_lines, sections
+from capt_peft.report.lines import choose_attack, read_lines, sections
 
 
 def test_a_line_becomes_a_cell_with_its_figures(tmp_path):

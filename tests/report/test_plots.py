@@ -6,8 +6,10 @@ from itertools import pairwise
 import pytest
 from report.benchmark_lines import METHODS, base_to_new, line, suite, transfer, write
 
-from capt_peft.report import differences_figure, read_lines, scatter_figure, sections, shots_figure, write_report
-from capt_peft.report.plots import GREY, row_styles
+from capt_peft.report import write_report
+from capt_peft.report.difference_plot import differences_figure
+from capt_peft.report.lines import read_lines, sections
+from capt_peft.report.plots import GREY, row_styles, scatter_figure, shots_figure
 from capt_peft.report.statistics import Runs
 
 pytest.importorskip("matplotlib")

@@ -3,8 +3,8 @@
 import pytest
 from report.benchmark_lines import base_to_new, line, transfer, write
 
-from capt_peft.report import collect, common_runs, harmonic_mean, read_lines, summarise
-from capt_peft.report.statistics import Common, Runs, cell_scores
+from capt_peft.report.lines import read_lines
+from capt_peft.report.statistics import Common, Runs, cell_scores, collect, common_runs, harmonic_mean, summarise
 
 
 def runs(label, scores, once=False):

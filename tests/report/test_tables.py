@@ -5,9 +5,10 @@ import re
 import pytest
 from report.benchmark_lines import base_to_new, figures, line, suite, transfer, write
 
-from capt_peft.report import read_lines, section_tables, sections, to_latex, to_markdown
+from capt_peft.report.lines import read_lines, sections
 from capt_peft.report.markup import Table, escape_latex, number_columns
 from capt_peft.report.statistics import Summary
+from capt_peft.report.tables import section_tables, to_latex, to_markdown
 
 
 def tables(tmp_path, lines, attack="pgd-20"):
