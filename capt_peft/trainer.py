@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from .data.pixels import PixelDataset
 from .data.task import Task
 from .data.transforms import PixelTransform
 from .evaluation import outcomes, wilson_interval
+from .frozen import FrozenOutputs
 from .hub import HubTrainer
 from .monitor import Monitor, TrainingStopped
 from .objectives import CaptObjective, Objective, Views
@@ -96,7 +98,7 @@ class CaptTrainer(HubTrainer):
         self.add_callback(_SetEpoch(train))
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
-        self._frozen_logits: dict[int, Tensor] = {}
+        self._frozen_outputs = FrozenOutputs()
         self._frozen_texts: Tensor | None = None
         self._monitor = Monitor(task.num_classes)
         self.collapsed: str | None = None  # what was seen, where `stop_on_collapse` is off
@@ -193,11 +195,7 @@ class CaptTrainer(HubTrainer):
         """Returns the frozen model's (B, N) logits on clean images, computed once an image while nothing is augmented."""
         if self.args.augment:
             return self._run_frozen(pixels)
-        new = [row for row, index in enumerate(indices) if index not in self._frozen_logits]
-        if new:
-            for row, logits in zip(new, self._run_frozen(pixels[new]), strict=True):
-                self._frozen_logits[indices[row]] = logits
-        return torch.stack([self._frozen_logits[index] for index in indices])
+        return self._frozen_outputs.get(indices, lambda rows: self._run_frozen(pixels[rows]))
 
     def _run_frozen(self, pixels: Tensor) -> Tensor:
         if self.teacher is not None:
@@ -206,6 +204,18 @@ class CaptTrainer(HubTrainer):
             if self._frozen_texts is None:
                 self._frozen_texts = frozen.encode_texts()
             return frozen.logits(frozen.image_features(pixels), self._frozen_texts)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._frozen_outputs.save(self._frozen_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self._frozen_outputs.load(self._frozen_file(checkpoint), self.args.device)
+
+    def _frozen_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"frozen_outputs_{self.args.process_index}.safetensors"
 
     def _check_finite(self, loss: Tensor, indices: list[int]) -> None:
         if torch.isfinite(loss):

@@ -185,12 +185,13 @@ def test_accumulation_follows_the_same_losses_as_one_large_batch(tmp_path, proce
     assert runs[2] == pytest.approx(runs[0], abs=1e-5)
 
 
-def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(tmp_path, processor):
+@pytest.mark.parametrize("augment", [True, False])
+def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(tmp_path, processor, augment):
     settings = {
         "num_train_epochs": 3,
         "save_strategy": "steps",
         "save_steps": 4,
-        "augment": True,
+        "augment": augment,
         "lr_scheduler_type": "constant",
     }
     whole = make_trainer(tmp_path, processor, model=make_model(), **settings)
