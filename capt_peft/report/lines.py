@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 FEW_SHOT, BASE_TO_NEW, CROSS_DATASET, SHIFT = PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
 TRANSFERS = (CROSS_DATASET, SHIFT)  # trained on one task, measured on it and on others
+WORST = "worst of "  # the share of images that none of several attacks broke
 Shots = int | str  # a number of images a class, or "all"
 
 
@@ -28,7 +29,7 @@ class Result:
         task: Name of the task that was measured.
         classes: "all", "base" or "new".
         clean: Accuracy without an attack.
-        attacks: Accuracy under each attack, by its name.
+        attacks: Accuracy under each attack, by its name; of several attacks also the worst case, by their names.
     """
 
     task: str
@@ -209,7 +210,7 @@ def choose_attack(cells: Sequence[Cell], attack: str | None = None) -> str:
 
     Args:
         cells: All cells.
-        attack: The one that is asked for; by default the one that most cells have.
+        attack: The one that is asked for; by default the one that most cells have, or the worst case of several.
 
     Raises:
         ValueError: No cell has it.
@@ -221,7 +222,7 @@ def choose_attack(cells: Sequence[Cell], attack: str | None = None) -> str:
         )
     if attack is not None and attack not in counts:
         raise ValueError(f"No cell was measured under {attack!r}. The attacks are {', '.join(sorted(counts))}.")
-    return attack or counts.most_common(1)[0][0]
+    return attack or max(counts, key=lambda name: (counts[name], name.startswith(WORST)))
 
 
 def shots_name(shots: Shots) -> str:
@@ -271,6 +272,8 @@ def _cell(line: Mapping[str, Any]) -> Cell:
 
 def _result(row: Mapping[str, Any]) -> Result:
     attacks = {name: _accuracy(a) for name, a in row["attacks"].items()}
+    if len(attacks) > 1 and "worst_case" in row:
+        attacks[WORST + ", ".join(attacks)] = _accuracy(row["worst_case"])
     return Result(row["task"], row["classes"], _accuracy(row["clean"]), attacks)
 
 

@@ -160,3 +160,14 @@ def test_the_attack_of_most_cells_is_chosen_unless_another_is_asked_for(tmp_path
     assert choose_attack(cells, "autoattack") == "autoattack"
     with pytest.raises(ValueError, match=r"'cw'. The attacks are autoattack, pgd-20"):
         choose_attack(cells, "cw")
+
+
+def test_of_several_attacks_the_worst_case_is_what_is_reported_unless_another_is_asked_for(tmp_path):
+    result = {"task": "shapes", "classes": "all", **figures(80, 50, attack="apgd-ce")}
+    result["attacks"]["apgd-t"] = {"correct": 84, "n": 200}
+    result["worst_case"] = {"correct": 82, "n": 200}
+    cells = read_lines(write(tmp_path / "lines.jsonl", [line(results=[result], attacks=["apgd-ce", "apgd-t"])]))
+    worst = choose_attack(cells)
+    assert worst == "worst of apgd-ce, apgd-t"
+    assert cells[0].results[0].attacks[worst] == Accuracy(82, 200)
+    assert choose_attack(cells, "apgd-ce") == "apgd-ce"
