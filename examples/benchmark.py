@@ -23,6 +23,7 @@ from typing import Any
 import datasets
 import transformers
 import yaml
+from accelerate import PartialState
 
 from capt_peft import CaptConfig, CaptTrainingArguments
 from capt_peft.benchmark import PROTOCOLS, SUITES, Plan, Suite, get_executor, get_suite, listing, run_cells
@@ -42,7 +43,7 @@ def names(text: Any) -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     """Returns the command line; a YAML file may give the same names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file with any of these arguments, and `variants`")
+    parser.add_argument("--config", help="YAML file of these arguments, `variants` and `method_settings`")
     parser.add_argument("--suite", default="toy", help=f"data sets: {', '.join(SUITES)}, or own")
     parser.add_argument("--model_name_or_path", help="folder or Hub id of a CLIP; tiny CLIP for the toy suite")
     parser.add_argument("--root", help="where the catalog's data sets lie (CoOp's $DATA); without it, the Hub")
@@ -73,18 +74,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """Reads the command line, on top of a YAML file."""
     parser = build_parser()
     path = parser.parse_known_args(argv)[0].config
-    variants = None
+    own: dict[str, Any] = {"variants": None, "method_settings": {}}
     if path:
         content = read_yaml(path, parser)
-        variants = content.pop("variants", None)
+        own |= {name: content.pop(name) for name in own if name in content}
         known = {action.dest for action in parser._actions} - {"help", "config"}
         unknown = sorted(set(content) - known)
         if unknown:
             parser.error(f"{path}: unknown arguments {', '.join(unknown)}. `--help` lists them.")
         parser.set_defaults(**content)
-    args = parser.parse_args(argv)
-    args.variants = variants
-    return args
+    return parser.parse_args(argv, argparse.Namespace(**own))
 
 
 def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -138,11 +137,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "methods": names(args.methods),
         "protocols": names(args.protocols),
         "shots": [int(shots) if shots.isdecimal() else shots for shots in names(args.shots)],
-        "seeds": [int(seed) for seed in names(args.seeds)],
+        "seeds": [int(seed) if seed.isdecimal() else seed for seed in names(args.seeds)],
         "tasks": names(args.tasks) if args.tasks and args.suite != "own" else None,
         "attacks": names(args.attacks or attack or "") or None,
         "limit": args.limit,
         "settings": settings,
+        "method_settings": args.method_settings,
         "variants": {name: values or {} for name, values in variants.items()},
         "split": args.split,
         "transfer_shots": int(args.transfer_shots) if str(args.transfer_shots).isdecimal() else args.transfer_shots,
@@ -171,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     executor = get_executor(args.executor, args.workers)
     lines = run_cells(cells, output, executor=executor, root=places(args))
+    if not PartialState().is_main_process:
+        return
     failed = [line for line in lines.values() if line["status"] == "failed"]
     for line in failed:
         print(f"failed: {line['cell']['method']} on {line['cell']['task']}: {line['error']['message']}")

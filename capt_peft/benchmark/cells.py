@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from ..attacks import ThreatModel, parse_attack
+from ..data.task import SPLITS
 from ..methods import METHODS, method_name
 from ..training_args import CaptTrainingArguments
 from ..tuner import CaptConfig
@@ -114,7 +116,8 @@ class Plan:
         seeds: Seeds.
         tasks: A part of the suite's data sets; None: all.
         variants: Named settings that are tried in place of the method's own; {"": {}} is the method as it is.
-        settings: Fields of `CaptTrainingArguments` and `CaptConfig`, on top of the suite's.
+        settings: Fields of `CaptTrainingArguments` and `CaptConfig`, on top of the suite's and its methods'.
+        method_settings: The same for one method, on top of all these.
         attacks: Attacks in place of the suite's.
         limit: Images in place of the suite's; 0: all.
         split: Split that is measured; "validation" to choose settings.
@@ -130,15 +133,20 @@ class Plan:
     tasks: Sequence[str] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
     settings: Mapping[str, Any] = field(default_factory=dict)
+    method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attacks: Sequence[str] | None = None
     limit: int | None = None
     split: str = "test"
     transfer_shots: Shots = 16
 
     def __post_init__(self) -> None:
+        for name in ("methods", "protocols", "shots", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"There are no {name}, so that nothing would run.")
         for name, values, allowed in (
             ("protocols", self.protocols, PROTOCOLS),
             ("tasks", self.tasks or (), self.suite.tasks),
+            ("splits", (self.split,), SPLITS),
         ):
             unknown = [value for value in values if value not in allowed]
             if unknown:
@@ -146,6 +154,13 @@ class Plan:
         for shots in (*self.shots, self.transfer_shots):
             if shots != "all" and (not isinstance(shots, int) or shots < 1):
                 raise ValueError(f"shots={shots!r} must be a whole number of at least 1, or 'all'.")
+        for seed in self.seeds:
+            if not isinstance(seed, int) or seed < 0:
+                raise ValueError(f"seed={seed!r} must be a whole number of at least 0.")
+        if self.limit is not None and self.limit < 0:
+            raise ValueError(f"limit={self.limit} must be at least 1, or 0 for all images.")
+        for attack in self.attacks or ():
+            parse_attack(attack, ThreatModel("linf", "0"))  # or it would be refused when the first adapter is tuned
 
     def cells(self) -> list[Cell]:
         """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed."""
@@ -165,17 +180,17 @@ class Plan:
         if protocol == "shift" and not self.suite.shifts:
             return
         if protocol in ("cross-dataset", "shift"):
-            targets = tasks if protocol == "cross-dataset" else self.suite.shifts
             source = self.suite.source
-            chosen = [(source, (Target(source), *[Target(name) for name in targets if name != source]))]
+            others = [name for name in (tasks if protocol == "cross-dataset" else self.suite.shifts) if name != source]
+            chosen = [(source, (Target(source), *map(Target, others)))]
         elif protocol == "base-to-new":
             chosen = [(name, (Target(name, "base"), Target(name, "new"))) for name in tasks]
         else:
             chosen = [(name, (Target(name),)) for name in tasks]
-        if method == ZERO_SHOT:  # nothing is drawn and nothing is tuned
-            if seed != self.seeds[0] or variant:
+        if method == ZERO_SHOT:  # nothing is drawn and nothing is tuned: one seed, and no variants of tuning
+            if seed != self.seeds[0]:
                 return
-            shots = (0,)
+            variant, shots = "", (0,)
         blank = self._cell(protocol, method, variant, changed, seed)
         for count in shots:
             for task, targets in chosen:
@@ -185,8 +200,11 @@ class Plan:
         recipe = METHODS[method]
         own = {} if method == ZERO_SHOT else {**recipe.attack, **recipe.prompts}
         values = {
-            **self.suite.settings, **self.settings, **own, **self.suite.method_settings.get(method, {}), **changed,
+            **self.suite.settings, **self.suite.method_settings.get(method, {}), **self.settings, **own,
+            **self.method_settings.get(method, {}), **changed,
         }  # fmt: skip
+        # YAML reads 1e-3 as a word
+        values |= {name: float(value) for name, value in values.items() if name in _FLOATS and isinstance(value, str)}
         epsilon, norm = str(values.pop("epsilon", "4/255")), str(values.pop("norm", "linf"))
         step_size = values.pop("eval_step_size", None)
         prompts = {name: value for name, value in values.items() if name in _PROMPTS}
@@ -207,6 +225,7 @@ class Plan:
 
 
 _PROMPTS = {f.name for f in fields(CaptConfig)} - {"class_names", "template_token_ids"}
+_FLOATS = {f.name for kind in (CaptTrainingArguments, CaptConfig) for f in fields(kind) if f.type in (float, "float")}
 _TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack"} | {"teacher"}
 
 

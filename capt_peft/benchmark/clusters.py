@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,12 +16,11 @@ from typing import Any
 from ..files import write_json
 from .cells import Cell
 from .executors import Line, failed_line, few_at_a_time, forget, kept_line, run_alone
-
-logger = logging.getLogger(__name__)
+from .run import Root
 
 MINUTES = 240  # of a job of SLURM, unless told otherwise
 ARRAY = 1000  # SLURM takes arrays of less than 1,001 jobs, unless told otherwise
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 2.0
 _JOBS = "jobs.json"
 
 
@@ -41,7 +41,7 @@ def load(library: str, extra: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- Ray
 
 
-def run_in_ray(cells: Sequence[Cell], output: Path, root: str | None, *, workers: int) -> Iterator[tuple[Cell, Line]]:
+def run_in_ray(cells: Sequence[Cell], output: Path, root: Root, *, workers: int) -> Iterator[tuple[Cell, Line]]:
     """Runs each cell as a task of Ray: of the cluster of `RAY_ADDRESS`, or else on this machine.
 
     A cell takes one GPU where the cluster has some, and a share of a node's cores. A task that died is a failed line.
@@ -100,7 +100,7 @@ def _died(what: str, why: str) -> str:
 def run_in_slurm(
     cells: Sequence[Cell],
     output: Path,
-    root: str | None,
+    root: Root,
     *,
     workers: int,
     cluster: str = "slurm",
@@ -133,8 +133,7 @@ def _as_they_end(waiting: dict[Any, Cell], output: Path) -> Iterator[tuple[Cell,
     """Gives each cell with its line as its job ends; cancels the others if no more are wanted."""
     try:
         while waiting:
-            # a preempted job may be queued again; then the next call finds its line
-            ended = [job for job in waiting if job.done() or job.state.startswith("PREEMPTED")]
+            ended = _ended(waiting)
             for job in ended:
                 cell = waiting.pop(job)
                 yield cell, _line_of(job, cell, output)
@@ -146,9 +145,29 @@ def _as_they_end(waiting: dict[Any, Cell], output: Path) -> Iterator[tuple[Cell,
             job.cancel(check=False)
 
 
+def _ended(jobs: Iterable[Any]) -> list[Any]:
+    """Returns the jobs that have ended."""
+    # a preempted job may be queued again; then the next call finds its line
+    ended = {job: job.done() or job.state.startswith("PREEMPTED") for job in jobs}
+    if any(not done and job.state == "UNKNOWN" for job, done in ended.items()):  # as where SLURM keeps no accounts
+        queue = _queue()
+        ended = {job: done or (queue is not None and job.job_id not in queue) for job, done in ended.items()}
+    return [job for job, done in ended.items() if done]
+
+
+def _queue() -> set[str] | None:
+    """Returns the ids of this user's jobs that wait or run; None where SLURM does not tell."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    try:
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _line_of(job: Any, cell: Cell, output: Path) -> Line:
     line = kept_line(cell, output)
-    if line is None and job.exception() is None:  # another call with this output took what was kept
+    # another call with this output may have taken what was kept; `exception` would wait for ever unless the job is done
+    if line is None and job.done() and job.exception() is None:
         line = job.result()
     if line is not None:
         return line
@@ -161,5 +180,7 @@ def _still_running(submitit: Any, cells: Sequence[Cell], folder: Path) -> dict[A
     """Returns the jobs of a call that was killed, for those of the cells that they still run."""
     path = folder / _JOBS
     ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    jobs = {submitit.SlurmJob(folder=folder, job_id=ids[cell.key]): cell for cell in cells if cell.key in ids}
-    return {job: cell for job, cell in jobs.items() if job.state != "UNKNOWN" and not job.done()}
+    queue = _queue() or set()
+    return {
+        submitit.SlurmJob(folder=folder, job_id=ids[cell.key]): cell for cell in cells if ids.get(cell.key) in queue
+    }

@@ -23,10 +23,10 @@ from ..files import write_json
 from ..versions import versions
 from .cells import Cell
 from .lines import Lines
-from .run import run_cell
+from .run import Root, run_cell
 
 Line = dict[str, Any]
-Executor = Callable[[Sequence[Cell], Path, str | None], Iterator[tuple[Cell, Line]]]
+Executor = Callable[[Sequence[Cell], Path, Root], Iterator[tuple[Cell, Line]]]
 """Runs cells and gives each with its line as it ends. Takes the cells, the file of lines and the root of the data sets."""
 
 EXECUTORS = ("local", "ray", "slurm")
@@ -66,13 +66,13 @@ def get_executor(
 # --------------------------------------------------------------------------------------------------------- one machine
 
 
-def run_here(cells: Sequence[Cell], output: Path, root: str | None) -> Iterator[tuple[Cell, Line]]:
+def run_here(cells: Sequence[Cell], output: Path, root: Root) -> Iterator[tuple[Cell, Line]]:
     """Runs cells one after the other in this process."""
     for cell in cells:
         yield cell, run_cell(cell, adapters=adapters_of(output), root=root)
 
 
-def run_in_pool(cells: Sequence[Cell], output: Path, root: str | None, *, workers: int) -> Iterator[tuple[Cell, Line]]:
+def run_in_pool(cells: Sequence[Cell], output: Path, root: Root, *, workers: int) -> Iterator[tuple[Cell, Line]]:
     """Runs cells in processes of this machine, which share its cores. They end with this process, however it ends.
 
     Raises:
@@ -84,7 +84,10 @@ def run_in_pool(cells: Sequence[Cell], output: Path, root: str | None, *, worker
     running: dict[Future[Line], Cell] = {}
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(threads,)) as pool:
         try:
-            submit = partial(pool.submit, run_alone, output=output, root=root)
+
+            def submit(cell: Cell) -> Future[Line]:
+                return pool.submit(run_alone, cell, output, root)
+
             for cell, future in few_at_a_time(cells, workers, running, submit, _first_to_end):
                 yield cell, future.result()
                 forget(cell, output)
@@ -146,7 +149,7 @@ def few_at_a_time(
 
 
 def run_alone(
-    cell: Cell, output: Path, root: str | None, *, threads: int | None = None, folder: str | None = None
+    cell: Cell, output: Path, root: Root, *, threads: int | None = None, folder: str | None = None
 ) -> Line:
     """Runs a cell in a worker and keeps its line in a file, in case nobody waits for it any more.
 

@@ -52,13 +52,17 @@ class Lines:
         """Writes a line at the end and onto the disk, in one piece; what was cut short there before is removed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        with self.path.open("a+b") as file:
+        with self.path.open("a+b", buffering=0) as file:  # a buffer would be written again after a failure
             fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
             end = self._end_of_whole_lines(file)
+            if _is_json(os.pread(file.fileno(), size - end, end)):  # read() counts a line that lacks only its newline
+                end, text = size, b"\n" + text
             file.truncate(end)
             try:
-                file.write(text)
-                file.flush()
+                left = memoryview(text)
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)  # a full disk must not leave half a line
@@ -76,3 +80,11 @@ class Lines:
                 return start + found + 1
             end = start
         return 0
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -109,11 +109,11 @@ def _adapter(cell: Cell, base: nn.Module, processor: Any, folder: Path, root: Ro
     PartialState().wait_for_everyone()  # or a process could find what another has just written
     if kept:
         training: dict[str, Any] = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-        return PeftModel.from_pretrained(base, folder), training
+        return PeftModel.from_pretrained(base, str(folder)), training
     model, training = _tune(cell, base, processor, root)
     if PartialState().is_main_process:
         with written_whole(folder) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(str(temporary))
             write_json(temporary / TRAINING, training)
     PartialState().wait_for_everyone()
     return model, training

@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from .cells import Cell
 from .cost import duration, passes, seconds_a_pass
-from .executors import Executor, run_here
+from .executors import Executor, collect, run_here
 from .lines import Lines
+from .run import Root
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def run_cells(
     output: str | Path,
     *,
     executor: Executor = run_here,
-    root: str | None = None,
+    root: Root = None,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Runs the cells that are not finished, and appends a line for each to a file as soon as it ends.
@@ -37,7 +38,7 @@ def run_cells(
         cells: What to run.
         output: The file of lines.
         executor: Where to run them.
-        root: Where the data sets of the catalog lie; None: the Hub.
+        root: As of `run_cell`.
         progress: Show a progress bar, whose time left counts the images of each cell.
 
     Returns:
@@ -46,7 +47,7 @@ def run_cells(
     state, lines = PartialState(), Lines(output)
     if state.num_processes > 1 and executor is not run_here:
         raise ValueError("Several processes run each cell together: use either `accelerate launch` or an executor.")
-    found = lines.read()
+    found = collect(lines)
     todo = _agreed([cell for cell in cells if not is_finished(found, cell)])
     with tqdm(
         total=sum(map(passes, todo)), desc="benchmark", unit="pass", unit_scale=True,

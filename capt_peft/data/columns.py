@@ -67,7 +67,7 @@ def with_labels(dataset: Dataset, image_column: str, labels: np.ndarray, class_n
 
 
 def relabelled(dataset: Dataset, lookup: np.ndarray, names: tuple[str, ...]) -> Dataset:
-    """Returns a dataset whose label i is now `lookup[i]`, among the classes `names`; images with the new label -1 are left out."""
+    """Returns a dataset with `lookup[i]` for label i, of the classes `names`; images with the new label -1 are left out."""
     labels = lookup[column_values(dataset, "label")]
     # Added before the old column goes: `datasets` cannot add to a table whose part in memory has lost all its columns.
     dataset = dataset.add_column("relabelled", labels, feature=task_features(names)["label"])
