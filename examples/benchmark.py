@@ -24,6 +24,7 @@ import datasets
 import transformers
 import yaml
 from accelerate import PartialState
+from train import ScriptArguments
 
 from capt_peft import CaptConfig, CaptTrainingArguments
 from capt_peft.benchmark import PROTOCOLS, SUITES, Plan, Suite, get_executor, get_suite, listing, run_cells
@@ -103,10 +104,14 @@ def read_settings(given: Any) -> dict[str, Any]:
         return given or {}
     if "=" in given:
         return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in names(given))}
-    content = read_yaml(given, build_parser())
-    known = {field.name for kind in (CaptTrainingArguments, CaptConfig) for field in fields(kind)}
-    known |= {"teacher", "model_name_or_path"}
-    return {name: value for name, value in content.items() if name in known - {"output_dir", "seed"}}
+    parser = build_parser()
+    content = read_yaml(given, parser)
+    used = {field.name for kind in (CaptTrainingArguments, CaptConfig) for field in fields(kind)}
+    used = (used | {"teacher", "model_name_or_path"}) - {"output_dir", "seed"}
+    unknown = sorted(set(content) - used - {field.name for field in fields(ScriptArguments)} - {"output_dir", "seed"})
+    if unknown:
+        parser.error(f"{given}: unknown settings {', '.join(unknown)}.")
+    return {name: value for name, value in content.items() if name in used}
 
 
 def own_suite(tasks: str | None) -> Suite:

@@ -162,6 +162,10 @@ class Plan:
         for attack in self.attacks or ():
             parse_attack(attack, ThreatModel("linf", "0"))  # or it would be refused when the first adapter is tuned
 
+    @property
+    def _method_settings(self) -> dict[str, Mapping[str, Any]]:
+        return {method_name(name): values for name, values in self.method_settings.items()}
+
     def cells(self) -> list[Cell]:
         """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed."""
         cells = [
@@ -184,7 +188,8 @@ class Plan:
             others = [name for name in (tasks if protocol == "cross-dataset" else self.suite.shifts) if name != source]
             chosen = [(source, (Target(source), *map(Target, others)))]
         elif protocol == "base-to-new":
-            chosen = [(name, (Target(name, "base"), Target(name, "new"))) for name in tasks]
+            whole = [name for name in tasks if name not in self.suite.few_classes]
+            chosen = [(name, (Target(name, "base"), Target(name, "new"))) for name in whole]
         else:
             chosen = [(name, (Target(name),)) for name in tasks]
         if method == ZERO_SHOT:  # nothing is drawn and nothing is tuned: one seed, and no variants of tuning
@@ -201,7 +206,7 @@ class Plan:
         own = {} if method == ZERO_SHOT else {**recipe.attack, **recipe.prompts}
         values = {
             **self.suite.settings, **self.suite.method_settings.get(method, {}), **self.settings, **own,
-            **self.method_settings.get(method, {}), **changed,
+            **self._method_settings.get(method, {}), **changed,
         }  # fmt: skip
         # YAML reads 1e-3 as a word
         values |= {name: float(value) for name, value in values.items() if name in _FLOATS and isinstance(value, str)}

@@ -148,9 +148,7 @@ def few_at_a_time(
         yield cell, ended
 
 
-def run_alone(
-    cell: Cell, output: Path, root: Root, *, threads: int | None = None, folder: str | None = None
-) -> Line:
+def run_alone(cell: Cell, output: Path, root: Root, *, threads: int | None = None, folder: str | None = None) -> Line:
     """Runs a cell in a worker and keeps its line in a file, in case nobody waits for it any more.
 
     Args:

@@ -162,6 +162,7 @@ def _training_arguments(cell: Cell, output: str) -> CaptTrainingArguments:
     own = {
         "save_strategy": "no",
         "disable_tqdm": True,
+        "use_cpu": PartialState().device.type == "cpu",
         # a constant model is a result, and leaving it out would favour the method that made it
         "stop_on_collapse": False,
     }
@@ -173,7 +174,7 @@ def _training_arguments(cell: Cell, output: str) -> CaptTrainingArguments:
 def non_default(args: CaptTrainingArguments) -> dict[str, Any]:
     """Returns the training arguments that differ from their defaults: with the versions, they determine all others."""
     given = args.to_sanitized_dict()
-    plain = CaptTrainingArguments(output_dir=args.output_dir).to_sanitized_dict()
+    plain = CaptTrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu).to_sanitized_dict()
     hidden = {"output_dir", "logging_dir", "run_name"}
     names = [f.name for f in fields(args) if f.name not in hidden]
     return {name: given[name] for name in names if name in given and given[name] != plain.get(name)}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
@@ -44,7 +45,8 @@ def run_cells(
     Returns:
         The lines of these cells, by key; failed cells have a line too.
     """
-    state, lines = PartialState(), Lines(output)
+    # Accelerate does not see by itself that torchrun's processes have no GPU, and each would run all cells alone
+    state, lines = PartialState(cpu=not torch.accelerator.is_available()), Lines(output)
     if state.num_processes > 1 and executor is not run_here:
         raise ValueError("Several processes run each cell together: use either `accelerate launch` or an executor.")
     found = collect(lines)

@@ -23,6 +23,7 @@ class Suite:
         method_settings: The same, for one method.
         attacks: Names of the attacks that measure robust accuracy.
         limit: Test images a data set, drawn by seed 0; None: all.
+        few_classes: Data sets with fewer than 4 classes, which base-to-new leaves out.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Suite:
     method_settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     attacks: tuple[str, ...] = ("pgd-20",)
     limit: int | None = None
+    few_classes: tuple[str, ...] = ()
 
 
 # coupled prompts are as many in both towers, and no more than the shortest template has words
@@ -57,6 +59,7 @@ SUITES = {
             "adv-tp": {"num_text_tokens": 3, "learning_rate": 1.0},
         },
         limit=100,
+        few_classes=("sizes",),
     ),
     "paper": Suite(
         "paper",

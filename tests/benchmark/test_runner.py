@@ -1,0 +1,217 @@
+"""A plan as a whole: what is finished stays, what failed runs again, and a run that was killed ends as if it was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from benchmark import main
+from helpers import TINY_CLIP
+
+from capt_peft.benchmark import Lines, Plan, cost, get_suite, listing, run_cells
+from capt_peft.benchmark.executors import run_here
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
+KILLED = [
+    "--methods", "zero-shot,capt,adv-vp", "--protocols", "few-shot", "--tasks", "digits", "--shots", "1", "--seeds", "0,1",
+    "--limit", "6", "--attacks", "pgd-1", "--settings", "max_steps=1,attack_steps=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "lines.jsonl"
+
+
+def make_cells(model=TINY_CLIP, seeds=(0, 1, 2)):
+    plan = Plan(get_suite("toy"), model, ["capt"], ["few-shot"], [1], seeds, ["digits"], limit=4, attacks=["pgd-1"])
+    return plan.cells()
+
+
+def line(cell, status="finished", **changes):
+    error = {"error": {"type": "ValueError", "message": "no"}} if status == "failed" else {}
+    return {"key": cell.key, "status": status, "cell": cell.to_dict(), "seconds": 2.0, **error, **changes}
+
+
+class Engine:
+    """Runs nothing: it notes the cells that it was given and says how each of them ended."""
+
+    def __init__(self, *failing):
+        self.failing, self.given = failing, []
+
+    def __call__(self, cells, output, root):
+        for cell in cells:
+            self.given.append(cell)
+            yield cell, line(cell, "failed" if cell in self.failing else "finished", root=root)
+
+
+def go(cells, output, engine, **changes):
+    return run_cells(cells, output, executor=engine, progress=False, **changes)
+
+
+# ------------------------------------------------------------------------------------------------- what runs again
+
+
+def test_finished_cells_are_skipped_and_their_lines_stay(output):
+    cells = make_cells()
+    Lines(output).append(line(cells[1], n="before"))
+    engine = Engine()
+    lines = go(cells, output, engine)
+    assert engine.given == [cells[0], cells[2]]
+    assert list(lines) == [cell.key for cell in cells] and lines[cells[1].key]["n"] == "before"
+    assert Lines(output).read() == {key: lines[key] for key in (cells[1].key, cells[0].key, cells[2].key)}
+
+
+def test_failed_cells_run_again_until_they_finish(output):
+    cells = make_cells()
+    assert [one["status"] for one in go(cells, output, Engine(cells[1])).values()] == ["finished", "failed", "finished"]
+    for engine, status in ((Engine(cells[1]), "failed"), (Engine(), "finished")):
+        assert go(cells, output, engine)[cells[1].key]["status"] == status
+        assert engine.given == [cells[1]]
+    assert go(cells, output, engine := Engine())[cells[1].key]["status"] == "finished" and engine.given == []
+
+
+def test_each_line_is_on_the_disk_before_the_next_cell_runs(output):
+    cells, found = make_cells(), []
+
+    def engine(cells, output, root):
+        for cell in cells:
+            found.append(list(Lines(output).read()))
+            yield cell, line(cell)
+
+    go(cells, output, engine)
+    assert found == [[], [cells[0].key], [cells[0].key, cells[1].key]]
+
+
+def test_lines_of_other_plans_are_left_alone_and_not_returned(output):
+    first, *others = make_cells()
+    Lines(output).append(line(first))
+    assert list(go(others, output, Engine())) == [cell.key for cell in others]
+    assert set(Lines(output).read()) == {cell.key for cell in make_cells()}
+
+
+def test_one_cell_that_fails_does_not_stop_the_others(output):
+    zero_shot = replace(make_cells()[0], method="zero-shot", settings={}, prompts={})
+    cells = [zero_shot, replace(make_cells()[0], shots=1000), replace(zero_shot, seed=1)]
+    lines = go(cells, output, run_here)
+    assert [one["status"] for one in lines.values()] == ["finished", "failed", "finished"]
+    assert "1000" in lines[cells[1].key]["error"]["message"]
+
+
+def test_an_interrupt_ends_the_run_and_leaves_the_lines_that_there_are(output):
+    cells = make_cells()
+
+    def engine(cells, output, root):
+        yield cells[0], line(cells[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(cells, output, engine)
+    assert list(Lines(output).read()) == [cells[0].key]
+
+
+def test_the_place_of_the_data_sets_reaches_the_engine(output):
+    (one,) = go(make_cells(seeds=[0]), output, Engine(), root="/data").values()
+    assert one["root"] == "/data"
+
+
+# ---------------------------------------------------------------------------------------------------------- the list
+
+
+def test_the_list_shows_states_durations_and_the_time_left(output):
+    cells = make_cells(seeds=range(5))
+    for cell in cells[:3]:
+        Lines(output).append(line(cell, seconds=60.0))
+    Lines(output).append(line(cells[3], "failed"))
+    *rows, total = listing(cells, output, "a folder that need not be there").splitlines()
+    assert [row.split()[0] for row in rows] == [cell.key for cell in cells]
+    assert [row[14:22].strip() for row in rows] == ["finished", "finished", "finished", "failed", "to run"]
+    assert all(
+        "60 s" in row and row.endswith(f"few-shot: capt on digits, 1 shot, seed {i}") for i, row in enumerate(rows)
+    )
+    assert total == "5 cells, 3 finished; the others should take 2 min."
+    assert listing(cells, output, "", workers=2).endswith("should take 60 s with 2 workers.")
+
+
+def test_without_finished_cells_the_pace_is_that_of_the_model(output):
+    assert 0 < cost.seconds_a_pass(make_cells(), {}, TINY_CLIP) < 1
+    assert "3 cells, 0 finished; the others should take" in listing(make_cells(), output, TINY_CLIP)
+    assert not output.parent.exists() or list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "1 s"), (40.4, "40 s"), (89, "89 s"), (100, "2 min"), (89 * 60, "89 min"), (12000, "3 h 20 min"), (7260, "2 h 01 min")],
+)  # fmt: skip
+def test_durations_are_written_as_people_say_them(seconds, words):
+    assert cost.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({"settings": {"max_steps": 80, "attack_steps": 2}}, 2),
+        ({"settings": {"num_train_epochs": 40.0, "attack_steps": 2}}, 1),
+        ({"shots": 4}, 3.2),  # a step has 32 images, and one shot of ten classes has ten
+        ({"settings": {"max_steps": 40, "attack_steps": 6}}, 2),
+    ],
+)
+def test_the_cost_of_tuning_grows_with_its_images_and_attack_steps(changes, factor):
+    cell = replace(make_cells()[0], settings={"max_steps": 40, "attack_steps": 2}, attacks=(), limit=1)
+    assert cost.passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (cost.passes(cell) - 1))
+
+
+@pytest.mark.parametrize(
+    ("cheap", "dear", "factor"),
+    [("fgsm", "pgd-10", 10), ("pgd-10", "pgd-20", 2), ("pgd-20", "pgd-20x5", 5), ("apgd-ce-20", "apgd-t-20", 9)],
+)
+def test_the_cost_of_an_attack_grows_with_its_steps_restarts_and_targets(cheap, dear, factor):
+    assert cost.attack_passes(dear) == factor * cost.attack_passes(cheap)
+
+
+# ----------------------------------------------------------------------------------------------------- killed at any time
+
+
+def figures(path):
+    return {key: (one["status"], one["results"], one["cell"]) for key, one in Lines(path).read().items()}
+
+
+def kept(output):
+    return list(output.with_suffix(".adapters").glob("[!.]*/training.json"))
+
+
+@pytest.mark.timeout(600)  # four starts, on a machine that may be busy
+def test_a_run_that_is_killed_ends_as_one_that_is_not_and_runs_nothing_twice(tmp_path, capsys):
+    whole, killed = tmp_path / "whole" / "lines.jsonl", tmp_path / "killed" / "lines.jsonl"
+    main([*KILLED, "--output", str(whole)])
+    assert len(figures(whole)) == 5
+
+    def count():
+        return killed.read_bytes().count(b"\n") if killed.exists() else 0
+
+    # when the first adapter has been kept and is measured, and after the third line, when another one is tuned
+    for moment in (lambda: kept(killed), lambda: count() >= 3):
+        before = killed.read_bytes() if killed.exists() else b""
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), *KILLED, "--output", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not moment() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert killed.read_bytes().startswith(before)
+    before = killed.read_bytes()
+    assert 3 <= count() < 5
+    main([*KILLED, "--output", str(killed)])
+    assert killed.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert count() == 5  # no cell has two lines
+    assert figures(killed) == figures(whole)
+    assert len(kept(killed)) == len(kept(whole)) == 4
+    tables = [(path.parent / "lines" / "tables.md").read_text() for path in (whole, killed)]
+    assert tables[0] == tables[1]
