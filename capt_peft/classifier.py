@@ -113,7 +113,7 @@ class ZeroShotClassifier(nn.Module):
         """
         # another adapter may have become the active one since this was made, with as many classes by chance
         check_classes_known(self.model, self.class_names)
-        return {name: getattr(self, name) for name in TEXT_INPUTS if hasattr(self, name)}
+        return {name: getattr(self, name).to(self.device) for name in TEXT_INPUTS if hasattr(self, name)}
 
     def text_features(self) -> Tensor:
         """Returns the (N, D) normalised text features: cached and without gradient in eval mode, fresh while training."""
@@ -136,7 +136,8 @@ class ZeroShotClassifier(nn.Module):
 
     def pixel_values(self, pixels: Tensor) -> Tensor:
         """Normalises pixels in [0, 1] to what the model takes, in its precision."""
-        return ((pixels - self.mean) / self.std).to(self._parameter.dtype)
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        return ((pixels - mean) / std).to(self._parameter.dtype)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Returns (B, N) float32 logits of normalised features (B, D) and (N, D)."""
@@ -212,6 +213,11 @@ class ZeroShotClassifier(nn.Module):
         ]
 
     # ------------------------------------------------------------------------------------------------------- state
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; a Trainer, for one, moves it without this classifier's own tensors."""
+        return self._parameter.device
 
     @property
     def _clip(self) -> Any:

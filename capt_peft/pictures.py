@@ -47,7 +47,7 @@ def attack_picture(
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'capt-peft[plot]'.") from error
     first = next(iter(classifiers.values()))
-    pixels = first.transform.batch(images).to(first.mean.device)  # (B, 3, H, W)
+    pixels = first.transform.batch(images).to(first.device)  # (B, 3, H, W)
     truth = torch.tensor(list(labels), device=pixels.device)
     rows: list[tuple[str, Tensor, list[tuple[str, bool]]]] = []
     names = first.class_names

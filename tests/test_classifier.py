@@ -238,3 +238,13 @@ def test_a_class_specific_adapter_that_becomes_active_later_is_noticed(class_spe
         classifier = ZeroShotClassifier(class_specific, processor, NAMES[::-1])  # as many classes, in another order
     with pytest.raises(ValueError, match="class-specific text prompts"):
         classifier(torch.rand(1, 3, 32, 32))
+
+
+def test_a_classifier_follows_its_model_to_another_device(processor):
+    """As a Trainer moves the model alone; `meta` stands for a GPU, which tests need not have."""
+    classifier = ZeroShotClassifier(CLIPModel.from_pretrained(TINY_CLIP), processor, ["cat", "dog"])
+    classifier.model.to("meta")
+    pixels = torch.rand(3, 3, 32, 32, device="meta")
+    assert classifier.device.type == "meta"
+    assert {tensor.device.type for tensor in classifier.text_inputs().values()} == {"meta"}
+    assert classifier.image_features(pixels).device.type == "meta"

@@ -79,7 +79,8 @@ def _run(cell: Cell, adapters: str | Path | None, root: Root) -> dict[str, Any]:
 
 def _load_base(name: str) -> tuple[nn.Module, Any]:
     # in float32, whatever precision it is stored in: pixel gradients vanish in less
-    return AutoModel.from_pretrained(name, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(name)
+    model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+    return model.to(PartialState().device), AutoProcessor.from_pretrained(name)
 
 
 def _template(cell: Cell, task: Task) -> str:

@@ -71,10 +71,10 @@ def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_templa
         attacked = _frozen(classifier, frozen_texts)
     return Subject(
         attacked=attacked,
-        scored=_without_autocast(scored, classifier.mean.device),
+        scored=_without_autocast(scored, classifier.device),
         white_box=attack_target == "tuned" and attack_template in (None, classifier.template),
         precision=_precision(classifier),
-        device=classifier.mean.device,
+        device=classifier.device,
         description=describe(classifier),
     )
 
