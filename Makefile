@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo app test tables docs lint clean
+.PHONY: help demo app test tables bench docs lint clean
 
 help:
 	@echo "make demo   train a CAPT adapter on handwritten digits, measure it, load it back (about 5 minutes)"
 	@echo "make test   run all tests"
 	@echo "make app    a page to try the demo's adapter on"
 	@echo "make tables rebuild docs/results from the lines of the benchmarks"
+	@echo "make bench  what a training step costs, beside the published one (several minutes, and GB of memory)"
 	@echo "make docs   build the documentation into build/"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and everything that was made"
@@ -25,6 +26,9 @@ test: $(VENV)/ready
 tables: $(VENV)/ready
 	for lines in docs/results/*/lines.jsonl; do \
 		$(BIN)/python examples/benchmark.py --tables $$lines --report $$(dirname $$lines) > /dev/null || exit 1; done
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/step.py
 
 # a warning about a docstring fails it too, which --strict lets pass
 docs: $(VENV)/ready

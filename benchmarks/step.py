@@ -1,0 +1,293 @@
+"""What a training step costs, beside the published step and beside the least that it can cost.
+
+python benchmarks/step.py                           # a randomly initialised CLIP ViT-B/32 of true shape; or `make bench`
+python benchmarks/step.py --tiny --batch 4,8        # tiny CLIP, much faster
+python benchmarks/step.py --repetitions 0           # count operations only, which other work on the machine does not disturb
+
+Three steps on the same model, images, texts and attack noise, in turns: the published one (`step_reference.py` says what it
+is), the trainer's, and the floor of (2K + 4) forwards of the image tower and 2 of the text tower. First the published step and
+the trainer's must give the same loss and the same gradients of the prompts; if they do not, nothing is measured.
+
+The trainer's step is measured with the frozen model's outputs known, as in every epoch but the first, which is the figure to
+quote, and once more without, as in the very first step of a run. Peak memory is that of a process of its own for each step.
+For 100 classes the published step takes several GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from step_reference import Setting, Setup, floor_images, floor_texts, our_first_step, our_step, reference_step
+from step_report import compare, ratios, summarise, table, targets
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from capt_peft.versions import describe_machine, versions
+
+DEFAULT_SET = ((4, 100, 2), (32, 100, 3))
+
+
+def floor(setup: Setup) -> None:
+    """Runs what a step cannot do without."""
+    floor_images(setup)
+    floor_texts(setup)
+
+
+def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Counts attention forward by the shapes, as torch does for GPUs; on CPUs it counts none by itself."""
+    return sdpa_flop_count(query, key, value)
+
+
+def attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Counts attention backward."""
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+# what a process of its own runs, in this order
+PROCESSES: dict[str, dict[str, Callable[[Setup], Tensor | None]]] = {
+    "reference": {"reference": reference_step},
+    "ours": {"ours_first": our_first_step, "ours": our_step},
+    "floor": {"floor": floor},
+}
+
+
+# ------------------------------------------------------------------------------------------------------ operations, memory
+
+
+def measure_process(setting: Setting, process: str, folder: Path) -> None:
+    """Runs a process's steps once; writes their operations, losses and gradients, and the peak of its memory.
+
+    Args:
+        setting: What to run them on.
+        process: One of `PROCESSES`.
+        folder: Where to write `<process>.json`, and `<step>.safetensors` for each step with a loss.
+    """
+    setup = Setup(setting)
+    before = reset_peak(setting.device)
+    operations = {}
+    for name, step in PROCESSES[process].items():
+        operations[name], loss = count(step, setup)
+        if loss is not None:
+            gradients = {key: p.grad.contiguous() for key, p in setup.prompts.items() if p.grad is not None}
+            save_file({**gradients, "loss": loss}, folder / f"{name}.safetensors")
+    memory = {"before_bytes": before, "peak_bytes": peak(setting.device)}
+    found = {"operations": operations, "memory": memory, "text_tokens": setup.text_tokens}
+    (folder / f"{process}.json").write_text(json.dumps(found))
+
+
+def count(step: Callable[[Setup], Tensor | None], setup: Setup) -> tuple[int, Tensor | None]:
+    """Returns the floating-point operations of a step (a multiplication and an addition are two), and its loss."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        loss = step(setup)
+    return counter.get_total_flops(), loss
+
+
+def reset_peak(device: str) -> int:
+    """Starts a new peak of the memory in use; returns the bytes in use now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def peak(device: str) -> int:
+    """Returns the peak of the memory in use, in bytes: on a GPU what torch took there, else the whole process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage of a child starts from its parent's peak
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_processes(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs each of `PROCESSES` in a process of its own, which is what its peak of memory is of.
+
+    Raises:
+        ChildProcessError: One of them failed, for want of memory perhaps.
+    """
+    found = {}
+    for process in PROCESSES:
+        order = {"setting": asdict(setting), "process": process, "folder": str(folder)}
+        done = subprocess.run(
+            [sys.executable, __file__, "--process", json.dumps(order)], capture_output=True, text=True
+        )
+        if done.returncode:
+            last = (
+                done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}, for want of memory?"]
+            )[-1]
+            raise ChildProcessError(f"The process of {process} failed ({setting}): {last}")
+        found[process] = json.loads((folder / f"{process}.json").read_text())
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------------- time
+
+
+def seconds(run: Callable[[Setup], Any], setup: Setup) -> float:
+    """Returns the wall time of a run."""
+    synchronize = torch.cuda.synchronize if setup.setting.device == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    run(setup)
+    synchronize()
+    return time.perf_counter() - start
+
+
+def time_in_turns(setting: Setting, repetitions: int, reference_repetitions: int) -> dict[str, list[float]]:
+    """Returns the times of each step, taken in turns; those of the floor as its two parts.
+
+    Args:
+        setting: What to run.
+        repetitions: Turns of our step and the floor.
+        reference_repetitions: In how many of them the reference and our first step, which take long, have their turn too.
+    """
+    setup = Setup(setting)
+    floor(setup)
+    our_step(setup)  # warms up, and leaves the frozen outputs known
+    rounds: dict[str, list[float]] = {}
+    for repetition in range(repetitions):
+        runs: dict[str, Callable[[Setup], Any]] = {}
+        if repetition < reference_repetitions:
+            runs |= {"reference": reference_step, "ours_first": our_first_step}
+        runs |= {"ours": our_step, "floor_images": floor_images, "floor_texts": floor_texts}
+        for name, run in runs.items():
+            rounds.setdefault(name, []).append(seconds(run, setup))
+    return rounds
+
+
+# ----------------------------------------------------------------------------------------------------------------- command
+
+
+def measure(setting: Setting, repetitions: int, reference_repetitions: int) -> dict[str, Any]:
+    """Measures a setting; returns all that is known of it.
+
+    Raises:
+        ValueError: The two steps do not compute the same.
+        ChildProcessError: A step could not run.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        found = run_processes(setting, folder)
+        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("reference", "ours_first", "ours")}
+    agreement = {name: compare(tensors["reference"], tensors[name], name) for name in ("ours_first", "ours")}
+    operations = {name: value for each in found.values() for name, value in each["operations"].items()}
+    result: dict[str, Any] = {
+        **asdict(setting), "text_tokens": found["ours"]["text_tokens"], "difference": agreement, "operations": operations,
+        "memory": {name: each["memory"] for name, each in found.items()}, "ratios": ratios(operations, "operations"),
+    }  # fmt: skip
+    if repetitions:
+        result["rounds"] = time_in_turns(setting, repetitions, reference_repetitions)
+        result["seconds"] = summarise(setting, result["rounds"])
+        result["ratios"] |= ratios(result["seconds"], "seconds")
+    result["targets"] = targets(setting, result["ratios"])
+    return result
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Reads the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", help="images, a list with commas")
+    parser.add_argument("--classes", help="classes, a list with commas")
+    parser.add_argument(
+        "--steps", help="steps of the attack, a list with commas; all combinations of the three are run"
+    )
+    parser.add_argument("--attack_loss", default="kl", choices=("kl", "ce"), help="kl as FAP attacks, ce as APT does")
+    parser.add_argument("--tiny", action="store_true", help="tiny CLIP instead of a ViT-B/32")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help="turns of our step and the floor; 0 measures no time"
+    )
+    parser.add_argument(
+        "--reference_repetitions", type=int, default=1, help="turns of the published and our first step"
+    )
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--process", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def settings(args: argparse.Namespace) -> list[Setting]:
+    """Returns what to measure.
+
+    Raises:
+        ValueError: An argument that cannot be.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA GPU here; use --device cpu.")
+    if args.repetitions < 0 or not (args.repetitions == 0 or 1 <= args.reference_repetitions <= args.repetitions):
+        raise ValueError("--repetitions must be 0 or more, and --reference_repetitions between 1 and --repetitions.")
+    named = {"batch": args.batch, "classes": args.classes, "steps": args.steps}
+    combinations = DEFAULT_SET
+    if any(text is not None for text in named.values()):
+        given = [numbers(name, text) for name, text in named.items()]
+        combinations = tuple(itertools.product(*given))  # type: ignore[assignment]
+    rest = {"attack_loss": args.attack_loss, "tiny": args.tiny, "device": args.device}
+    return [Setting(batch, classes, steps, **rest) for batch, classes, steps in combinations]
+
+
+def numbers(name: str, text: str | None) -> list[int]:
+    """Reads a list with commas, by default the first of the default set.
+
+    Raises:
+        ValueError: Not a list of whole numbers, or one out of range.
+    """
+    low, high, default = {"batch": (1, 4096, 4), "classes": (2, 10000, 100), "steps": (1, 1000, 2)}[name]
+    try:
+        found = [default] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(low <= number <= high for number in found):
+        raise ValueError(
+            f"--{name}={text} must be whole numbers from {low} to {high} with commas between them, such as 4,32."
+        )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measures, prints the tables, and returns what `--json` writes."""
+    args = parse(arguments)
+    if args.process:
+        order = json.loads(args.process)
+        measure_process(Setting(**order["setting"]), order["process"], Path(order["folder"]))
+        return {}
+    machine = describe_machine() if args.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    record: dict[str, Any] = {
+        "model": "tiny CLIP" if args.tiny else "CLIP ViT-B/32, random weights",
+        "repetitions": args.repetitions, "reference_repetitions": args.reference_repetitions,
+        "machine": machine, "versions": versions(), "date": time.strftime("%Y-%m-%d"), "settings": [],
+    }  # fmt: skip
+    try:
+        for setting in settings(args):
+            record["settings"].append(measure(setting, args.repetitions, args.reference_repetitions))
+            print(table(record["settings"][-1]), end="\n\n", flush=True)
+    except (ValueError, ChildProcessError) as error:
+        raise SystemExit(str(error)) from None
+    print(f"{record['model']}; {machine}; torch {torch.__version__}; {record['date']}")
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+if __name__ == "__main__":
+    main()
