@@ -118,7 +118,7 @@ def test_quick_is_every_method_and_protocol_on_little():
 
 def test_by_default_the_toy_suite_runs_on_tiny_clip_given_by_a_relative_path():
     few = cells("--methods", "capt")
-    assert len(few) == 3 * (11 * 4 + 11 + 1 + 1)
+    assert len(few) == 3 * (11 * 4 + 10 + 1 + 1)
     (model,) = {cell.model for cell in few}
     assert not Path(model).is_absolute() and (Path(model) / "config.json").exists()
 

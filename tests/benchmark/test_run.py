@@ -250,7 +250,6 @@ def test_a_collapsed_run_is_measured_and_marked(monkeypatch):
             "ValueError",
             "The template 'a photo of {}.' has 3 tokens before the class name, but the 4 text prompts",
         ),
-        ({"protocol": "base-to-new", "tasks": ("sizes",)}, "ValueError", "has 3 classes; base-to-new needs at least 4"),
         ({"weighting": "much"}, "ValueError", "much"),
         ({"teacher": "no/such/folder"}, "OSError", "no/such/folder"),
         ({"variant": {"learning_rate": 1e38}}, "ValueError", "logits that are not finite"),
