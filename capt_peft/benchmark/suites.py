@@ -46,7 +46,7 @@ SUITES = {
         tasks=("digits", *TOY_TASKS),
         source="shapes",
         shifts=tuple(SHIFTS),
-        # so small that the whole comparison takes two CPU cores two hours
+        # so small that the whole comparison takes two CPU cores an hour and a half
         settings={"epsilon": "4/255", "attack_steps": 2, "max_steps": 40, "dataloader_pin_memory": False},
         # of 0.1, 0.3 and 1, the best for each method on validation images of four tasks (docs/results.md)
         method_settings={
