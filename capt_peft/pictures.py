@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attacks import Attack
 from .classifier import ZeroShotClassifier
+from .figures import import_figure
 from .randomness import example_generators
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -42,10 +43,7 @@ def attack_picture(
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'capt-peft[plot]'.") from error
+    figure_class = import_figure()
     first = next(iter(classifiers.values()))
     pixels = first.transform.batch(images).to(first.device)  # (B, 3, H, W)
     truth = torch.tensor(list(labels), device=pixels.device)
@@ -58,7 +56,7 @@ def attack_picture(
         rows.append((f"attacked\n{name}", attacked, _answers(classifier, attacked, truth, names)))
         scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)
         rows.append((f"noise x{scale:.0f}", (0.5 + scale * (attacked - pixels)).clamp(0, 1), []))
-    figure = Figure(figsize=(1.25 * len(pixels) + 1.1, 1.42 * len(rows)), layout="constrained")
+    figure = figure_class(figsize=(1.25 * len(pixels) + 1.1, 1.42 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(pixels), squeeze=False)
     for (title, row_pixels, answers), row in zip(rows, axes, strict=True):
         for i, axis in enumerate(row):

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from ..attacks import PGD, ThreatModel
 from ..attacks.threat import format_fraction
 from ..classifier import ZeroShotClassifier
+from ..figures import import_figure
 from ..files import write_json, written_whole
 from .accuracy import Accuracy
 from .loop import evaluate
@@ -137,19 +138,6 @@ def _curve(evaluation: Evaluation, threats: Sequence[ThreatModel], threat_model:
         epsilon=tuple((t.epsilon, found[PGD(t, steps=steps).name, t]) for t in threats),
         steps=((0, evaluation.clean), *by_steps),
     )
-
-
-def import_figure() -> Any:
-    """Returns matplotlib's Figure.
-
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'capt-peft[plot]'.") from error
-    return Figure
 
 
 def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: int, path: Path) -> list[Path]:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..figures import import_figure
 from ..files import written_whole
 from .difference_plot import differences_figure
 from .lines import Section, choose_attack, read_lines, sections
-from .plots import few_shot_sections, import_figure, save_figure, scatter_figure, shots_figure
+from .plots import few_shot_sections, save_figure, scatter_figure, shots_figure
 from .tables import section_tables, to_latex, to_markdown
 
 __all__ = ["read_lines", "section_tables", "sections", "to_latex", "to_markdown", "write_report"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..figures import import_figure
 from .comparison import Difference, compare
 from .lines import TRANSFERS, Section, Shots, shots_name
-from .plots import COLOURS, import_figure
+from .plots import COLOURS
 from .statistics import HARMONIC, collect
 from .tables import section_title
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..figures import import_figure
 from .lines import FEW_SHOT, Section, Shots, shots_name
 from .statistics import CLEAN, ROBUST, Runs, Summary, collect, common_runs, summarise
 from .tables import section_title
@@ -19,19 +20,6 @@ AVERAGE = "average"
 ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
 PREFERRED_SHOTS = 16
-
-
-def import_figure() -> Any:
-    """Returns matplotlib's Figure.
-
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The pictures of a report need matplotlib: pip install 'capt-peft[plot]'.") from error
-    return Figure
 
 
 def shots_figure(section: Section, attack: str) -> Any:
