@@ -9,10 +9,8 @@ from .finetune import FareTrainer
 from .hub import push_adapter
 from .loading import from_pretrained
 from .methods import METHODS, get_method
-from .monitor import TrainingStopped
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
-from .trainer import CaptTrainer
-from .training_args import CaptTrainingArguments
+from .training import CaptTrainer, CaptTrainingArguments, TrainingStopped
 from .tuner import CaptConfig, CaptModel
 
 __version__ = "0.1.0"

@@ -16,8 +16,8 @@ from .classifier import ZeroShotClassifier, pooled
 from .data import Task
 from .objectives import Views
 from .randomness import example_generators
-from .trainer import CaptTrainer
-from .training_args import CaptTrainingArguments
+from .training import CaptTrainer
+from .training.arguments import CaptTrainingArguments
 
 IMAGE_TOWER = ("vision_model.", "visual_projection.")
 

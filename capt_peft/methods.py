@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
-from .training_args import CaptTrainingArguments
+from .training.arguments import CaptTrainingArguments
 
 
 @dataclass(frozen=True)

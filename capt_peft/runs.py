@@ -14,7 +14,7 @@ from .files import write_json, write_text, written_whole
 from .versions import describe_machine, versions
 
 if TYPE_CHECKING:
-    from .trainer import CaptTrainer
+    from .training import CaptTrainer
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are none of them
 UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", RESULTS, EVALUATION]

@@ -11,7 +11,7 @@ from typing import Any
 from ..attacks import ThreatModel, parse_attack
 from ..data.task import SPLITS
 from ..methods import METHODS, method_name
-from ..training_args import CaptTrainingArguments
+from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
 from .suites import Suite
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
-from ..training_args import CaptTrainingArguments
+from ..training import CaptTrainingArguments
 from .cells import ZERO_SHOT, Cell
 
 CLASSES, ALL_IMAGES, TEST_IMAGES = 10, 64, 400  # guesses where the data set has not been read

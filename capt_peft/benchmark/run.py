@@ -28,8 +28,7 @@ from ..evaluation import Evaluation, evaluate
 from ..files import write_json, written_whole
 from ..methods import METHODS
 from ..runs import count_parameters
-from ..trainer import CaptTrainer
-from ..training_args import CaptTrainingArguments
+from ..training import CaptTrainer, CaptTrainingArguments
 from ..tuner import CaptConfig
 from ..tuner.loading import base_fingerprint
 from ..versions import describe_machine, versions

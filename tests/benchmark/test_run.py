@@ -24,8 +24,8 @@ from capt_peft import (
     load_task,
 )
 from capt_peft.benchmark import Plan, get_suite, run, run_cell
-from capt_peft.monitor import Monitor
 from capt_peft.objectives import CaptObjective
+from capt_peft.training.monitor import Monitor
 
 MODEL = os.path.relpath(TINY_CLIP)
 SMALL = {"max_steps": 2, "attack_steps": 1}

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
-from .objectives import CaptObjective
+from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
+from ..objectives import CaptObjective
 
 
 @dataclass

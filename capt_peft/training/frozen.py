@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .files import written_whole
+from ..files import written_whole
 
 
 class FrozenOutputs:

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from .attacks import Attack
-from .classifier import ZeroShotClassifier, normalize, pooled
-from .data.pixels import PixelDataset
-from .data.task import Task
-from .data.transforms import PixelTransform
-from .evaluation import outcomes, wilson_interval
+from ..attacks import Attack
+from ..classifier import ZeroShotClassifier, normalize, pooled
+from ..data.pixels import PixelDataset
+from ..data.task import Task
+from ..data.transforms import PixelTransform
+from ..evaluation import outcomes, wilson_interval
+from ..hub import HubTrainer
+from ..objectives import CaptObjective, Objective, Views
+from ..randomness import example_generators
+from .arguments import CaptTrainingArguments
 from .frozen import FrozenOutputs
-from .hub import HubTrainer
 from .monitor import Monitor, TrainingStopped
-from .objectives import CaptObjective, Objective, Views
-from .randomness import example_generators
-from .training_args import CaptTrainingArguments
 
 logger = logging.getLogger(__name__)
 

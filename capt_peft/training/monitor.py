@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .objectives import Views
+from ..objectives import Views
 
 
 class TrainingStopped(RuntimeError):
