@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from .activations import lean_activations
 from .data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from .data.transforms import PixelTransform
 from .loading import load_model
+from .text_parts import TextPart, TextParts, split_texts
 from .texts import TEXT_INPUTS, check_classes_known, check_end_tokens, check_prompts_fit, max_text_length, tokenize
 from .tuner import PromptLayer
 
@@ -29,11 +32,13 @@ class ZeroShotClassifier(nn.Module):
         processor: Its processor: an image processor and a tokenizer (`AutoProcessor.from_pretrained`).
         class_names: The N class names; at least two, no two alike.
         template: The text of a class; `{}` stands for its name.
+        text_chunk_size: Texts that run at once, which bounds the memory; with gradients the others are run again in the backward
+            pass. By default all of them up to 256 classes, and 64 above that. The results are the same up to rounding.
 
     Raises:
-        ValueError: A template without one `{}`, class names that repeat, a text that is too long for the model, or one so short
-            that the adapter's prompts would overwrite the class name; the processor of another model; or other classes than
-            those of an active adapter with class-specific prompts.
+        ValueError: A `text_chunk_size` below 1, a template without one `{}`, class names that repeat, a text that is too long for
+            the model, or one so short that the adapter's prompts would overwrite the class name; the processor of another model;
+            or other classes than those of an active adapter with class-specific prompts.
     """
 
     model: Any  # a PeftModel, or a model of transformers: both hand out CLIP's methods
@@ -42,9 +47,17 @@ class ZeroShotClassifier(nn.Module):
     std: Tensor  # (1, 3, 1, 1)
 
     def __init__(
-        self, model: nn.Module, processor: Any, class_names: Sequence[str], template: str = DEFAULT_TEMPLATE
+        self,
+        model: nn.Module,
+        processor: Any,
+        class_names: Sequence[str],
+        template: str = DEFAULT_TEMPLATE,
+        *,
+        text_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
+        if text_chunk_size is not None and text_chunk_size < 1:
+            raise ValueError(f"text_chunk_size={text_chunk_size} must be at least 1, or None for the default.")
         self.model = model
         self.processor = processor
         self.transform = PixelTransform(processor)
@@ -61,6 +74,8 @@ class ZeroShotClassifier(nn.Module):
         for name, value in {**text_inputs, "mean": mean, "std": std}.items():
             self.register_buffer(name, value, persistent=False)
         self.to(next(model.parameters()).device)
+        self.text_chunk_size = text_chunk_size
+        self._parts = self.text_parts()
         self._cache: tuple[Any, Tensor] | None = None
         self.train(model.training)
 
@@ -128,7 +143,39 @@ class ZeroShotClassifier(nn.Module):
 
     def encode_texts(self) -> Tensor:
         """Runs the text tower on the N texts: (N, D) normalised features, with gradient if the caller wants one."""
-        return normalize(pooled(self.model.get_text_features(**self.text_inputs())))
+        if self._parts is None:
+            return normalize(pooled(self.model.get_text_features(**self.text_inputs())))
+        return self._parts.join([self.encode_part(part) for part in self._parts.parts])
+
+    def text_parts(self, *, rank: int = 0, processes: int = 1, cut: bool = True) -> TextParts | None:
+        """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; arguments as of `split_texts`."""
+        inputs = {name: getattr(self, name).cpu() for name in TEXT_INPUTS if hasattr(self, name)}
+        return split_texts(inputs, self.text_chunk_size, rank=rank, processes=processes, cut=cut)
+
+    def encode_part(self, part: TextPart) -> Tensor:
+        """Runs the text tower on a part: (n, D) normalised features. Its activations are not kept: backward runs it again."""
+        if torch.is_grad_enabled():
+            features: Tensor = checkpoint(self._run_part, part, use_reentrant=False)
+            return features
+        return self._run_part(part)
+
+    def _run_part(self, part: TextPart) -> Tensor:
+        # here, because the backward pass comes here again
+        with lean_activations(self.base_model), self.part_inputs(part) as inputs:
+            return normalize(pooled(self.model.get_text_features(**inputs)))
+
+    @contextmanager
+    def part_inputs(self, part: TextPart) -> Iterator[dict[str, Tensor]]:
+        """Gives the tokens of a part; within it, class-specific prompts are those of its classes."""
+        check_classes_known(self.model, self.class_names)
+        layers = [m for m in self.model.modules() if isinstance(m, PromptLayer) and m.site.tower == "text"]
+        for layer in layers:
+            layer.rows = part.rows
+        try:
+            yield {name: ids.to(self.device) for name, ids in part.inputs.items()}
+        finally:
+            for layer in layers:
+                layer.rows = None
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Runs the image tower: (B, 3, H, W) pixels in [0, 1] -> (B, D) normalised features."""
@@ -141,7 +188,7 @@ class ZeroShotClassifier(nn.Module):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Returns (B, N) float32 logits of normalised features (B, D) and (N, D)."""
-        scale = self._clip.logit_scale.float().exp()
+        scale = self.base_model.logit_scale.float().exp()
         return (text_features.float() @ image_features.float().t() * scale).t()  # CLIPModel's own order of operations
 
     @contextmanager
@@ -220,7 +267,8 @@ class ZeroShotClassifier(nn.Module):
         return self._parameter.device
 
     @property
-    def _clip(self) -> Any:
+    def base_model(self) -> Any:
+        """The CLIP, without PEFT's wrapper around it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property

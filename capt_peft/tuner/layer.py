@@ -28,7 +28,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
+        self._disable_adapters = False  # PEFT keeps it in the class until it changes, which torch.compile compiles anew for
         self.end_token: int | str | None = None  # id, or "highest"; the text prompts must not overwrite it
+        self.rows: torch.Tensor | None = None  # classes whose texts come next; None for all (class-specific prompts only)
         self.capt_prompt = nn.ParameterDict()
         self.capt_proj = nn.ModuleDict()
         # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice
@@ -113,7 +115,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             the prompts are appended; (B, L, dim) at the layers, where the last n tokens are replaced.
 
         Raises:
-            ValueError: Class-specific prompts, and another number of texts than of classes.
+            ValueError: Class-specific prompts, and another number of texts than of classes (or of `rows`).
         """
         n, start = prompt.shape[-2], self.site.start
         if prompt.ndim == 3 and len(prompt) != len(hidden):
@@ -133,6 +135,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         if adapter_name is None:
             return self.base_layer(hidden_states, *args, **kwargs)
         prompt = self.prompt(adapter_name)
+        if prompt.ndim == 3 and self.rows is not None:
+            prompt = prompt[self.rows.to(prompt.device)]
         if self.site.index > 0:
             return self.base_layer(self.write(hidden_states, prompt), *args, **kwargs)
         if self.site.tower == "text":
