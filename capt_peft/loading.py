@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import resolve_revision
@@ -56,7 +56,7 @@ def load_model(
     # one commit for all files, whatever is pushed meanwhile
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), **where)
     try:
-        config = PeftConfig.from_pretrained(name_or_path, **kwargs)
+        config = CaptConfig.from_pretrained(name_or_path, **kwargs)
     except ValueError as error:
         if "Can't find" not in str(error):
             raise
@@ -64,8 +64,6 @@ def load_model(
         return AutoModel.from_pretrained(name_or_path, dtype=dtype, **kwargs).eval(), AutoProcessor.from_pretrained(
             name_or_path, **kwargs
         )
-    if not isinstance(config, CaptConfig):
-        raise ValueError(f"{name_or_path} is a {config.peft_type} adapter; capt_peft loads CAPT adapters.")
     name, revision = (config.base_model_name_or_path, config.revision) if base is None else (base, None)
     if not name:
         raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")

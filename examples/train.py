@@ -9,15 +9,17 @@ python examples/train.py --config my.yaml --seed 1              # the command li
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-import yaml
 from peft import get_peft_model
+from settings_file import read_settings, short
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
@@ -72,16 +74,35 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
     parser.add_argument("--config", help="YAML file with any of these arguments")
     named = {argument.split("=")[0] for argument in argv}
     path = parser.parse_known_args(argv)[0].config or (None if "--model_name_or_path" in named else DIGITS)
-    values = {"output_dir": "outputs/capt"}
+    content: dict[str, Any] = {}
     if path:
+        kinds = {**get_type_hints(ScriptArguments), **get_type_hints(CaptTrainingArguments)}
         known = {action.dest for action in parser._actions} - {"help", "config"}
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        unknown = sorted(set(content) - known) if isinstance(content, dict) else [repr(content)]
-        if unknown:
-            parser.error(f"{path}: unknown arguments {', '.join(unknown)}. `--help` lists them.")
-        values |= content
-    parser.set_defaults(**values)
-    script, training, _ = parser.parse_args_into_dataclasses(argv)
+        try:
+            content = read_settings(path, {name: kind for name, kind in kinds.items() if name in known})
+            for action in parser._actions:
+                if isinstance(content.get(action.dest), str):
+                    parser._get_value(action, content[action.dest])  # as it will be read: a switch, a word of a few
+        except argparse.ArgumentError as error:
+            parser.error(f"{path}: {error}")
+        except ValueError as error:
+            parser.error(str(error))
+    parser.set_defaults(**{"output_dir": "outputs/capt", **content})
+    try:
+        script, training, _ = parser.parse_args_into_dataclasses(argv)
+    except Exception as error:  # of transformers' many checks, too
+        from_file = {name: value for name, value in content.items() if f"--{name}" not in named}
+        words = {name: value for name, value in from_file.items() if isinstance(value, str) and not value.isdecimal()}
+        for candidates in (
+            dict(zip(from_file, from_file, strict=True)),
+            words,
+        ):  # the error says the name, or the value
+            guilty = [n for n, word in candidates.items() if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", str(error))]
+            if guilty and path != DIGITS:
+                parser.error(f"{path}: {guilty[0]}={short(content[guilty[0]])}: {error}")
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"The arguments of {path or 'the command line'} do not fit together: {error}") from error
     return script, training
 
 
@@ -94,8 +115,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, value in method.attack.items():
         setattr(args, name, value)
     script.shots = str(script.shots)  # a number in a YAML file
-    if args.resume_from_checkpoint in ("true", "True"):
-        args.resume_from_checkpoint = True
     if script.shots != "all" and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
     task = load_task(
@@ -123,11 +142,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher
     )
     print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
+    checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)
 
     with trainer.classifier.frozen():
         before = trainer.evaluate(measured, metric_key_prefix="before")
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     after = trainer.evaluate(measured, metric_key_prefix="after")
 

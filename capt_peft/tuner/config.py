@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import os
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from .loading import check_adapter_files
 from .registration import CAPT
@@ -15,6 +17,7 @@ COUPLINGS = ("none", "text_to_vision", "vision_to_text")
 INITS = ("template", "random")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
+MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 
 
 @dataclass
@@ -22,7 +25,8 @@ class CaptConfig(PeftConfig):
     """Configuration of a `CaptModel`.
 
     Args:
-        num_text_tokens: Number of text prompts a layer; they replace the tokens 1..n after the start token.
+        num_text_tokens: Number of text prompts a layer; they replace the tokens 1..n after the start token. At most 1000, as
+            for vision, and no more than the model's texts have room for.
         num_vision_tokens: Number of vision prompts a layer; they are appended to the patches. By default 8, or, for coupled
             prompts, as many as there are text prompts.
         text_depth: Number of text layers with prompts of their own; 0 switches the text prompts off, 1 is the input only.
@@ -96,6 +100,11 @@ class CaptConfig(PeftConfig):
         for name in ("coupling", "template", "init"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
+        for name in ("base_model_name_or_path", "revision", "base_model_fingerprint"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"{name}={getattr(self, name)!r} must be a string or None.")
+        if not isinstance(self.auto_mapping, dict | None):
+            raise TypeError(f"auto_mapping={self.auto_mapping!r} must be a dictionary or None.")
         if not isinstance(self.class_specific, bool):
             raise TypeError(f"class_specific={self.class_specific!r} must be True or False.")
         if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float):
@@ -108,22 +117,29 @@ class CaptConfig(PeftConfig):
             if not isinstance(value, list | tuple) or not all(type(entry) is kind for entry in value):
                 raise TypeError(f"{name}={value!r} must be a list of {kind.__name__}.")
             setattr(self, name, list(value))
-        if not isinstance(self.base_model_fingerprint, str | None):
-            raise TypeError(f"base_model_fingerprint={self.base_model_fingerprint!r} must be a string or None.")
 
     def _check_values(self) -> None:
         for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 switches the tower off.")
+            if getattr(self, name) > MAX_TOKENS:
+                raise ValueError(f"{name}={getattr(self, name)} is too many: {MAX_TOKENS} or fewer are allowed.")
         for name, allowed in (("coupling", COUPLINGS), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(map(repr, allowed))}."
                 )
-        if not (math.isfinite(self.init_std) and self.init_std >= 0):
+        if not 0 <= self.init_std <= sys.float_info.max:  # NaN fails too
             raise ValueError(f"init_std={self.init_std} must be a finite number, 0 or more.")
         if self.template.count("{}") != 1:
             raise ValueError(f"template={self.template!r} must hold exactly one {{}}, the place of the class name.")
+        for text in (self.template, *(self.class_names or [])):
+            if not text.isascii() and text != text.encode(errors="replace").decode():
+                raise ValueError(f"{text!r} holds a half of a character (a lone surrogate); write the text anew.")
+        if self.task_type not in (None, "FEATURE_EXTRACTION"):
+            raise ValueError(
+                f"task_type={self.task_type!r}: CAPT adds no head for a task. Leave it out (None), or 'FEATURE_EXTRACTION'."
+            )
         if self.target_modules is not None:
             raise ValueError(
                 f"target_modules={self.target_modules!r}: CAPT finds its places itself; use text_depth and vision_depth."
@@ -201,9 +217,36 @@ class CaptConfig(PeftConfig):
             kwargs: Further arguments of `peft.PeftConfig.from_pretrained` (`revision`, `token`, `cache_dir`, ...).
 
         Raises:
-            ValueError: The weights are a pickle, or a file that is cut short or damaged.
+            ValueError: There is no configuration; it is damaged, of another method, or a field of it is out of range or of
+                another type; or the weights are a pickle, or a file that is cut short or damaged.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # no dataclass field, so that it is never saved: names the file in errors about its tensors
-        config._weights_file = check_adapter_files(pretrained_model_name_or_path, subfolder, kwargs)
-        return config
+        try:
+            config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError, RecursionError) as error:
+            if str(error).startswith("Can't find"):
+                raise
+            path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            raise ValueError(f"{path} cannot be used: {error} Mend it, or download the adapter anew.") from error
+        # no dataclass fields, so that they are never saved
+        config._weights_file, config._weights_shapes = check_adapter_files(
+            pretrained_model_name_or_path, subfolder, kwargs
+        )
+        loaded: CaptConfig = config
+        return loaded
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Reads a configuration file as PEFT does; `from_pretrained` calls it.
+
+        Raises:
+            ValueError: It is no JSON object, or of another method than CAPT.
+        """
+        try:
+            content = super().from_json_file(path_json_file, **kwargs)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"it is no JSON object ({error}).") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"it is no JSON object but a {type(content).__name__}.")
+        if content.get("peft_type") != CAPT:
+            raise ValueError(f"it is a {content.get('peft_type')!r} adapter; capt_peft loads CAPT adapters.")
+        return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,11 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 PICKLE_NAME = "adapter_model.bin"
+SLACK = 1 << 24  # numbers: 64 MB in float32
 MEND = "Save the adapter again or download it anew; nothing of it was loaded."
 
 
-def check_adapter_files(name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]) -> str:
+def check_adapter_files(
+    name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]
+) -> tuple[str, dict[str, tuple[int, ...]] | None]:
     """Makes sure that an adapter's weights are a whole safetensors file.
 
     Args:
@@ -27,7 +32,7 @@ def check_adapter_files(name_or_path: str, subfolder: str | None, kwargs: Mappin
         kwargs: Arguments for the Hub (`revision`, `token`, `cache_dir`, ...); others are left alone.
 
     Returns:
-        A name of the weights for messages.
+        A name of the weights for messages, and the shapes of the file's tensors by name (None: there is no file yet).
 
     Raises:
         ValueError: The weights are a pickle, or a file that is cut short or damaged.
@@ -38,7 +43,7 @@ def check_adapter_files(name_or_path: str, subfolder: str | None, kwargs: Mappin
         if not os.path.isfile(path):
             if os.path.isfile(os.path.join(folder, PICKLE_NAME)):
                 raise _refuse_pickle(os.path.join(folder, PICKLE_NAME))
-            return path  # a configuration alone, without weights
+            return path, None  # a configuration alone, without weights
     else:
         hub = {
             k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "repo_type")
@@ -47,17 +52,19 @@ def check_adapter_files(name_or_path: str, subfolder: str | None, kwargs: Mappin
             # PEFT needs the file next, so this is no download more
             path = hf_hub_download(name_or_path, SAFETENSORS_NAME, subfolder=subfolder, **hub)
         except LocalEntryNotFoundError:
-            return f"{name_or_path}/{SAFETENSORS_NAME}"  # offline and not in the cache: PEFT says so when it loads
+            return (
+                f"{name_or_path}/{SAFETENSORS_NAME}",
+                None,
+            )  # offline and not in the cache: PEFT says so when it loads
         except EntryNotFoundError as error:
             raise _refuse_pickle(f"{name_or_path} (it has no {SAFETENSORS_NAME})") from error
     try:
         with safe_open(path, framework="pt") as file:
-            file.keys()
+            return path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} ({os.path.getsize(path)} bytes) is no whole safetensors file: {error}. {MEND}"
         ) from error
-    return path
 
 
 def _refuse_pickle(path: str) -> ValueError:
@@ -91,8 +98,64 @@ def check_adapter_tensors(
             raise ValueError(f"{source}: {name} {_mismatch(tensor.shape, expected[name].shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{source}: {name} is {tensor.dtype}, not floating point. {MEND}")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():  # 8-bit numbers and float64 as they will be computed with
             raise ValueError(f"{source}: {name} holds NaN or infinite values. {MEND}")
+
+
+def check_size(needed: int, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises a ValueError if a configuration describes far more numbers than its file holds, before memory is taken for them.
+
+    Args:
+        needed: Numbers in the prompts that the configuration describes.
+        shapes: Shapes of the file's tensors by name.
+        source: The file, for messages.
+    """
+    held = sum(map(math.prod, shapes.values()))
+    if needed > held + SLACK:  # smaller differences are named tensor by tensor once they are loaded
+        raise ValueError(
+            f"{source} holds {held:,} numbers, but its configuration describes prompts of {needed:,}. Mend num_text_tokens, "
+            f"num_vision_tokens or class_names of the configuration. {MEND}"
+        )
+
+
+def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str], prefix: str) -> None:
+    """Makes sure that `modules_to_save` can be saved beside the prompts, and that an adapter's file has them.
+
+    Args:
+        config: The `CaptConfig`; its file's shapes are known if it was loaded.
+        model: The base model, with or without adapters in it.
+        sites: Names of the modules through which prompts enter.
+        prefix: Marks the parameters of adapters.
+
+    Raises:
+        ValueError: No module, a module that holds prompts, or one whose parameters the file lacks.
+    """
+    names = [name for name, _ in base_parameters(model, prefix)] if config.modules_to_save else []
+    modules = {module for name in names for module in _ancestors(name)[:-1]}
+    shapes = getattr(config, "_weights_shapes", None)
+    held = {name.replace(".base_layer.", ".") for name in shapes or ()}
+    for entry in config.modules_to_save or []:
+        given = f"modules_to_save={config.modules_to_save}: {entry!r}"
+        if not any(f".{module}".endswith(f".{entry}") for module in modules):
+            raise ValueError(
+                f"{given} is no module with parameters of the model. Name one, such as 'visual_projection'."
+            )
+        # PEFT takes every module whose name ends so
+        clash = next((site for site in sites if any(module.endswith(entry) for module in _ancestors(site))), None)
+        if clash is not None:
+            raise ValueError(
+                f"{given} also means {clash}, whose prompts are saved anyway. Name another module, such as 'visual_projection'."
+            )
+        needed = {name for name in names if any(module.endswith(entry) for module in _ancestors(name)[:-1])}
+        missing = sorted(name for name in needed if PEFT_PREFIX + name not in held)
+        if shapes is not None and missing:
+            raise ValueError(f"{given} is to be saved, but {config._weights_file} lacks {_some(missing)}. {MEND}")
+
+
+def _ancestors(name: str) -> list[str]:
+    """Returns the names of all modules around a module or parameter, and its own: a, a.b, a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _mismatch(found: torch.Size, needed: torch.Size) -> str:

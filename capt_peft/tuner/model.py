@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +15,10 @@ from torch import nn
 from .config import DEFAULT_DEPTH, CaptConfig
 from .initial import template_ids, text_start
 from .layer import PromptLayer
-from .loading import base_fingerprint, check_adapter_tensors
+from .loading import base_fingerprint, check_adapter_tensors, check_saved_modules, check_size
 from .sites import Site, check_supported, find_sites, find_towers
 
 logger = logging.getLogger(__name__)
-
-PEFT_PREFIX = "base_model.model."
 
 
 class CaptModel(BaseTuner):
@@ -55,6 +54,13 @@ class CaptModel(BaseTuner):
                 "coupling='none'; `bake()` turns a coupled adapter into one that a single tower can load."
             )
         _fit_depths(peft_config, {kind: len(tower.modules) for kind, tower in towers.items()})
+        if "text" in towers:
+            _check_text_room(peft_config, model.get_submodule(towers["text"].name).config, towers["text"].start)
+        if getattr(peft_config, "_weights_shapes", None) is not None:
+            check_size(
+                _count(peft_config, self._sites.values()), peft_config._weights_shapes, peft_config._weights_file
+            )
+        check_saved_modules(peft_config, model, self._sites, self.prefix)
         if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
             _check_base(peft_config, model)
         self._start: dict[int, torch.Tensor] = {}
@@ -111,7 +117,7 @@ class CaptModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Checks the tensors on their way into the model: PEFT itself warns of a missing one and takes NaN as it is."""
-        towers = {site.tower for site in (m.site for m in model.modules() if isinstance(m, PromptLayer))}
+        towers = set(find_towers(model))
         if config.coupling == "none" and len(towers) == 1:  # a single tower takes its half of an adapter for both
             absent = "vision_model." if towers == {"text"} else "text_model."
             state_dict = {name: tensor for name, tensor in state_dict.items() if absent not in name}
@@ -121,9 +127,8 @@ class CaptModel(BaseTuner):
             for name, tensor in model.state_dict().items()
             if f".{cls.prefix}" in name and adapter_name in name.rsplit(f".{cls.prefix}", 1)[1].split(".")
         }
-        allowed = {name for name in remapped if ".modules_to_save." in name}
-        source = getattr(config, "_weights_file", "The state dict")
-        check_adapter_tensors({n: t for n, t in remapped.items() if n not in allowed}, expected, source)
+        saved = {name: t for name, t in model.state_dict().items() if f".modules_to_save.{adapter_name}." in name}
+        check_adapter_tensors(remapped, expected | saved, getattr(config, "_weights_file", "The state dict"))
         return remapped
 
     # -------------------------------------------------------------------------------------------------- afterwards
@@ -169,6 +174,32 @@ def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:
             raise ValueError(
                 f"{tower}_depth={depth} is more than the {available} layers{coupled}. Use {available} or fewer."
             )
+
+
+def _check_text_room(config: CaptConfig, text_config: Any, start: int) -> None:
+    """Refuses text prompts that no text of the model has room for, and a template of unknown tokens."""
+    room = text_config.max_position_embeddings - start - 1  # the end token needs a place too
+    if config.depth("text") and config.num_text_tokens > room:
+        raise ValueError(
+            f"num_text_tokens={config.num_text_tokens} is more than the {room} tokens that the model's texts have between their "
+            f"start and their end. Use {room} or fewer."
+        )
+    highest = max(config.template_token_ids or [0])
+    if highest >= text_config.vocab_size:
+        raise ValueError(
+            f"template_token_ids has {highest}, but the model knows the tokens 0 to {text_config.vocab_size - 1}. Leave it out: "
+            "it is filled from the template by the model's tokenizer."
+        )
+
+
+def _count(config: CaptConfig, sites: Iterable[Site]) -> int:
+    """Returns the number of parameters that the configuration asks for at these places."""
+    count = 0
+    for site in sites:
+        if site.index < config.depth(site.tower):
+            own = config.owner(site.index) in (None, site.tower)
+            count += site.dim * (math.prod(config.prompt_shape(site.tower)) if own else site.partner_dim + 1)
+    return count
 
 
 def _check_base(config: CaptConfig, model: nn.Module) -> None:
