@@ -2,11 +2,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo app test tables bench docs lint clean
+.PHONY: help demo app test test-all tables bench docs lint clean
 
 help:
 	@echo "make demo   train a CAPT adapter on handwritten digits, measure it, load it back (about 5 minutes)"
-	@echo "make test   run all tests"
+	@echo "make test   run the tests"
+	@echo "make test-all  and those that take minutes"
 	@echo "make app    a page to try the demo's adapter on"
 	@echo "make tables rebuild docs/results from the lines of the benchmarks"
 	@echo "make bench  what a training step costs, beside the published one (several minutes, and GB of memory)"
@@ -22,6 +23,9 @@ app: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/ready
+	$(BIN)/python -m pytest -m ""
 
 tables: $(VENV)/ready
 	for lines in docs/results/*/lines.jsonl; do \

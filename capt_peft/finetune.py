@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import Attack
+from .attacks import Attack, AttackResult
 from .classifier import ZeroShotClassifier, pooled
 from .data import Task
 from .objectives import Views
 from .randomness import example_generators
 from .training import CaptTrainer
 from .training.arguments import CaptTrainingArguments
+from .training.batch import Batch
 
 IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
@@ -102,19 +103,24 @@ class FareTrainer(CaptTrainer):
             **kwargs,
         )
 
-    def _attack(self, pixels: Tensor, labels: Tensor, indices: list[int], texts: Tensor, clean: Tensor) -> Any:
+    def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
         """Attacks the features: two "logits" whose cross-entropy against class 0 is a rising function of the distance."""
-        target = self._frozen(pixels, indices)  # (B, D)
-        generators = example_generators(self.args.seed, indices, epoch=int(self.state.epoch or 0))
+        target = self._frozen(batch.pixels, batch.indices)  # (B, D)
+        generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
 
         def logits_fn(images: Tensor) -> Tensor:
             distance = squared_distance(self._image_features(images), target)  # (B,)
             return torch.stack([-distance, torch.zeros_like(distance)], dim=1)  # log-odds against class 0: the distance
 
-        return self.attack.run(logits_fn, pixels, torch.zeros_like(labels), generators)
+        return self.attack.run(logits_fn, batch.pixels, torch.zeros_like(batch.labels), generators)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return embed(self.classifier, pixels)
+
+    @property
+    def _frozen_width(self) -> int:
+        width: int = self.classifier.base_model.config.projection_dim
+        return width
 
     def _run_frozen(self, pixels: Tensor) -> Tensor:
         return embed(self.teacher.to(pixels.device), pixels)

@@ -162,10 +162,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     kinds = {"tecoa": lambda *a, **k: CaptTrainer(*a, objective=AdversarialCrossEntropy(), **k), "fare": FareTrainer}
     trainer = kinds[script.objective](model, args, task=task, processor=processor)
     print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
+    checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)
 
     before = measure(model, processor, measured, data, args)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
         save(model, processor, args.output_dir, script.save_dtype)

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from train import main, parse_args
 
-from capt_peft import PGD, ZeroShotClassifier, get_method
+from capt_peft import PGD, CaptTrainer, ZeroShotClassifier, get_method
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
 QUICK = [
@@ -158,6 +158,24 @@ def test_two_processes_follow_one_with_the_same_global_batch(tmp_path):
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     assert results[1]["training"]["processes"] == 2
     assert results[0]["evaluation"]["before"] == results[1]["evaluation"]["before"]
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(tmp_path, caplog, monkeypatch):
+    folder = str(tmp_path / "out")
+    command = [*QUICK, "--save_strategy", "epoch", "--resume_from_checkpoint", "true", "--output_dir", folder]
+    first = main(command)
+    assert f"There is no checkpoint in {tmp_path / 'out'} yet: the run starts from the beginning." in caplog.text
+    whole = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    last = tmp_path / "out" / "checkpoint-4" / "optimizer.pt"
+    last.write_bytes(last.read_bytes()[:100])
+    second = main(command)
+    assert f"{last.parent}: optimizer.pt has 100 bytes instead of" in caplog.text
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == whole
+    assert second["evaluation"] == first["evaluation"]
+
+    monkeypatch.setattr(CaptTrainer, "evaluate", lambda *_, **__: pytest.fail("a long evaluation came first"))
+    with pytest.raises(ValueError, match="epsilon: 8/255 here, 4/255 in the checkpoint"):
+        main([*command, "--epsilon", "8/255"])
 
 
 def test_accelerate_launches_the_script(tmp_path):

@@ -2,81 +2,24 @@
 
 import math
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import TINY_CLIP, shake
-from peft import get_peft_model
+from training_helpers import NAMES, Scripted, adapter_of, losses, make_model, make_task, make_trainer
 from transformers import CLIPModel
 
 from capt_peft import (
     PGD,
-    CaptConfig,
     CaptObjective,
-    CaptTrainer,
     CaptTrainingArguments,
-    Task,
     ThreatModel,
     TrainingStopped,
 )
 from capt_peft.classifier import ZeroShotClassifier
-from capt_peft.data.task import task_features
 from capt_peft.evaluation import evaluate
 from capt_peft.objectives import Views
 from capt_peft.randomness import example_generators
-
-NAMES = ("red circle", "green square", "seven")
-
-
-def make_task(per_class=4, names=NAMES, splits=("train", "validation")):
-    """Noisy patches of one colour a class: learnable, and no two images alike."""
-    generator = np.random.default_rng(0)
-    built = {}
-    for split in splits:
-        labels = list(range(len(names))) * per_class
-        images = []
-        for label in labels:
-            image = generator.integers(0, 120, (32, 32, 3), dtype=np.uint8)
-            image[..., label % 3] += 100
-            images.append(image)
-        features = task_features(names)
-        built[split] = datasets.Dataset.from_dict(
-            {"image": [to_png(i) for i in images], "label": labels}, features=features
-        )
-    return Task("patches", names, built)
-
-
-def to_png(array):
-    from PIL import Image
-
-    return Image.fromarray(array)
-
-
-def make_model(seed=0, **config):
-    torch.manual_seed(seed)
-    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
-    return get_peft_model(base, CaptConfig(**{"text_depth": 2, "vision_depth": 2, **config}))
-
-
-def make_trainer(tmp_path, processor, task=None, model=None, objective=None, attack=None, teacher=None, **args):
-    settings = {
-        "output_dir": str(tmp_path / "out"), "use_cpu": True, "num_train_epochs": 2, "per_device_train_batch_size": 4,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.05,
-    }  # fmt: skip
-    arguments = CaptTrainingArguments(**{**settings, **args})
-    return CaptTrainer(
-        model or make_model(), arguments, task=task or make_task(), processor=processor, objective=objective, attack=attack,
-        teacher=teacher,
-    )  # fmt: skip
-
-
-def adapter_of(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_a_steps_loss_is_the_objective_of_plainly_computed_views(tmp_path, processor):
@@ -240,20 +183,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_checkpoint(tmp_pa
     trainer = make_trainer(tmp_path, processor, objective=Diverges(), save_strategy="steps", save_steps=1)
     with pytest.raises(TrainingStopped, match=r"loss is nan at step 2 .*checkpoint-2"):
         trainer.train()
-
-
-class Scripted:
-    """An objective whose logged consistency follows a script, with the clean loss of guessing."""
-
-    needs_frozen = False
-
-    def __init__(self, *consistency):
-        self.consistency = list(consistency)
-
-    def __call__(self, views):
-        value = self.consistency.pop(0) if len(self.consistency) > 1 else self.consistency[0]
-        parts = {"clean_loss": views.clean.new_tensor(math.log(3)), "consistency_tuned": views.clean.new_tensor(value)}
-        return 0.0 * views.clean.sum(), parts
 
 
 def test_a_model_that_becomes_constant_stops_the_run(tmp_path, processor):

@@ -30,7 +30,7 @@ class PixelDataset(Dataset[dict[str, Any]]):
         self.dataset = encoded_images(dataset)
         self.transform = transform
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self.labels: list[int] = column_values(dataset, "label").tolist()
         height, width = transform.size
         fits = len(dataset) * 3 * height * width * 4 <= CACHE_BYTES
@@ -41,7 +41,7 @@ class PixelDataset(Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the augmentation of this epoch the current one; the Trainer's data loader calls it."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Returns `pixels` (3, H, W) float32 in [0, 1], `labels` (a class index) and `index` (the place in the split)."""
@@ -49,7 +49,7 @@ class PixelDataset(Dataset[dict[str, Any]]):
         if pixels is None:
             generator = None
             if self.transform.augment:
-                generator = example_generator(self.seed, index, epoch=self.epoch, stream="augmentation")
+                generator = example_generator(self.seed, index, epoch=int(self._epoch), stream="augmentation")
             pixels = self.transform(self.dataset[index]["image"], generator)
             if self._cache is not None:
                 self._cache[index] = pixels

@@ -25,8 +25,21 @@ class CaptTrainingArguments(TrainingArguments):
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
         augment: Random crops and flips, drawn by example.
-        stop_on_collapse: Stop when the model has become constant: the consistency loss falls to a thousandth of what it was
-            while the clean loss is that of guessing.
+        frozen_cache_dir: Folder that keeps the frozen model's logits of the training images for this run and others, 4 bytes a
+            class and image. They are found by the image's content, the frozen model, class texts and precision; those that other
+            runs computed, in other batches, may differ in the last bits. By default they are in memory, and in
+            `<output_dir>/frozen_outputs` where they are more than 1 GiB. Has no effect with `augment`, or on an objective that
+            has no use for them.
+        text_chunk_size: Class texts that run at once; the activations of the others are not kept, which bounds the memory, but
+            computed again in the backward pass. By default all texts up to 256 classes, and 64 above that.
+        image_chunk_size: Images of a batch that are computed at a time, which bounds the memory; by default all of them. Nothing
+            is computed twice. With gradient accumulation instead, the texts would be run again for each part.
+        full_precision_attack: Run the training attack in float32 although `bf16` or `fp16` is set. Without it the attack runs in
+            that precision; its losses and the signs of its gradients are taken in full precision either way.
+        stop_on_collapse: Stop when the model has become constant: the consistency loss falls to a thousandth of what it was while
+            the clean loss is that of guessing.
+        stop_on_overfitting: Stop, instead of warning, when robust accuracy falls in `evaluate` while it rises in training; it
+            needs an `eval_strategy`.
 
     Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.1`,
     `lr_scheduler_type="cosine"`, `num_train_epochs=50`, `per_device_train_batch_size=32`,
@@ -50,7 +63,23 @@ class CaptTrainingArguments(TrainingArguments):
         default="confidence", metadata={"help": "alpha: confidence, entropy, batch, schedule or a number in [0, 1]."}
     )
     augment: bool = field(default=False, metadata={"help": "Random crops and flips of the training images."})
+    frozen_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the frozen model's logits of the training images between runs."},
+    )
+    text_chunk_size: int | None = field(
+        default=None, metadata={"help": "Class texts that run at once; by default all up to 256 classes, else 64."}
+    )
+    image_chunk_size: int | None = field(
+        default=None, metadata={"help": "Images of a batch that are computed at a time; by default all of them."}
+    )
+    full_precision_attack: bool = field(
+        default=False, metadata={"help": "Run the training attack in float32 although bf16 or fp16 is set."}
+    )
     stop_on_collapse: bool = field(default=True, metadata={"help": "Stop when the model has become constant."})
+    stop_on_overfitting: bool = field(
+        default=False, metadata={"help": "Stop when robust accuracy falls in evaluation while it rises in training."}
+    )
 
     optim: str = field(
         default="sgd", metadata={"help": "Optimizer; sgd has momentum 0.9 unless optim_args says otherwise."}
@@ -76,6 +105,14 @@ class CaptTrainingArguments(TrainingArguments):
         CaptObjective(self.consistency, self.weighting)
         if self.optim == "sgd" and not self.optim_args:
             self.optim_args = "momentum=0.9"
+        if self.image_chunk_size is not None and self.image_chunk_size < 1:
+            raise ValueError(
+                f"image_chunk_size={self.image_chunk_size} must be at least 1, or None for the whole batch."
+            )
+        if self.image_chunk_size and self.fp16:
+            raise ValueError("image_chunk_size takes gradients that fp16's loss scaling does not reach. Use bf16.")
+        if self.image_chunk_size and self.weighting == "batch":
+            raise ValueError("weighting='batch' looks at the whole batch, so image_chunk_size cannot split it.")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pixels. Leave it at False.")
         super().__post_init__()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,28 @@ class Monitor:
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         self._largest_consistency = 0.0
 
+    def remember(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Takes up what the run had logged before it was killed.
+
+        Args:
+            history: Its log lines.
+        """
+        seen = [line["consistency_tuned"] for line in history if "consistency_tuned" in line]
+        self._largest_consistency = max(seen, default=0.0)
+
     @torch.no_grad()
-    def record(self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor) -> None:
+    def record(
+        self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor, images: int | None = None
+    ) -> None:
         """Adds a batch.
 
         Args:
             views: What the step saw.
             parts: The parts of its loss, means over the batch.
             zero_gradient_share: (B,) share of each image's pixels whose gradient was exactly zero; NaN where none was taken.
+            images: How many images the batch counts as; by default B.
         """
-        count = len(views.labels)
+        count = len(views.labels) if images is None else images
         right = views.clean.argmax(-1) == views.labels
         robust = right & (views.adversarial.argmax(-1) == views.labels)
         means = parts | {

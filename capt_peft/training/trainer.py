@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
-from ..attacks import Attack
+from ..activations import lean_activations
+from ..attacks import Attack, AttackResult
 from ..classifier import ZeroShotClassifier, normalize, pooled
 from ..data.pixels import PixelDataset
 from ..data.task import Task
 from ..data.transforms import PixelTransform
-from ..evaluation import outcomes, wilson_interval
-from ..hub import HubTrainer
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
+from ..text_parts import SHARED_ABOVE
 from .arguments import CaptTrainingArguments
-from .frozen import FrozenOutputs
-from .monitor import Monitor, TrainingStopped
-
-logger = logging.getLogger(__name__)
+from .batch import Batch, split_batch
+from .compilation import compiled_towers, fill_batch, leave_compiling_to_us
+from .frozen import FrozenOutputs, frozen_outputs
+from .frozen_store import FrozenStore
+from .guards import GuardedTrainer
+from .memory import sum_of_losses
+from .monitor import Monitor
+from .processes import COUNTED, without_repeats
+from .sharding import (
+    accelerate_shards_nothing,
+    is_sharded,
+    prepare_deepspeed,
+    shard_if_asked,
+)
 
 
 class _SetEpoch(TrainerCallback):
@@ -41,7 +50,7 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class CaptTrainer(HubTrainer):
+class CaptTrainer(GuardedTrainer):
     r"""Tunes a CAPT adapter on adversarial images.
 
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
@@ -61,7 +70,8 @@ class CaptTrainer(HubTrainer):
         kwargs: Further arguments of `transformers.Trainer` (`callbacks`, `optimizers`).
 
     Raises:
-        ValueError: No training images, or a teacher with other classes or another image size.
+        ValueError: No training images, a teacher with other classes or another image size, or a way of sharding over processes
+            that cannot work.
     """
 
     args: CaptTrainingArguments
@@ -80,31 +90,55 @@ class CaptTrainer(HubTrainer):
     ) -> None:
         self.task = task
         # checks the texts before any long work
-        self.classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
+        self.classifier = ZeroShotClassifier(
+            model, processor, task.class_names, task.template, text_chunk_size=args.text_chunk_size
+        )
+        shared = task.num_classes > SHARED_ABOVE
+        self._text_parts = self.classifier.text_parts(
+            rank=args.process_index if shared else 0,
+            processes=args.world_size if shared else 1,
+            cut=not args.torch_compile,
+        )
         self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
         self.attack = attack or args.train_attack
         self.teacher = self._load_teacher(teacher)
         transform = PixelTransform(processor, augment=args.augment)
         train = PixelDataset(task["train"], transform, args.seed)
         held_out = task.splits.get("validation", task.splits.get("test"))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=None if held_out is None else PixelDataset(held_out, self.classifier.transform),
-            compute_metrics=self._metrics,
-            **kwargs,
-        )
+        shard_if_asked(model, args)
+        with accelerate_shards_nothing():
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=None if held_out is None else PixelDataset(held_out, self.classifier.transform),
+                compute_metrics=self._metrics,
+                **kwargs,
+            )
+        prepare_deepspeed(model, self.accelerator)
+        if args.torch_compile:
+            leave_compiling_to_us(self.accelerator)
         self.add_callback(_SetEpoch(train))
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
-        self._frozen_outputs = FrozenOutputs()
+        self._frozen_outputs = self._where_frozen_outputs_are(len(train))
         self._frozen_texts: Tensor | None = None
         self._monitor = Monitor(task.num_classes)
-        self.collapsed: str | None = None  # what was seen, where `stop_on_collapse` is off
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
+
+    def _where_frozen_outputs_are(self, images: int) -> FrozenOutputs | FrozenStore:
+        if not self.objective.needs_frozen:
+            return FrozenOutputs()
+        kind = type(self)._run_frozen.__qualname__
+        width = self._frozen_width
+        return frozen_outputs(self.args, self.classifier, self.teacher, images=images, width=width, kind=kind)
+
+    @property
+    def _frozen_width(self) -> int:
+        """The numbers that `_run_frozen` returns for an image."""
+        return self.task.num_classes
 
     def _load_teacher(self, teacher: ZeroShotClassifier | str | None) -> ZeroShotClassifier | None:
         if teacher is None:
@@ -130,9 +164,27 @@ class CaptTrainer(HubTrainer):
             # apart, without a word (transformers 5.23)
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
             self.accelerator._models.clear()
-        return super().train(*args, **kwargs)
+        with self._compiled():
+            return super().train(*args, **kwargs)
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        if not self.args.torch_compile:
+            return nullcontext()
+        args = self.args
+        return compiled_towers(
+            self.classifier.base_model, backend=args.torch_compile_backend, mode=args.torch_compile_mode
+        )
 
     # ----------------------------------------------------------------------------------------------------- the step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Fetches a step's batches and counts their images; of several processes, none trains on an image twice an epoch."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader and batches:
+            batches[-1] = without_repeats(batches[-1], self.accelerator, len(self.train_dataset))
+            own = sum(batch.get(COUNTED, len(batch["labels"])) for batch in batches)
+            count = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
+        return batches, count
 
     def compute_loss(
         self,
@@ -146,168 +198,104 @@ class CaptTrainer(HubTrainer):
         Args:
             model: The model as Accelerate wrapped it.
             inputs: `pixels` (B, 3, H, W) in [0, 1], `labels` (B,) and `index` (B,), the images' places in the training set.
-            return_outputs: Return the views too.
+            return_outputs: Return the views too, if the batch is computed in one chunk.
             num_items_in_batch: Number of images in the whole step, over accumulation and processes.
         """
-        pixels, labels = inputs["pixels"], inputs["labels"]
-        indices = inputs["index"].tolist()
-        classifier = self.classifier
-        # the only call of the wrapped model, so that DDP prepares its reduction; the adversarial pass below adds to its graph
-        output = model(**classifier.text_inputs(), pixel_values=classifier.pixel_values(pixels))
-        texts, clean_features = output.text_embeds, output.image_embeds  # (N, D), (B, D)
-        clean = classifier.logits(clean_features, texts)  # (B, N)
+        chunks = split_batch(inputs, self.args.image_chunk_size)
+        outputs = {}
+        with lean_activations(self.classifier.base_model):
+            texts, clean_features = self._texts_and_clean_features(model, chunks[0].pixels)  # (N, D), (b, D)
+            if len(chunks) == 1:
+                loss, outputs["views"] = self._loss(chunks[0], texts, clean_features)
+            else:
+                parameters = [p for p in self.classifier.model.parameters() if p.requires_grad]
+                losses = partial(self._losses, chunks, clean_features)
+                loss = sum_of_losses(losses, texts, parameters)
+        self.check_loss(loss, inputs["index"].tolist())
+        if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
+            loss = loss * (sum(chunk.counted for chunk in chunks) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
-        result = self._attack(pixels, labels, indices, texts.detach(), clean.detach())
+    def _losses(self, chunks: list[Batch], clean_features: Tensor, texts: Tensor) -> Iterator[Tensor]:
+        """Yields what each chunk adds to the batch's loss; `clean_features` (b, D) are those of the first."""
+        images = sum(len(chunk.labels) for chunk in chunks)
+        for number, chunk in enumerate(chunks):
+            if number:
+                with self.accelerator.autocast():
+                    clean_features = self._image_features(chunk.pixels)
+            yield self._loss(chunk, texts, clean_features)[0] * (len(chunk.labels) / images)
+
+    def _loss(self, batch: Batch, texts: Tensor, clean_features: Tensor) -> tuple[Tensor, Views]:
+        """Attacks images and returns the objective's loss on them and what it saw.
+
+        Text features (N, D) and clean image features (b, D) come with their gradients.
+        """
+        clean = self.classifier.logits(clean_features, texts)  # (b, N)
+        result = self._attack(batch, texts.detach(), clean.detach())
         with self.accelerator.autocast():
-            adversarial_features = self._image_features(result.images)  # (B, D)
+            adversarial_features = self._image_features(result.images)  # (b, D)
         views = Views(
             clean=clean,
-            adversarial=classifier.logits(adversarial_features, texts),
-            labels=labels,
-            frozen=self._frozen(pixels, indices) if self.objective.needs_frozen else None,
+            adversarial=self.classifier.logits(adversarial_features, texts),
+            labels=batch.labels,
+            frozen=self._frozen(batch.pixels, batch.indices) if self.objective.needs_frozen else None,
             progress=self.state.global_step / max(1, self.state.max_steps),
             clean_features=clean_features,
             adversarial_features=adversarial_features,
         )
         loss, parts = self.objective(views)
-        self._check_finite(loss, indices)
-        self._monitor.record(views, parts, result.zero_gradient_share)
-        if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
-            loss = loss * (len(labels) * self.accelerator.num_processes / num_items_in_batch)
-        return (loss, {"views": views}) if return_outputs else loss
+        self._monitor.record(views, parts, result.zero_gradient_share, batch.counted)
+        return loss, views
 
-    def _attack(self, pixels: Tensor, labels: Tensor, indices: list[int], texts: Tensor, clean: Tensor) -> Any:
-        """Makes the adversarial images of a step, through the image tower alone, in the model's own precision."""
+    def _texts_and_clean_features(self, model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the normalised features of the texts (N, D) and of clean images (B, D).
+
+        The only call of the wrapped model, so that DDP prepares its reduction; the other parts of the texts and the adversarial
+        images add to its graph.
+        """
+        values = self._pixel_values(pixels)
+        if self._text_parts is None:
+            output = model(**self.classifier.text_inputs(), pixel_values=values)
+            return output.text_embeds, output.image_embeds[: len(pixels)]
+        first, *others = self._text_parts.parts
+        with self.classifier.part_inputs(first) as inputs:
+            output = model(**inputs, pixel_values=values)
+        with self.accelerator.autocast():
+            features = [output.text_embeds, *(self.classifier.encode_part(part) for part in others)]
+        return self._text_parts.join(features), output.image_embeds[: len(pixels)]
+
+    def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
+        """Makes the adversarial images of a step, through the image tower alone; losses and signs are in full precision."""
         # int() of a sum such as 2 + 3/3; state.epoch counts finished steps, so it is the epoch of the step that runs
-        generators = example_generators(self.args.seed, indices, epoch=int(self.state.epoch or 0))
+        generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
 
         def logits_fn(images: Tensor) -> Tensor:
-            return self.classifier.logits(self._image_features(images), texts)
+            with nullcontext() if self.args.full_precision_attack else self.accelerator.autocast():
+                return self.classifier.logits(self._image_features(images), texts)
 
-        return self.attack.run(logits_fn, pixels, labels, generators, clean_logits=clean)
+        return self.attack.run(logits_fn, batch.pixels, batch.labels, generators, clean_logits=clean)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
+        features = pooled(self.classifier.model.get_image_features(pixel_values=self._pixel_values(pixels)))
+        return normalize(features[: len(pixels)].float())
+
+    def _pixel_values(self, pixels: Tensor) -> Tensor:
         values = self.classifier.pixel_values(pixels)
-        return normalize(pooled(self.classifier.model.get_image_features(pixel_values=values)))
+        size = self.args.image_chunk_size or self.args.train_batch_size
+        return fill_batch(values, size) if self.args.torch_compile else values
 
     @torch.no_grad()
     def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
         """Returns the frozen model's (B, N) logits on clean images, computed once an image while nothing is augmented."""
-        if self.args.augment:
+        if self.args.augment or is_sharded(self.classifier.model):  # sharded: every process must run it, or none
             return self._run_frozen(pixels)
-        return self._frozen_outputs.get(indices, lambda rows: self._run_frozen(pixels[rows]))
+        return self._frozen_outputs.get(indices, pixels, self._run_frozen)
 
     def _run_frozen(self, pixels: Tensor) -> Tensor:
         if self.teacher is not None:
             return self.teacher.to(pixels.device)(pixels)
         with self.classifier.frozen() as frozen:
             if self._frozen_texts is None:
-                self._frozen_texts = frozen.encode_texts()
-            return frozen.logits(frozen.image_features(pixels), self._frozen_texts)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self._frozen_outputs.save(self._frozen_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            self._frozen_outputs.load(self._frozen_file(checkpoint), self.args.device)
-
-    def _frozen_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"frozen_outputs_{self.args.process_index}.safetensors"
-
-    def _check_finite(self, loss: Tensor, indices: list[int]) -> None:
-        if torch.isfinite(loss):
-            return
-        raise TrainingStopped(
-            f"The loss is {loss.item()} at step {self.state.global_step} (images {indices[:8]} of the training set). Lower the "
-            f"learning rate ({self.args.learning_rate}) or the precision's effect (bf16 instead of fp16). {self._last_good()}"
-        )
-
-    def _last_good(self) -> str:
-        checkpoint = self.state.best_model_checkpoint or self._latest_checkpoint()
-        return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
-
-    def _latest_checkpoint(self) -> str | None:
-        try:
-            return get_last_checkpoint(self.args.output_dir)
-        except OSError:
-            return None
-
-    # ---------------------------------------------------------------------------------------------------- the log
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Logs, with the loss, its parts, clean and robust accuracy under the training attack, and that attack's name."""
-        if "loss" in logs:
-            means = self._monitor.means(lambda sums: self.accelerator.reduce(sums, "sum"))
-            logs |= means | {"attack": self.attack.name}
-            self.collapsed = self._monitor.collapse(means) or self.collapsed
-            if self.collapsed and self.args.stop_on_collapse:
-                raise TrainingStopped(
-                    f"The model has become constant at step {self.state.global_step}: {self.collapsed}. Lower the learning rate "
-                    f"({self.args.learning_rate}) or `consistency` ({self.args.consistency}), or use another coupling. "
-                    f"{self._last_good()}"
-                )
-        super().log(logs, start_time)
-
-    # -------------------------------------------------------------------------------------------------- evaluation
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        """Attacks an evaluation batch; returns the predicted classes of its clean and its adversarial images."""
-        inputs = self._prepare_inputs(inputs)
-        pixels, labels, indices = inputs["pixels"], inputs["labels"], inputs["index"].tolist()
-        self.classifier.eval()
-        predicted = outcomes(self.classifier, self.args.evaluation_attack, pixels, labels, indices, self.args.seed)
-        return None, predicted, labels
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the Trainer's loop, always keeping the predictions: accuracy is what is evaluated, not a loss."""
-        if len(args) > 2:
-            args = (*args[:2], False, *args[3:])
-        else:
-            kwargs["prediction_loss_only"] = False
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics: dict[str, Any] = output.metrics or {}
-        if f"{prefix}_clean_accuracy" in metrics:
-            attack = self.args.evaluation_attack
-            metrics[f"{prefix}_attack"] = f"{attack.name}, {attack.threat_model}"
-            logger.info(
-                "%s: clean accuracy %.1f%%; robust accuracy %.1f%% under %s",
-                prefix,
-                100 * metrics[f"{prefix}_clean_accuracy"],
-                100 * metrics[f"{prefix}_robust_accuracy"],
-                metrics[f"{prefix}_attack"],
-            )
-        return output
-
-    @staticmethod
-    def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-        predictions: Any = prediction.predictions
-        clean, adversarial = predictions
-        right = clean == prediction.label_ids
-        robust = right & (adversarial == prediction.label_ids)
-        metrics: dict[str, float] = {"n": len(right)}
-        for name, hits in (("clean_accuracy", right), ("robust_accuracy", robust)):
-            low, high = wilson_interval(int(hits.sum()), len(hits))
-            metrics |= {name: float(hits.mean()), f"{name}_low": low, f"{name}_high": high}
-        return metrics
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measures clean and robust accuracy under `args.eval_attack`, white box through the prompts.
-
-        Args:
-            eval_dataset: A split of a task (columns `image` and `label`); by default the validation split.
-            args: As of `transformers.Trainer.evaluate`.
-            kwargs: As of `transformers.Trainer.evaluate`.
-
-        Returns:
-            `eval_clean_accuracy`, `eval_robust_accuracy`, each with its 95% Wilson interval (`_low`, `_high`), `eval_n` and
-            `eval_attack`.
-        """
-        if isinstance(eval_dataset, datasets.Dataset):
-            eval_dataset = PixelDataset(eval_dataset, self.classifier.transform)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+                with self._eager():
+                    self._frozen_texts = frozen.encode_texts()
+            return frozen.logits(self._image_features(pixels), self._frozen_texts)

@@ -1,0 +1,266 @@
+"""CheckpointTrainer: checkpoints that are whole or not there, and runs that go on from them to the same end."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+
+from ..hub import HubTrainer
+from .checkpoint_folders import (
+    MANIFEST,
+    STAGING,
+    checkpoints_in,
+    clear_staging,
+    free_space,
+    make_ready,
+    named_and_before,
+    newest_whole,
+    put_in_place,
+    rotate,
+    seal,
+    unwritable,
+)
+from .frozen import FrozenOutputs
+from .frozen_store import FrozenStore
+from .identity import describe_run, describe_schedule, differences
+from .monitor import Monitor
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointTrainer(HubTrainer):
+    """A Trainer that loses nothing when it is killed; `CaptTrainer` is one.
+
+    A checkpoint is written into a hidden folder, sealed with the hashes of its files and with what the run is, and becomes
+    `checkpoint-N` by one rename. A save that fails for want of space leaves nothing, is logged as an error, and the run goes on.
+    """
+
+    _frozen_outputs: FrozenOutputs | FrozenStore
+    _monitor: Monitor
+    _staging: Path | None = None
+    _run: dict[str, Any] | None = None
+    _found: str | None = None
+    _best_before: tuple[float | None, int | None] = (None, None)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except OSError as error:
+            folder = str(kwargs["args"].output_dir)  # the Trainer creates it
+            if error.filename is None or not folder.startswith(str(error.filename)):
+                raise
+            raise unwritable(folder, error) from error
+
+    # ------------------------------------------------------------------------------------------------------- resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; other arguments and the result as of `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: True (or "true"): go on from the newest whole checkpoint in `args.output_dir`, or begin if
+                there is none yet. A path: go on from that checkpoint or, if it is damaged, from the whole one before it.
+            args: As of the Trainer.
+            kwargs: As of the Trainer.
+
+        Raises:
+            ValueError: `args.output_dir` cannot be written into; there are checkpoints, but none is whole; or the checkpoint is
+                of another run: another model, adapter, task, attack, objective or seed.
+        """
+        if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
+            resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Returns the checkpoint that `train` would go on from, or None; to be called before long work, whose end would be lost.
+
+        Args:
+            resume_from_checkpoint: As of `train`.
+
+        Raises:
+            ValueError: As of `train`.
+        """
+        self._found = self._first_process_says(lambda: self._begin(resume_from_checkpoint))
+        if self._saves and self.args.should_save:  # a process that saves for its machine (`save_on_each_node`)
+            self._run = self._run or describe_run(self)
+        return self._found
+
+    def _begin(self, resume: str | bool | None) -> str | None:
+        """Returns the checkpoint to go on from, once all is as it must be."""
+        if str(resume).lower() in ("true", "false", "none"):  # the command line knows words only
+            resume = str(resume).lower() == "true"
+        home = Path(str(self.args.output_dir))
+        if self._saves:
+            make_ready(home)
+        if self._saves or resume:
+            self._run = self._run or describe_run(self)
+        if not resume:
+            return None
+        candidates = checkpoints_in(home) if resume is True else named_and_before(Path(str(resume)))
+        if not candidates:
+            logger.warning("There is no checkpoint in %s yet: the run starts from the beginning.", home)
+            return None
+        folder, manifest = newest_whole(candidates)
+        self._check_same_run(folder, manifest)
+        logger.info("Going on from %s.", folder)
+        return str(folder)
+
+    @property
+    def _saves(self) -> bool:
+        return self.args.save_strategy != SaveStrategy.NO
+
+    def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
+        other = "\n  ".join(differences(self._run or {}, manifest["run"]))
+        if other:
+            raise ValueError(
+                f"{folder} is of another run:\n  {other}\nGo on with the settings that it was begun with, or begin anew: without "
+                "resume_from_checkpoint, and with another output_dir."
+            )
+        changed = "\n  ".join(differences(describe_schedule(self), manifest["schedule"]))
+        if changed:
+            logger.warning(
+                "%s was written with other settings:\n  %s\nThe run goes on, but not to where it would have ended without the "
+                "change. The optimizer's state, with its learning rate, is that of the checkpoint.",
+                folder,
+                changed,
+            )
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        home = Path(self._get_output_dir(trial))
+        checkpoint = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged = home / STAGING / checkpoint.name
+        best_before = self.state.best_model_checkpoint
+        for step in (lambda: self._clear(home), lambda: self._write(model, trial), lambda: self._finish(staged, home)):
+            failure = self._in_every_process(step)
+            if failure is not None:
+                self.state.best_model_checkpoint = best_before
+                self._give_up(checkpoint, failure)
+                return
+        if self.args.should_save:
+            try:
+                rotate(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
+            except OSError as error:
+                logger.warning("Checkpoints beyond save_total_limit could not be removed: %s", error)
+
+    def _clear(self, home: Path) -> None:
+        if self.args.should_save:
+            clear_staging(home)
+            (home / STAGING).mkdir(parents=True, exist_ok=True)
+
+    def _write(self, model: nn.Module, trial: Any) -> None:
+        """Has the Trainer write its files, as if the staging folder were its output folder."""
+        self._staging = Path(self._get_output_dir(trial)) / STAGING
+        # without a best step the Trainer has no barrier, at which the others would wait for a process whose disk is full
+        best, self.state.best_global_step = self.state.best_global_step, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.state.best_global_step = None, best
+
+    def _finish(self, staged: Path, home: Path) -> None:
+        best = self.state.best_global_step
+        path = home / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if best is not None and (best == self.state.global_step or path.is_dir()):
+            self.state.best_model_checkpoint = str(path)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # now with the best step
+            facts = {"step": self.state.global_step, "resumable": not self.args.save_only_model}
+            seal(staged, {**facts, "run": self._run, "schedule": describe_schedule(self)})
+            put_in_place(staged, home)
+            clear_staging(home)
+
+    def _give_up(self, checkpoint: Path, failure: str) -> None:
+        """Leaves nothing of a checkpoint that could not be written, and says so."""
+        if self.state.best_global_step == self.state.global_step:  # the best is the best that there is
+            self.state.best_metric, self.state.best_global_step = self._best_before
+        if not self.args.should_save:
+            return
+        shutil.rmtree(checkpoint.parent / STAGING, ignore_errors=True)
+        latest = self._latest_checkpoint()
+        logger.error(
+            "%s could not be written: %s (%s there). Nothing of it is left, and the run goes on; the next save tries again. %s",
+            checkpoint,
+            failure,
+            free_space(checkpoint.parent),
+            f"The last good checkpoint is {latest}." if latest else "No checkpoint was written before.",
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        before = self.state.best_metric, self.state.best_global_step
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self._best_before = before
+        return is_best
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._frozen_outputs.save(self._frozen_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self._frozen_outputs.load(self._frozen_file(checkpoint), self.args.device)
+            self._monitor.remember(self.state.log_history)
+
+    def _frozen_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"frozen_outputs_{self.args.process_index}.safetensors"
+
+    def _last_good(self) -> str:
+        checkpoint = self.state.best_model_checkpoint or self._latest_checkpoint()
+        return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written before."
+
+    def _latest_checkpoint(self) -> str | None:
+        sealed = (path for path in checkpoints_in(Path(str(self.args.output_dir))) if (path / MANIFEST).is_file())
+        return next(map(str, sealed), None)
+
+    # ------------------------------------------------------------------------------------------------------ processes
+
+    def _first_process_says(self, function: Callable[[], Any]) -> Any:
+        """Calls a function in the first process; all return its result, or raise if it raises."""
+        value, caught = None, None
+        if self.is_world_process_zero():
+            try:
+                value = function()
+            except Exception as error:
+                caught = error
+        value, message = broadcast_object_list([value, caught and str(caught)])
+        if message is not None:
+            raise caught or ValueError(message)
+        return value
+
+    def _in_every_process(self, function: Callable[[], None]) -> str | None:
+        """Calls a function in all processes and waits for all; returns what kept one of them from writing, if anything did."""
+        caught = None
+        try:
+            function()
+        except Exception as error:
+            caught = error
+        told = gather_object([] if caught is None else [(str(caught).split("\n")[0], _is_failed_write(caught))])
+        if caught is not None and not _is_failed_write(caught):
+            raise caught
+        for message, is_failed_write in told:
+            if not is_failed_write:
+                raise RuntimeError(f"Another process failed to save: {message}")
+        return told[0][0] if told else None
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Tells a full disk from a bug: safetensors raises its own error, and the writer behind torch.save RuntimeErrors."""
+    if isinstance(error, RuntimeError) and error.__traceback__ is not None:
+        return extract_tb(error.__traceback__)[-1].filename == torch.serialization.__file__
+    return isinstance(error, OSError | SafetensorError)
