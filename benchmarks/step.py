@@ -2,15 +2,19 @@
 
 python benchmarks/step.py                           # a randomly initialised CLIP ViT-B/32 of true shape; or `make bench`
 python benchmarks/step.py --tiny --batch 4,8        # tiny CLIP, much faster
-python benchmarks/step.py --repetitions 0           # count operations only, which other work on the machine does not disturb
+python benchmarks/step.py --repetitions 0           # operations and memory only, which other work on the machine does not disturb
+python benchmarks/step.py --classes 1000 --reference_repetitions 0    # where the published step does not fit into memory
 
-Three steps on the same model, images, texts and attack noise, in turns: the published one (`step_reference.py` says what it
-is), the trainer's, and the floor of (2K + 4) forwards of the image tower and 2 of the text tower. First the published step and
-the trainer's must give the same loss and the same gradients of the prompts; if they do not, nothing is measured.
+Three steps on the same model, images, texts and attack noise: the published one (`step_reference.py` says what it is), the
+trainer's, and the floor of (2K + 4) forwards of the image tower and 2 of the text tower. First the published step and the
+trainer's must give the same loss and the same gradients of the prompts; if they do not, nothing is measured. The trainer's step
+and the floor then take turns; the published step, which takes a hundred times as long, has its turn right before them, in a
+process of its own.
 
 The trainer's step is measured with the frozen model's outputs known, as in every epoch but the first, which is the figure to
-quote, and once more without, as in the very first step of a run. Peak memory is that of a process of its own for each step.
-For 100 classes the published step takes several GB.
+quote, and once more without, as in the very first step of a run. Peak memory is that of a process of its own for each step,
+above what the process holds before it: the model, the images, Python and torch. For 100 classes the published step takes 11 GB
+and more. Its operations are counted by the shapes of its tensors, which needs no time.
 """
 
 from __future__ import annotations
@@ -34,8 +38,10 @@ from safetensors.torch import load_file, save_file
 from step_reference import Setting, Setup, floor_images, floor_texts, our_first_step, our_step, reference_step
 from step_report import compare, ratios, summarise, table, targets
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from capt_peft.tuner import PromptLayer
 from capt_peft.versions import describe_machine, versions
 
 DEFAULT_SET = ((4, 100, 2), (32, 100, 3))
@@ -63,7 +69,6 @@ ATTENTION = {
 }
 # what a process of its own runs, in this order
 PROCESSES: dict[str, dict[str, Callable[[Setup], Tensor | None]]] = {
-    "reference": {"reference": reference_step},
     "ours": {"ours_first": our_first_step, "ours": our_step},
     "floor": {"floor": floor},
 }
@@ -73,24 +78,31 @@ PROCESSES: dict[str, dict[str, Callable[[Setup], Tensor | None]]] = {
 
 
 def measure_process(setting: Setting, process: str, folder: Path) -> None:
-    """Runs a process's steps once; writes their operations, losses and gradients, and the peak of its memory.
+    """Runs a process's steps once; writes what they cost, losses and gradients, and the peak of the process's memory.
 
     Args:
         setting: What to run them on.
-        process: One of `PROCESSES`.
+        process: "reference", whose step is timed, or one of `PROCESSES`, whose steps' operations are counted.
         folder: Where to write `<process>.json`, and `<step>.safetensors` for each step with a loss.
     """
     setup = Setup(setting)
     before = reset_peak(setting.device)
-    operations = {}
-    for name, step in PROCESSES[process].items():
-        operations[name], loss = count(step, setup)
+    found: dict[str, Any] = {"operations": {}, "text_tokens": setup.text_tokens}
+    if process == "reference":
+        found["seconds"], loss = seconds(reference_step, setup)
+        save_step(setup, loss, folder / "reference.safetensors")
+    for name, step in PROCESSES.get(process, {}).items():
+        found["operations"][name], loss = count(step, setup)
         if loss is not None:
-            gradients = {key: p.grad.contiguous() for key, p in setup.prompts.items() if p.grad is not None}
-            save_file({**gradients, "loss": loss}, folder / f"{name}.safetensors")
-    memory = {"before_bytes": before, "peak_bytes": peak(setting.device)}
-    found = {"operations": operations, "memory": memory, "text_tokens": setup.text_tokens}
+            save_step(setup, loss, folder / f"{name}.safetensors")
+    found["memory"] = {"before_bytes": before, "peak_bytes": peak(setting.device)}
     (folder / f"{process}.json").write_text(json.dumps(found))
+
+
+def save_step(setup: Setup, loss: Tensor, path: Path) -> None:
+    """Writes a step's loss and the gradients that it left."""
+    gradients = {key: p.grad.contiguous() for key, p in setup.prompts.items() if p.grad is not None}
+    save_file({**gradients, "loss": loss}, path)
 
 
 def count(step: Callable[[Setup], Tensor | None], setup: Setup) -> tuple[int, Tensor | None]:
@@ -98,6 +110,17 @@ def count(step: Callable[[Setup], Tensor | None], setup: Setup) -> tuple[int, Te
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         loss = step(setup)
     return counter.get_total_flops(), loss
+
+
+def count_by_shapes(step: Callable[[Setup], Tensor], setup: Setup) -> int:
+    """Returns the operations of a step that asks no tensor for its values; nothing is computed."""
+    for module in setup.model.modules():
+        if isinstance(module, PromptLayer):
+            module.end_token = None  # a check of the texts, which looks at them
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        operations, _ = count(step, setup)
+    setup.model.zero_grad()
+    return operations
 
 
 def reset_peak(device: str) -> int:
@@ -121,59 +144,46 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_processes(setting: Setting, folder: Path) -> dict[str, dict[str, Any]]:
-    """Runs each of `PROCESSES` in a process of its own, which is what its peak of memory is of.
+def run_process(setting: Setting, process: str, folder: Path) -> dict[str, Any]:
+    """Calls `measure_process` in a process of its own, which is what its peak of memory is of; returns what it wrote.
 
     Raises:
-        ChildProcessError: One of them failed, for want of memory perhaps.
+        ChildProcessError: It failed, for want of memory perhaps.
     """
-    found = {}
-    for process in PROCESSES:
-        order = {"setting": asdict(setting), "process": process, "folder": str(folder)}
-        done = subprocess.run(
-            [sys.executable, __file__, "--process", json.dumps(order)], capture_output=True, text=True
-        )
-        if done.returncode:
-            last = (
-                done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}, for want of memory?"]
-            )[-1]
-            raise ChildProcessError(f"The process of {process} failed ({setting}): {last}")
-        found[process] = json.loads((folder / f"{process}.json").read_text())
+    order = {"setting": asdict(setting), "process": process, "folder": str(folder)}
+    done = subprocess.run([sys.executable, __file__, "--process", json.dumps(order)], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}, for want of memory?"]
+        raise ChildProcessError(f"The process of {process} failed ({setting}): {said[-1]}")
+    found: dict[str, Any] = json.loads((folder / f"{process}.json").read_text())
     return found
 
 
 # -------------------------------------------------------------------------------------------------------------------- time
 
 
-def seconds(run: Callable[[Setup], Any], setup: Setup) -> float:
-    """Returns the wall time of a run."""
+def seconds(run: Callable[[Setup], Any], setup: Setup) -> tuple[float, Any]:
+    """Returns the wall time of a run, and what it returns."""
     synchronize = torch.cuda.synchronize if setup.setting.device == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
-    run(setup)
+    result = run(setup)
     synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
-def time_in_turns(setting: Setting, repetitions: int, reference_repetitions: int) -> dict[str, list[float]]:
-    """Returns the times of each step, taken in turns; those of the floor as its two parts.
-
-    Args:
-        setting: What to run.
-        repetitions: Turns of our step and the floor.
-        reference_repetitions: In how many of them the reference and our first step, which take long, have their turn too.
-    """
-    setup = Setup(setting)
-    floor(setup)
-    our_step(setup)  # warms up, and leaves the frozen outputs known
-    rounds: dict[str, list[float]] = {}
-    for repetition in range(repetitions):
-        runs: dict[str, Callable[[Setup], Any]] = {}
-        if repetition < reference_repetitions:
-            runs |= {"reference": reference_step, "ours_first": our_first_step}
-        runs |= {"ours": our_step, "floor_images": floor_images, "floor_texts": floor_texts}
+def time_in_turns(setup: Setup, repetitions: int) -> dict[str, list[float]]:
+    """Returns the times of our step and the floor's two parts, taken in turns, and one of our first step."""
+    our_step(setup)  # warms up
+    rounds: dict[str, list[float]] = {"ours_first": [seconds(our_first_step, setup)[0]]}
+    runs: dict[str, Callable[[Setup], Any]] = {
+        "ours": our_step,
+        "floor_images": floor_images,
+        "floor_texts": floor_texts,
+    }
+    for _ in range(repetitions):
         for name, run in runs.items():
-            rounds.setdefault(name, []).append(seconds(run, setup))
+            rounds.setdefault(name, []).append(seconds(run, setup)[0])
     return rounds
 
 
@@ -187,18 +197,25 @@ def measure(setting: Setting, repetitions: int, reference_repetitions: int) -> d
         ValueError: The two steps do not compute the same.
         ChildProcessError: A step could not run.
     """
+    setup = Setup(setting)
+    operations = {"reference": count_by_shapes(reference_step, setup)}
+    result: dict[str, Any] = {**asdict(setting), "text_tokens": setup.text_tokens, "memory": {}, "rounds": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found = run_processes(setting, folder)
-        tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("reference", "ours_first", "ours")}
-    agreement = {name: compare(tensors["reference"], tensors[name], name) for name in ("ours_first", "ours")}
-    operations = {name: value for each in found.values() for name, value in each["operations"].items()}
-    result: dict[str, Any] = {
-        **asdict(setting), "text_tokens": found["ours"]["text_tokens"], "difference": agreement, "operations": operations,
-        "memory": {name: each["memory"] for name, each in found.items()}, "ratios": ratios(operations, "operations"),
-    }  # fmt: skip
+        for process in PROCESSES:
+            found = run_process(setting, process, folder)
+            operations |= found["operations"]
+            result["memory"][process] = found["memory"]
+        for _ in range(reference_repetitions):
+            found = run_process(setting, "reference", folder)
+            result["memory"]["reference"] = found["memory"]
+            result["rounds"].setdefault("reference", []).append(found["seconds"])
+        if reference_repetitions:
+            tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("reference", "ours_first", "ours")}
+            result["difference"] = {n: compare(tensors["reference"], tensors[n], n) for n in ("ours_first", "ours")}
+    result |= {"operations": operations, "ratios": ratios(operations, "operations")}
     if repetitions:
-        result["rounds"] = time_in_turns(setting, repetitions, reference_repetitions)
+        result["rounds"] |= time_in_turns(setup, repetitions)
         result["seconds"] = summarise(setting, result["rounds"])
         result["ratios"] |= ratios(result["seconds"], "seconds")
     result["targets"] = targets(setting, result["ratios"])
@@ -220,8 +237,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--repetitions", type=int, default=3, help="turns of our step and the floor; 0 measures no time"
     )
     parser.add_argument(
-        "--reference_repetitions", type=int, default=1, help="turns of the published and our first step"
+        "--reference_repetitions", type=int, default=1, help="runs of the published step; 0 counts its operations only"
     )
+    parser.add_argument("--image_chunk_size", type=int, help="images that our step computes at a time")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -235,14 +253,14 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA GPU here; use --device cpu.")
-    if args.repetitions < 0 or not (args.repetitions == 0 or 1 <= args.reference_repetitions <= args.repetitions):
-        raise ValueError("--repetitions must be 0 or more, and --reference_repetitions between 1 and --repetitions.")
+    if args.repetitions < 0 or args.reference_repetitions < 0:
+        raise ValueError("--repetitions and --reference_repetitions must be 0 or more.")
     named = {"batch": args.batch, "classes": args.classes, "steps": args.steps}
     combinations = DEFAULT_SET
     if any(text is not None for text in named.values()):
         given = [numbers(name, text) for name, text in named.items()]
         combinations = tuple(itertools.product(*given))  # type: ignore[assignment]
-    rest = {"attack_loss": args.attack_loss, "tiny": args.tiny, "device": args.device}
+    rest = {name: getattr(args, name) for name in ("attack_loss", "tiny", "device", "image_chunk_size")}
     return [Setting(batch, classes, steps, **rest) for batch, classes, steps in combinations]
 
 

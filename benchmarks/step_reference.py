@@ -44,6 +44,7 @@ class Setting:
         attack_loss: "kl" (FAP's) or "ce" (APT's).
         tiny: Tiny CLIP instead of a ViT-B/32.
         device: "cpu" or "cuda".
+        image_chunk_size: Images that our step computes at a time; None for the whole batch.
     """
 
     batch: int = 4
@@ -52,10 +53,12 @@ class Setting:
     attack_loss: str = "kl"
     tiny: bool = False
     device: str = "cpu"
+    image_chunk_size: int | None = None
 
     def __str__(self) -> str:
         """Says what a line of the table is about."""
-        return f"batch {self.batch}, {self.classes} classes, K = {self.steps}"
+        chunks = f", {self.image_chunk_size} images at a time" if self.image_chunk_size else ""
+        return f"batch {self.batch}, {self.classes} classes, K = {self.steps}{chunks}"
 
 
 class Setup:
@@ -155,6 +158,7 @@ def make_trainer(model: PeftModel, setting: Setting, task: Task, processor: Any)
         per_device_train_batch_size=setting.batch,
         attack_steps=setting.steps,
         attack_loss=setting.attack_loss,
+        image_chunk_size=setting.image_chunk_size,
         disable_tqdm=True,
     )
     return CaptTrainer(model, arguments, task=task, processor=processor)

@@ -31,8 +31,14 @@ class _QuickGelu(torch.autograd.Function):
 
 @contextmanager
 def lean_activations(model: nn.Module) -> Iterator[None]:
-    """Within it, CLIP's activations keep half as much for the backward pass, to bitwise the same gradients."""
-    activations: list[Any] = [module for module in model.modules() if isinstance(module, QuickGELUActivation)]
+    """Within it, CLIP's activations keep half as much for the backward pass, to bitwise the same gradients.
+
+    Where activation checkpointing is on it changes nothing: the layers run again in the backward pass, after this has ended, and
+    must then keep the same tensors.
+    """
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    modules = () if checkpointed else model.modules()
+    activations: list[Any] = [module for module in modules if isinstance(module, QuickGELUActivation)]
     before = [activation.__dict__.get("forward") for activation in activations]
     for activation in activations:
         activation.forward = _QuickGelu.apply

@@ -85,6 +85,13 @@ def test_the_first_step_of_a_run_also_runs_the_frozen_model_once(setup):
     assert first - later == pytest.approx(images + texts, rel=1e-3)  # and the logits
 
 
+def test_operations_counted_by_shapes_are_those_of_a_run():
+    setup = Setup(SMALL)
+    by_shapes = step.count_by_shapes(reference_step, setup)
+    assert by_shapes == step.count(reference_step, setup)[0]
+    assert all(p.grad is not None and not hasattr(p.grad, "fake_mode") for p in setup.prompts.values())
+
+
 def test_attention_is_counted():
     def attend(_):
         x = torch.ones(1, 2, 3, 4)
@@ -122,6 +129,15 @@ def test_the_record_holds_everything_that_the_table_says(tmp_path, monkeypatch, 
     assert "| published |" in shown and f"{found['ratios']['reference_over_ours_operations']:.1f} times fewer" in shown
 
 
+def test_a_published_step_that_is_not_run_is_counted_and_its_agreement_is_not_claimed(capsys):
+    arguments = ["--tiny", "--batch", "3", "--classes", "4", "--steps", "1", "--repetitions", "0"]
+    (found,) = step.main([*arguments, "--reference_repetitions", "0", "--image_chunk_size", "2"])["settings"]
+    assert "difference" not in found and "reference" not in found["memory"] and found["image_chunk_size"] == 2
+    assert found["operations"]["reference"] > found["operations"]["ours"]
+    shown = capsys.readouterr().out
+    assert "2 images at a time" in shown and "was not run: whether both compute the same was not checked" in shown
+
+
 def test_targets_are_those_of_the_large_model_and_are_not_rounded_up():
     large = Setting(batch=4, classes=100, steps=2)
     found = {"reference_over_ours_operations": 12.99, "ours_over_floor_operations": 1.02}
@@ -137,8 +153,8 @@ def test_targets_are_those_of_the_large_model_and_are_not_rounded_up():
         (["--classes", "1"], "--classes=1 must be whole numbers from 2"),
         (["--steps", "0"], "--steps=0 must be"),
         (["--steps", ""], "--steps= must be"),
-        (["--repetitions", "-1"], "--repetitions must be 0 or more"),
-        (["--repetitions", "1", "--reference_repetitions", "2"], "--reference_repetitions between 1"),
+        (["--repetitions", "-1"], "--repetitions and --reference_repetitions must be 0 or more"),
+        (["--reference_repetitions", "-1"], "--repetitions and --reference_repetitions must be 0 or more"),
         (["--device", "cuda"], "no CUDA GPU"),
     ],
 )
@@ -153,7 +169,7 @@ def test_a_step_that_cannot_run_is_named(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr(step.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(ChildProcessError, match=r"The process of reference failed.*signal 9, for want of memory"):
-        step.run_processes(SMALL, tmp_path)
+        step.run_process(SMALL, "reference", tmp_path)
 
 
 def test_without_arguments_the_two_settings_of_the_targets_are_run():
