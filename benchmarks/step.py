@@ -14,7 +14,7 @@ process of its own.
 The trainer's step is measured with the frozen model's outputs known, as in every epoch but the first, which is the figure to
 quote, and once more without, as in the very first step of a run. Peak memory is that of a process of its own for each step,
 above what the process holds before it: the model, the images, Python and torch. For 100 classes the published step takes 11 GB
-and more. Its operations are counted by the shapes of its tensors, which needs no time.
+and more. Its operations, and the floor's, are counted by the shapes of their tensors, which needs no time.
 """
 
 from __future__ import annotations
@@ -67,11 +67,7 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-# what a process of its own runs, in this order
-PROCESSES: dict[str, dict[str, Callable[[Setup], Tensor | None]]] = {
-    "ours": {"ours_first": our_first_step, "ours": our_step},
-    "floor": {"floor": floor},
-}
+OURS: dict[str, Callable[[Setup], Tensor]] = {"ours_first": our_first_step, "ours": our_step}
 
 
 # ------------------------------------------------------------------------------------------------------ operations, memory
@@ -82,7 +78,7 @@ def measure_process(setting: Setting, process: str, folder: Path) -> None:
 
     Args:
         setting: What to run them on.
-        process: "reference", whose step is timed, or one of `PROCESSES`, whose steps' operations are counted.
+        process: "reference", whose step is timed, or "ours", whose steps' operations are counted.
         folder: Where to write `<process>.json`, and `<step>.safetensors` for each step with a loss.
     """
     setup = Setup(setting)
@@ -91,9 +87,9 @@ def measure_process(setting: Setting, process: str, folder: Path) -> None:
     if process == "reference":
         found["seconds"], loss = seconds(reference_step, setup)
         save_step(setup, loss, folder / "reference.safetensors")
-    for name, step in PROCESSES.get(process, {}).items():
-        found["operations"][name], loss = count(step, setup)
-        if loss is not None:
+    else:
+        for name, step in OURS.items():
+            found["operations"][name], loss = count(step, setup)
             save_step(setup, loss, folder / f"{name}.safetensors")
     found["memory"] = {"before_bytes": before, "peak_bytes": peak(setting.device)}
     (folder / f"{process}.json").write_text(json.dumps(found))
@@ -105,14 +101,14 @@ def save_step(setup: Setup, loss: Tensor, path: Path) -> None:
     save_file({**gradients, "loss": loss}, path)
 
 
-def count(step: Callable[[Setup], Tensor | None], setup: Setup) -> tuple[int, Tensor | None]:
+def count(step: Callable[[Setup], Any], setup: Setup) -> tuple[int, Any]:
     """Returns the floating-point operations of a step (a multiplication and an addition are two), and its loss."""
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         loss = step(setup)
     return counter.get_total_flops(), loss
 
 
-def count_by_shapes(step: Callable[[Setup], Tensor], setup: Setup) -> int:
+def count_by_shapes(step: Callable[[Setup], Any], setup: Setup) -> int:
     """Returns the operations of a step that asks no tensor for its values; nothing is computed."""
     for module in setup.model.modules():
         if isinstance(module, PromptLayer):
@@ -198,14 +194,15 @@ def measure(setting: Setting, repetitions: int, reference_repetitions: int) -> d
         ChildProcessError: A step could not run.
     """
     setup = Setup(setting)
-    operations = {"reference": count_by_shapes(reference_step, setup)}
+    operations = {
+        name: count_by_shapes(step, setup) for name, step in (("reference", reference_step), ("floor", floor))
+    }
     result: dict[str, Any] = {**asdict(setting), "text_tokens": setup.text_tokens, "memory": {}, "rounds": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for process in PROCESSES:
-            found = run_process(setting, process, folder)
-            operations |= found["operations"]
-            result["memory"][process] = found["memory"]
+        found = run_process(setting, "ours", folder)
+        operations |= found["operations"]
+        result["memory"]["ours"] = found["memory"]
         for _ in range(reference_repetitions):
             found = run_process(setting, "reference", folder)
             result["memory"]["reference"] = found["memory"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task
+from capt_peft.activations import lean_activations
 from capt_peft.classifier import normalize, pooled
 from capt_peft.data.task import DEFAULT_TEMPLATE, task_features
 from capt_peft.randomness import example_generators
@@ -217,8 +218,9 @@ def reference_logits(setup: Setup, pixels: Tensor) -> Tensor:
 def our_step(setup: Setup) -> Tensor:
     """Runs the trainer's step; leaves the prompts' gradients in `.grad` and returns the loss."""
     setup.model.zero_grad()
-    loss = setup.trainer.compute_loss(setup.model, setup.inputs)
-    loss.backward()
+    with lean_activations(setup.model):  # as `CaptTrainer.training_step` does
+        loss = setup.trainer.compute_loss(setup.model, setup.inputs)
+        loss.backward()
     return loss.detach()
 
 

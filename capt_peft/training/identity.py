@@ -29,7 +29,7 @@ _NOT_SHAPE = {
 _SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "tf32", "full_precision_attack", "torch_compile",
-    "dataloader_drop_last",
+    "dataloader_drop_last", "text_chunk_size", "image_chunk_size", "activation_checkpointing",
 )  # fmt: skip
 
 

@@ -186,6 +186,11 @@ class CaptTrainer(GuardedTrainer):
             count = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
         return batches, count
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs a step, forward and backward, keeping less between the two than plain CLIP does."""
+        with lean_activations(self.classifier.base_model):
+            return super().training_step(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -203,14 +208,12 @@ class CaptTrainer(GuardedTrainer):
         """
         chunks = split_batch(inputs, self.args.image_chunk_size)
         outputs = {}
-        with lean_activations(self.classifier.base_model):
-            texts, clean_features = self._texts_and_clean_features(model, chunks[0].pixels)  # (N, D), (b, D)
-            if len(chunks) == 1:
-                loss, outputs["views"] = self._loss(chunks[0], texts, clean_features)
-            else:
-                parameters = [p for p in self.classifier.model.parameters() if p.requires_grad]
-                losses = partial(self._losses, chunks, clean_features)
-                loss = sum_of_losses(losses, texts, parameters)
+        texts, clean_features = self._texts_and_clean_features(model, chunks[0].pixels)  # (N, D), (b, D)
+        if len(chunks) == 1:
+            loss, outputs["views"] = self._loss(chunks[0], texts, clean_features)
+        else:
+            parameters = [p for p in self.classifier.model.parameters() if p.requires_grad]
+            loss = sum_of_losses(partial(self._losses, chunks, clean_features), texts, parameters)
         self.check_loss(loss, inputs["index"].tolist())
         if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
             loss = loss * (sum(chunk.counted for chunk in chunks) * self.accelerator.num_processes / num_items_in_batch)
