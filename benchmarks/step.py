@@ -67,38 +67,25 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
 }
-OURS: dict[str, Callable[[Setup], Tensor]] = {"ours_first": our_first_step, "ours": our_step}
 
 
 # ------------------------------------------------------------------------------------------------------ operations, memory
 
 
-def measure_process(setting: Setting, process: str, folder: Path) -> None:
-    """Runs a process's steps once; writes what they cost, losses and gradients, and the peak of the process's memory.
-
-    Args:
-        setting: What to run them on.
-        process: "reference", whose step is timed, or "ours", whose steps' operations are counted.
-        folder: Where to write `<process>.json`, and `<step>.safetensors` for each step with a loss.
-    """
+def run_reference(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Runs the published step once; returns its time and memory, and leaves its loss and gradients in a file."""
     setup = Setup(setting)
     before = reset_peak(setting.device)
-    found: dict[str, Any] = {"operations": {}, "text_tokens": setup.text_tokens}
-    if process == "reference":
-        found["seconds"], loss = seconds(reference_step, setup)
-        save_step(setup, loss, folder / "reference.safetensors")
-    else:
-        for name, step in OURS.items():
-            found["operations"][name], loss = count(step, setup)
-            save_step(setup, loss, folder / f"{name}.safetensors")
-    found["memory"] = {"before_bytes": before, "peak_bytes": peak(setting.device)}
-    (folder / f"{process}.json").write_text(json.dumps(found))
+    taken, loss = seconds(reference_step, setup)
+    memory = {"before_bytes": before, "peak_bytes": peak(setting.device)}
+    save_file(outcome(setup, loss), folder / "reference.safetensors")
+    return {"seconds": taken, "memory": memory}
 
 
-def save_step(setup: Setup, loss: Tensor, path: Path) -> None:
-    """Writes a step's loss and the gradients that it left."""
-    gradients = {key: p.grad.contiguous() for key, p in setup.prompts.items() if p.grad is not None}
-    save_file({**gradients, "loss": loss}, path)
+def outcome(setup: Setup, loss: Tensor) -> dict[str, Tensor]:
+    """Returns a step's loss and the gradients that it left, by name."""
+    gradients = {key: p.grad.clone() for key, p in setup.prompts.items() if p.grad is not None}
+    return {**gradients, "loss": loss}
 
 
 def count(step: Callable[[Setup], Any], setup: Setup) -> tuple[int, Any]:
@@ -140,19 +127,27 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_process(setting: Setting, process: str, folder: Path) -> dict[str, Any]:
-    """Calls `measure_process` in a process of its own, which is what its peak of memory is of; returns what it wrote.
+def in_a_process(task: str, setting: Setting, folder: Path, **options: int) -> dict[str, Any]:
+    """Calls one of `TASKS` in a process of its own, which is what its peak of memory is of.
 
     Raises:
         ChildProcessError: It failed, for want of memory perhaps.
     """
-    order = {"setting": asdict(setting), "process": process, "folder": str(folder)}
-    done = subprocess.run([sys.executable, __file__, "--process", json.dumps(order)], capture_output=True, text=True)
+    order = {"task": task, "setting": asdict(setting), "folder": str(folder), "options": options}
+    done = subprocess.run([sys.executable, __file__, "--order", json.dumps(order)], capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}, for want of memory?"]
-        raise ChildProcessError(f"The process of {process} failed ({setting}): {said[-1]}")
-    found: dict[str, Any] = json.loads((folder / f"{process}.json").read_text())
+        raise ChildProcessError(f"{task} failed ({setting}): {said[-1]}")
+    found: dict[str, Any] = json.loads((folder / f"{task}.json").read_text())
     return found
+
+
+def obey(order: str) -> None:
+    """Does, in its process, what `in_a_process` asks for."""
+    asked = json.loads(order)
+    folder = Path(asked["folder"])
+    result = TASKS[asked["task"]](Setting(**asked["setting"]), folder, **asked["options"])
+    (folder / f"{asked['task']}.json").write_text(json.dumps(result))
 
 
 # -------------------------------------------------------------------------------------------------------------------- time
@@ -170,7 +165,6 @@ def seconds(run: Callable[[Setup], Any], setup: Setup) -> tuple[float, Any]:
 
 def time_in_turns(setup: Setup, repetitions: int) -> dict[str, list[float]]:
     """Returns the times of our step and the floor's two parts, taken in turns, and one of our first step."""
-    our_step(setup)  # warms up
     rounds: dict[str, list[float]] = {"ours_first": [seconds(our_first_step, setup)[0]]}
     runs: dict[str, Callable[[Setup], Any]] = {
         "ours": our_step,
@@ -186,30 +180,35 @@ def time_in_turns(setup: Setup, repetitions: int) -> dict[str, list[float]]:
 # ----------------------------------------------------------------------------------------------------------------- command
 
 
-def measure(setting: Setting, repetitions: int, reference_repetitions: int) -> dict[str, Any]:
+def measure(setting: Setting, folder: Path, *, repetitions: int, reference_repetitions: int) -> dict[str, Any]:
     """Measures a setting; returns all that is known of it.
+
+    Args:
+        setting: What to measure.
+        folder: Where files may be left.
+        repetitions: Turns of our step and the floor.
+        reference_repetitions: Runs of the published step.
 
     Raises:
         ValueError: The two steps do not compute the same.
-        ChildProcessError: A step could not run.
+        ChildProcessError: The published step could not run.
     """
     setup = Setup(setting)
     operations = {
         name: count_by_shapes(step, setup) for name, step in (("reference", reference_step), ("floor", floor))
     }
-    result: dict[str, Any] = {**asdict(setting), "text_tokens": setup.text_tokens, "memory": {}, "rounds": {}}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        found = run_process(setting, "ours", folder)
-        operations |= found["operations"]
-        result["memory"]["ours"] = found["memory"]
-        for _ in range(reference_repetitions):
-            found = run_process(setting, "reference", folder)
-            result["memory"]["reference"] = found["memory"]
-            result["rounds"].setdefault("reference", []).append(found["seconds"])
-        if reference_repetitions:
-            tensors = {name: load_file(folder / f"{name}.safetensors") for name in ("reference", "ours_first", "ours")}
-            result["difference"] = {n: compare(tensors["reference"], tensors[n], n) for n in ("ours_first", "ours")}
+    result: dict[str, Any] = {**asdict(setting), "text_tokens": setup.text_tokens, "rounds": {}}
+    before = reset_peak(setting.device)
+    ours = {name: outcome(setup, step(setup)) for name, step in (("ours_first", our_first_step), ("ours", our_step))}
+    result["memory"] = {"ours": {"before_bytes": before, "peak_bytes": peak(setting.device)}}
+    for _ in range(reference_repetitions):
+        found = in_a_process("reference", setting, folder)
+        result["memory"]["reference"] = found["memory"]
+        result["rounds"].setdefault("reference", []).append(found["seconds"])
+    if reference_repetitions:
+        reference = load_file(folder / "reference.safetensors", device=setting.device)
+        result["difference"] = {name: compare(reference, tensors, name) for name, tensors in ours.items()}
+    operations["ours"] = count(our_step, setup)[0]  # after the memory: counting keeps tensors alive
     result |= {"operations": operations, "ratios": ratios(operations, "operations")}
     if repetitions:
         result["rounds"] |= time_in_turns(setup, repetitions)
@@ -217,6 +216,9 @@ def measure(setting: Setting, repetitions: int, reference_repetitions: int) -> d
         result["ratios"] |= ratios(result["seconds"], "seconds")
     result["targets"] = targets(setting, result["ratios"])
     return result
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"measure": measure, "reference": run_reference}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -238,7 +240,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--image_chunk_size", type=int, help="images that our step computes at a time")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--process", help=argparse.SUPPRESS)
+    parser.add_argument("--order", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -282,9 +284,8 @@ def numbers(name: str, text: str | None) -> list[int]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measures, prints the tables, and returns what `--json` writes."""
     args = parse(arguments)
-    if args.process:
-        order = json.loads(args.process)
-        measure_process(Setting(**order["setting"]), order["process"], Path(order["folder"]))
+    if args.order:
+        obey(args.order)
         return {}
     machine = describe_machine() if args.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     record: dict[str, Any] = {
@@ -294,7 +295,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }  # fmt: skip
     try:
         for setting in settings(args):
-            record["settings"].append(measure(setting, args.repetitions, args.reference_repetitions))
+            with tempfile.TemporaryDirectory() as folder:
+                options = {"repetitions": args.repetitions, "reference_repetitions": args.reference_repetitions}
+                record["settings"].append(in_a_process("measure", setting, Path(folder), **options))
             print(table(record["settings"][-1]), end="\n\n", flush=True)
     except (ValueError, ChildProcessError) as error:
         raise SystemExit(str(error)) from None

@@ -98,7 +98,8 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, title in TITLES.items():
-        work = f"{operations[name] / 1e9:,.1f} G | {operations[name] / operations['floor']:.3f}"
+        known = name in operations
+        work = f"{operations[name] / 1e9:,.1f} G | {operations[name] / operations['floor']:.3f}" if known else "|"
         clock = f"{timed[name]:.3g} | {timed[name] / timed['floor']:.2f}" if name in timed else "|"
         memory = result["memory"].get(name)
         above = f"{(memory['peak_bytes'] - memory['before_bytes']) / 1e9:.2f} GB" if memory else ""

@@ -109,7 +109,9 @@ class FareTrainer(CaptTrainer):
         generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
 
         def logits_fn(images: Tensor) -> Tensor:
-            distance = squared_distance(self._image_features(images), target)  # (B,)
+            with self._attack_precision():
+                features = self._image_features(images)  # (B, D)
+            distance = squared_distance(features.float(), target)  # (B,)
             return torch.stack([-distance, torch.zeros_like(distance)], dim=1)  # log-odds against class 0: the distance
 
         return self.attack.run(logits_fn, batch.pixels, torch.zeros_like(batch.labels), generators)

@@ -18,6 +18,7 @@ from capt_peft import AdversarialCrossEntropy, CaptTrainer, CaptTrainingArgument
 from capt_peft.attacks import parse_attack
 from capt_peft.data.toy import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.finetune import FareTrainer, embed, squared_distance, train_image_tower_alone
+from capt_peft.training.batch import split_batch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROBUST = EXAMPLES / "tiny_clip_robust"
@@ -67,7 +68,7 @@ def batch_of(trainer, size=6):
 def run_attack(trainer, batch):
     with torch.no_grad():
         texts, clean = trainer.classifier.encode_texts(), trainer.classifier(batch["pixels"])
-    return trainer._attack(batch["pixels"], batch["labels"], batch["index"].tolist(), texts, clean).images
+    return trainer._attack(split_batch(batch, None)[0], texts, clean).images
 
 
 # ------------------------------------------------------------------------------------------------------ the script

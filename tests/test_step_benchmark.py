@@ -168,8 +168,8 @@ def test_bad_arguments_give_one_sentence(arguments, words, monkeypatch):
 def test_a_step_that_cannot_run_is_named(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
     monkeypatch.setattr(step.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ChildProcessError, match=r"The process of reference failed.*signal 9, for want of memory"):
-        step.run_process(SMALL, "reference", tmp_path)
+    with pytest.raises(ChildProcessError, match=r"reference failed.*signal 9, for want of memory"):
+        step.in_a_process("reference", SMALL, tmp_path)
 
 
 def test_without_arguments_the_two_settings_of_the_targets_are_run():

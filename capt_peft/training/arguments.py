@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -33,7 +34,8 @@ class CaptTrainingArguments(TrainingArguments):
         text_chunk_size: Class texts that run at once; the activations of the others are not kept, which bounds the memory, but
             computed again in the backward pass. By default all texts up to 256 classes, and 64 above that.
         image_chunk_size: Images of a batch that are computed at a time, which bounds the memory; by default all of them. Nothing
-            is computed twice. With gradient accumulation instead, the texts would be run again for each part.
+            is computed twice. With gradient accumulation instead, the texts would be run again for each part. The objective must
+            be a mean over images.
         full_precision_attack: Run the training attack in float32 although `bf16` or `fp16` is set. Without it the attack runs in
             that precision; its losses and the signs of its gradients are taken in full precision either way.
         stop_on_collapse: Stop when the model has become constant: the consistency loss falls to a thousandth of what it was while
@@ -113,9 +115,19 @@ class CaptTrainingArguments(TrainingArguments):
             raise ValueError("image_chunk_size takes gradients that fp16's loss scaling does not reach. Use bf16.")
         if self.image_chunk_size and self.weighting == "batch":
             raise ValueError("weighting='batch' looks at the whole batch, so image_chunk_size cannot split it.")
+        if self.image_chunk_size:
+            if self.ddp_find_unused_parameters:
+                raise ValueError("image_chunk_size does not work with ddp_find_unused_parameters=True. Leave it out.")
+            # with it DDP makes one graph of both towers' features, and the first chunk would free that of the texts
+            self.ddp_find_unused_parameters = False
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pixels. Leave it at False.")
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16=True would train in float32 on a CPU: Accelerate has no fp16 there. Use bf16=True.")
+        checkpointing: Any = self.activation_checkpointing_kwargs or {}  # a dict by now, whatever it was given as
+        if checkpointing.get("use_reentrant"):
+            raise ValueError("use_reentrant=True cannot take the attack's gradients. Leave it out, or give False.")
 
     @property
     def threat_model(self) -> ThreatModel:

@@ -273,10 +273,14 @@ class CaptTrainer(GuardedTrainer):
         generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
 
         def logits_fn(images: Tensor) -> Tensor:
-            with nullcontext() if self.args.full_precision_attack else self.accelerator.autocast():
-                return self.classifier.logits(self._image_features(images), texts)
+            with self._attack_precision():
+                features = self._image_features(images)
+            return self.classifier.logits(features, texts)  # outside, or the product would be rounded to half precision
 
         return self.attack.run(logits_fn, batch.pixels, batch.labels, generators, clean_logits=clean)
+
+    def _attack_precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.args.full_precision_attack else self.accelerator.autocast()
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         features = pooled(self.classifier.model.get_image_features(pixel_values=self._pixel_values(pixels)))

@@ -28,9 +28,13 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
-        self._disable_adapters = False  # PEFT keeps it in the class until it changes, which torch.compile compiles anew for
+        self._disable_adapters = (
+            False  # PEFT keeps it in the class until it changes, which torch.compile compiles anew for
+        )
         self.end_token: int | str | None = None  # id, or "highest"; the text prompts must not overwrite it
-        self.rows: torch.Tensor | None = None  # classes whose texts come next; None for all (class-specific prompts only)
+        self.rows: torch.Tensor | None = (
+            None  # classes whose texts come next; None for all (class-specific prompts only)
+        )
         self.capt_prompt = nn.ParameterDict()
         self.capt_proj = nn.ModuleDict()
         # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice

@@ -114,6 +114,7 @@ def test_a_run_in_chunks_follows_the_run_of_whole_batches(tmp_path, processor):
         ({"image_chunk_size": 0}, "image_chunk_size=0 must be at least 1"),
         ({"image_chunk_size": 4, "weighting": "batch"}, "looks at the whole batch"),
         ({"image_chunk_size": 4, "fp16": True}, "Use bf16"),
+        ({"image_chunk_size": 4, "ddp_find_unused_parameters": True}, "does not work with ddp_find_unused"),
     ],
 )
 def test_what_cannot_be_split_is_refused(tmp_path, arguments, words):
