@@ -10,7 +10,7 @@ help:
 	@echo "make test-all  and those that take minutes"
 	@echo "make app    a page to try the demo's adapter on"
 	@echo "make tables rebuild docs/results from the lines of the benchmarks"
-	@echo "make bench  what a training step costs, beside the published one (several minutes, and GB of memory)"
+	@echo "make bench  what a training step costs, beside the published one (10 minutes on 2 cores, 13 GB of memory)"
 	@echo "make docs   build the documentation into build/"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and everything that was made"
