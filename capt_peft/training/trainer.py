@@ -181,7 +181,7 @@ class CaptTrainer(GuardedTrainer):
         """Fetches a step's batches and counts their images; of several processes, none trains on an image twice an epoch."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader and batches:
-            batches[-1] = without_repeats(batches[-1], self.accelerator, len(self.train_dataset))
+            batches[-1] = without_repeats(batches[-1], self.accelerator, len(self.task["train"]))
             own = sum(batch.get(COUNTED, len(batch["labels"])) for batch in batches)
             count = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
         return batches, count
