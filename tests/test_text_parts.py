@@ -51,10 +51,10 @@ def test_parts_are_cut_at_their_longest_text_unless_shapes_must_stay():
     assert all(part.inputs["input_ids"].shape == (10, 12) for part in split_texts(inputs, 10, cut=False).parts)
 
 
-def test_the_default_is_one_part_up_to_256_texts_and_128_above():
+def test_the_default_is_one_part_up_to_256_texts_and_at_most_64_texts_a_part_above():
     assert split_texts(texts(WHOLE), None) is None
     parts = split_texts(texts(WHOLE + 1), None).parts
-    assert [len(part.rows) for part in parts] == [86, 86, 86] and SIZE == 128
+    assert [len(part.rows) for part in parts] == [52] * 5 and SIZE == 64
 
 
 @pytest.fixture(params=[False, True], ids=["one context", "class-specific"])
