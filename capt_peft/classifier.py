@@ -17,7 +17,7 @@ from .data.transforms import PixelTransform
 from .loading import load_model
 from .text_parts import TextPart, TextParts, split_texts
 from .texts import TEXT_INPUTS, check_classes_known, check_end_tokens, check_prompts_fit, max_text_length, tokenize
-from .tuner import PromptLayer
+from .tuner import PromptLayer, adapters_off
 
 
 class ZeroShotClassifier(nn.Module):
@@ -194,15 +194,8 @@ class ZeroShotClassifier(nn.Module):
     @contextmanager
     def frozen(self) -> Iterator[ZeroShotClassifier]:
         """Within it, this is the classifier of the base model: adapters are off."""
-        layers = [m for m in self.model.modules() if isinstance(m, PromptLayer)]
-        before = [layer.disable_adapters for layer in layers]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with adapters_off(self.model):
             yield self
-        finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer.enable_adapters(not disabled)
 
     # -------------------------------------------------------------------------------------------------- prediction
 

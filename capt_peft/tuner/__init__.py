@@ -2,9 +2,9 @@
 
 from .config import CaptConfig
 from .layer import PromptLayer
-from .model import CaptModel
+from .model import CaptModel, adapters_off
 from .registration import register
 
-__all__ = ["CaptConfig", "CaptModel", "PromptLayer"]
+__all__ = ["CaptConfig", "CaptModel", "PromptLayer", "adapters_off"]
 
 register(CaptConfig, CaptModel)

@@ -68,7 +68,7 @@ class CaptModel(BaseTuner):
             return  # the values come from a file, or there are none
         if next(model.parameters()).device.type != "meta":
             peft_config.template_token_ids = template_ids(peft_config, model)
-            with _adapters_off(model):
+            with adapters_off(model):
                 self._start = text_start(peft_config, model, towers["text"])
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
@@ -233,7 +233,8 @@ def _end_token(model: nn.Module) -> int | str | None:
 
 
 @contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it, no prompts are written: the model is its base model. `requires_grad` stays as it is."""
     layers = [module for module in model.modules() if isinstance(module, PromptLayer)]
     before = [layer.disable_adapters for layer in layers]
     for layer in layers:
