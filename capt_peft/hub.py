@@ -13,7 +13,7 @@ from transformers import Trainer
 from .card import EVALUATION, RESULTS
 from .runs import UPLOADED
 from .tuner import CaptConfig
-from .tuner.loading import SAFETENSORS_NAME
+from .tuner.fingerprint import SAFETENSORS_NAME
 
 if TYPE_CHECKING:
     from .classifier import ZeroShotClassifier

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from ..files import write_json, written_whole
-from ..tuner.loading import tensors_fingerprint
+from ..tuner.fingerprint import tensors_fingerprint
 from .architecture import build, check_same_architecture, describe, make_config
 from .base import Base, base_similarity, check_settings, load_transformers, warn_if_far
 from .layout import Tower, infer_text, infer_vision, openai_names, take_constants, targets

@@ -30,7 +30,7 @@ from ..methods import METHODS
 from ..runs import count_parameters
 from ..training import CaptTrainer, CaptTrainingArguments
 from ..tuner import CaptConfig
-from ..tuner.loading import base_fingerprint
+from ..tuner.fingerprint import base_fingerprint
 from ..versions import describe_machine, versions
 from .cells import ZERO_SHOT, Cell, Target
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -106,6 +107,58 @@ def column_values(dataset: Dataset, column: str) -> np.ndarray:
     """Returns the (n,) values of a column of numbers or words, without touching the other columns."""
     values: np.ndarray = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_numpy()
     return values
+
+
+def labels_by_name(dataset: Dataset, class_names: Sequence[str], what: str = "The split") -> np.ndarray:
+    """Returns the (n,) labels of a split as places in `class_names`: matched by name where the split names its classes.
+
+    Names match if they are equal or, where that leaves no doubt, if they differ by case, underscores, white space or Unicode's
+    form alone. Labels of a plain integer column are places in `class_names` already.
+
+    Args:
+        dataset: A split with the column `label`.
+        class_names: The N class names that labels shall count.
+        what: What the split is, for messages.
+
+    Raises:
+        ValueError: The split has images of a class that `class_names` lacks, or labels out of range.
+    """
+    labels = column_values(dataset, "label")
+    feature = dataset.features["label"]
+    if isinstance(feature, ClassLabel) and len(labels):
+        if labels.min() < 0 or labels.max() >= len(feature.names):
+            raise ValueError(f"{what} has labels from {labels.min()} to {labels.max()} for {len(feature.names)} names.")
+        places = name_places(feature.names, class_names)
+        lost = next((i for i in np.unique(labels).tolist() if places[i] is None), None)
+        if lost is not None:
+            here = f", whose label {lost} is {class_names[lost]!r}" if lost < len(class_names) else ""
+            raise ValueError(
+                f"{what} has images of the class {feature.names[lost]!r} (label {lost}), which is none of the {len(class_names)} "
+                f"classes asked for{here}. Give the class names of this data, or data of these classes."
+            )
+        return np.array([-1 if place is None else place for place in places], dtype=np.int64)[labels]
+    if len(labels) and labels.dtype.kind in "iu" and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise ValueError(
+            f"{what} has labels from {labels.min()} to {labels.max()}, but there are {len(class_names)} class names (labels 0 to "
+            f"{len(class_names) - 1}). Give one class name for each label."
+        )
+    return labels
+
+
+def name_places(names: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
+    """Returns for each name its place in `class_names`, None where none is the same name; see `labels_by_name`."""
+    exact = {name: place for place, name in enumerate(class_names)}
+    alike = Counter(map(name_key, class_names)), Counter(map(name_key, names))
+    loose = {name_key(name): place for place, name in enumerate(class_names) if alike[0][name_key(name)] == 1}
+    return [
+        exact[name] if name in exact else loose.get(name_key(name)) if alike[1][name_key(name)] == 1 else None
+        for name in names
+    ]
+
+
+def name_key(name: str) -> str:
+    """Returns what a class name has in common with its other spellings: case, underscores, white space, Unicode's form."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
 
 
 def encoded_images(dataset: Dataset) -> Dataset:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attacks import LogitsFn
 from ..classifier import ZeroShotClassifier
 from ..tuner import PromptLayer
-from ..tuner.loading import base_fingerprint, tensors_fingerprint
+from ..tuner.fingerprint import base_fingerprint, tensors_fingerprint
 
 TARGETS = ("tuned", "frozen")
 

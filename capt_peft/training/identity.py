@@ -15,7 +15,7 @@ from torch import nn
 
 from ..attacks.threat import format_fraction
 from ..data.pixels import PixelDataset
-from ..tuner.loading import base_parameters, tensors_fingerprint
+from ..tuner.fingerprint import base_parameters, tensors_fingerprint
 
 HASHED_IMAGES = 1024
 SHOWN_DIFFERENCES = 12
@@ -80,7 +80,7 @@ def model_fingerprint(model: nn.Module) -> str:
     if hasattr(model, WHOLE_FINGERPRINT):
         return str(getattr(model, WHOLE_FINGERPRINT))
     if isinstance(model, PeftModel):
-        return tensors_fingerprint((n, p) for n, p in base_parameters(model, "capt_") if not p.requires_grad)
+        return tensors_fingerprint((n, p) for n, p in base_parameters(model) if not p.requires_grad)
     return tensors_fingerprint(model.named_parameters())
 
 

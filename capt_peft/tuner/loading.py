@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -14,8 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-SAFETENSORS_NAME = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
+from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME, base_parameters
+
 PICKLE_NAME = "adapter_model.bin"
 SLACK = 1 << 24  # numbers: 64 MB in float32
 MEND = "Save the adapter again or download it anew; nothing of it was loaded."
@@ -118,19 +117,18 @@ def check_size(needed: int, shapes: Mapping[str, tuple[int, ...]], source: str) 
         )
 
 
-def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str], prefix: str) -> None:
+def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str]) -> None:
     """Makes sure that `modules_to_save` can be saved beside the prompts, and that an adapter's file has them.
 
     Args:
         config: The `CaptConfig`; its file's shapes are known if it was loaded.
         model: The base model, with or without adapters in it.
         sites: Names of the modules through which prompts enter.
-        prefix: Marks the parameters of adapters.
 
     Raises:
         ValueError: No module, a module that holds prompts, or one whose parameters the file lacks.
     """
-    names = [name for name, _ in base_parameters(model, prefix)] if config.modules_to_save else []
+    names = [name for name, _ in base_parameters(model)] if config.modules_to_save else []
     modules = {module for name in names for module in _ancestors(name)[:-1]}
     shapes = getattr(config, "_weights_shapes", None)
     held = {name.replace(".base_layer.", ".") for name in shapes or ()}
@@ -173,39 +171,3 @@ def _mismatch(found: torch.Size, needed: torch.Size) -> str:
 def _some(names: list[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:limit])}{more})"
-
-
-def base_parameters(model: nn.Module, prefix: str) -> Iterable[tuple[str, torch.Tensor]]:
-    """Yields the parameters of the base model by their original names, whether or not adapters have been put in."""
-    for name, parameter in model.named_parameters():
-        if f".{prefix}" in name or ".modules_to_save." in name:
-            continue
-        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
-
-
-def base_fingerprint(model: nn.Module, prefix: str = "capt_") -> str | None:
-    """Returns a hash of the base model's weights: names, shapes and float32 values.
-
-    The values are hashed as float32, so that a model in float16 and its float32 copy have the same fingerprint.
-
-    Args:
-        model: The base model, with or without adapters in it.
-        prefix: Marks the parameters of adapters, which do not count.
-
-    Returns:
-        16 hexadecimal digits of a SHA-256, or None if the weights are not there (meta device).
-    """
-    parameters = list(base_parameters(model, prefix))
-    if any(parameter.device.type == "meta" for _, parameter in parameters):
-        return None
-    return tensors_fingerprint(parameters)
-
-
-def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Returns a hash of named tensors, as `base_fingerprint` makes it; their order does not count."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
-        digest.update(values.numpy().data)
-    return digest.hexdigest()[:16]

@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .config import DEFAULT_DEPTH, CaptConfig
+from .fingerprint import base_fingerprint
 from .initial import template_ids, text_start
 from .layer import PromptLayer
-from .loading import base_fingerprint, check_adapter_tensors, check_saved_modules, check_size
+from .loading import check_adapter_tensors, check_saved_modules, check_size
 from .sites import Site, check_supported, find_sites, find_towers
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class CaptModel(BaseTuner):
             check_size(
                 _count(peft_config, self._sites.values()), peft_config._weights_shapes, peft_config._weights_file
             )
-        check_saved_modules(peft_config, model, self._sites, self.prefix)
+        check_saved_modules(peft_config, model, self._sites)
         if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
             _check_base(peft_config, model)
         self._start: dict[int, torch.Tensor] = {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig
-from capt_peft.tuner.loading import base_fingerprint
+from capt_peft.tuner.fingerprint import base_fingerprint
 
 WEIGHTS = "adapter_model.safetensors"
 
