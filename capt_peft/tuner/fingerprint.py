@@ -1,0 +1,102 @@
+"""Fingerprints of weights: of a base model without its adapters, and of an adapter in memory or on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+SAFETENSORS_NAME = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+# fields of an adapter's configuration that say where it came from or how it began, not what it computes
+_PROVENANCE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init", "init_lora_weights", "init_std", "init_weights",
+    "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
+}  # fmt: skip
+
+
+def base_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    """Yields the parameters of the base model by their original names, whatever adapters PEFT has put into it."""
+    wrappers = {
+        f"{name}." if name else "": ("base_layer." if isinstance(module, BaseTunerLayer) else "original_module.")
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    }
+    for name, parameter in model.named_parameters():
+        inside = [(path, kept) for path, kept in wrappers.items() if name.startswith(path)]
+        if all(name[len(path) :].startswith(kept) for path, kept in inside):
+            name = name.removeprefix(PEFT_PREFIX)
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+
+
+def base_fingerprint(model: nn.Module) -> str | None:
+    """Returns a hash of the base model's weights: names, shapes and float32 values.
+
+    The values are hashed as float32, so that a model in float16 and its float32 copy have the same fingerprint.
+
+    Args:
+        model: The base model, with or without adapters in it.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256, or None if the weights are not there (meta device).
+    """
+    parameters = list(base_parameters(model))
+    if any(parameter.device.type == "meta" for _, parameter in parameters):
+        return None
+    return tensors_fingerprint(parameters)
+
+
+def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | None = None) -> str:
+    """Returns a hash of what an adapter computes: its tensors, its base model's fingerprint, and the settings that act.
+
+    It is the same for an adapter in memory, in its folder and loaded again, under whatever name.
+
+    Args:
+        adapter: A model with PEFT adapters (a `PeftModel`, or a model of transformers with an adapter loaded), or the folder of
+            a saved adapter.
+        adapter_name: Which adapter of a model; by default the active one.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256.
+
+    Raises:
+        OSError: The folder has no weights.
+        ValueError: The folder holds no adapter.
+    """
+    config: Any
+    if isinstance(adapter, nn.Module):
+        model: Any = adapter
+        name = adapter_name or _active_adapter(model)
+        config, tensors = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
+    else:
+        config, tensors = PeftConfig.from_pretrained(str(adapter)), load_file(Path(adapter, SAFETENSORS_NAME))
+    settings = {key: value for key, value in config.to_dict().items() if key not in _PROVENANCE}
+    text = json.dumps(
+        settings, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+    )
+    weights = tensors_fingerprint((key.removeprefix(PEFT_PREFIX), tensor) for key, tensor in tensors.items())
+    return hashlib.sha256(f"{weights}{text}".encode()).hexdigest()[:16]
+
+
+def _active_adapter(model: Any) -> str:
+    active = model.active_adapters
+    return str((active() if callable(active) else active)[0])  # a method in transformers, a property in PEFT
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Returns a hash of named tensors, as `base_fingerprint` makes it; their order does not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(values.numpy().data)
+    return digest.hexdigest()[:16]
