@@ -1,13 +1,15 @@
-"""Writing whole files or nothing: everything goes to a temporary name first and is renamed at the end."""
+"""Files that are written whole or not at all, under a temporary name first, and files that end when they are read."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,22 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Opens a file to read its bytes, and nothing that may have no end: a pipe, a device, a socket.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is something else than a file, or cannot be opened.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise ValueError(f"{path} cannot be read ({error}).") from error
+    kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
+    raise ValueError(f"{path} is {kind}, not a file.")

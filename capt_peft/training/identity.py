@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
 from ..attacks.threat import format_fraction
-from ..data.pixels import PixelDataset
+from ..data.pixels import digest_images
 from ..tuner.fingerprint import base_parameters, tensors_fingerprint
 
-HASHED_IMAGES = 1024
 SHOWN_DIFFERENCES = 12
 NOTHING = "nothing"
 WHOLE_FINGERPRINT = "_whole_fingerprint"  # of a model whose layers are sharded: what it was before
@@ -48,7 +44,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "adapter": config and {name: value for name, value in config.items() if name not in _NOT_SHAPE},
         "class names": list(task.class_names),
         "template": task.template,
-        "training images": {"number": len(train), "content": images_fingerprint(train)},
+        "training images": {"number": len(train), "content": digest_images(train.dataset)},
         "pixels": train.transform.to_dict(),
         "training attack": trainer.attack.to_dict() if hasattr(trainer.attack, "to_dict") else _settings(trainer.attack),
         "objective": _settings(trainer.objective),
@@ -82,23 +78,6 @@ def model_fingerprint(model: nn.Module) -> str:
     if isinstance(model, PeftModel):
         return tensors_fingerprint((n, p) for n, p in base_parameters(model) if not p.requires_grad)
     return tensors_fingerprint(model.named_parameters())
-
-
-def images_fingerprint(data: PixelDataset) -> str:
-    """Returns a hash of all labels and of the files of at most 1,024 images, at even distances."""
-    digest = hashlib.sha256(np.asarray(data.labels, dtype=np.int64).tobytes())
-    for index in range(0, len(data), -(-len(data) // HASHED_IMAGES)):
-        digest.update(_image_digest(data.dataset[index]["image"]))
-    return digest.hexdigest()[:16]
-
-
-def _image_digest(image: Mapping[str, Any]) -> bytes:
-    content = image.get("bytes")
-    try:
-        content = Path(image["path"]).read_bytes() if content is None else content
-    except (OSError, TypeError):  # the transform names what cannot be read
-        content = str(image.get("path")).encode()
-    return hashlib.sha256(content).digest()
 
 
 def _settings(thing: Any) -> dict[str, Any]:
