@@ -147,10 +147,10 @@ class ZeroShotClassifier(nn.Module):
             return normalize(pooled(self.model.get_text_features(**self.text_inputs())))
         return self._parts.join([self.encode_part(part) for part in self._parts.parts])
 
-    def text_parts(self, *, rank: int = 0, processes: int = 1, cut: bool = True) -> TextParts | None:
+    def text_parts(self, *, cut: bool = True) -> TextParts | None:
         """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; arguments as of `split_texts`."""
         inputs = {name: getattr(self, name).cpu() for name in TEXT_INPUTS if hasattr(self, name)}
-        return split_texts(inputs, self.text_chunk_size, rank=rank, processes=processes, cut=cut)
+        return split_texts(inputs, self.text_chunk_size, cut=cut)
 
     def encode_part(self, part: TextPart) -> Tensor:
         """Runs the text tower on a part: (n, D) normalised features. Its activations are not kept: backward runs it again."""

@@ -119,11 +119,6 @@ class FareTrainer(CaptTrainer):
     def _image_features(self, pixels: Tensor) -> Tensor:
         return embed(self.classifier, pixels)
 
-    @property
-    def _frozen_width(self) -> int:
-        width: int = self.classifier.base_model.config.projection_dim
-        return width
-
     def _run_frozen(self, pixels: Tensor) -> Tensor:
         return embed(self.teacher.to(pixels.device), pixels)
 

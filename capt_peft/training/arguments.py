@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
+from .processes import refuse_sharding
 
 
 @dataclass
@@ -26,11 +27,6 @@ class CaptTrainingArguments(TrainingArguments):
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
         augment: Random crops and flips, drawn by example.
-        frozen_cache_dir: Folder that keeps the frozen model's logits of the training images for this run and others, 4 bytes a
-            class and image. They are found by the image's content, the frozen model, class texts and precision; those that other
-            runs computed, in other batches, may differ in the last bits. By default they are in memory, and in
-            `<output_dir>/frozen_outputs` where they are more than 1 GiB. Has no effect with `augment`, or on an objective that
-            has no use for them.
         text_chunk_size: Class texts that run at once; the activations of the others are not kept, which bounds the memory, but
             computed again in the backward pass. By default all texts up to 256 classes, and 64 above that.
         image_chunk_size: Images of a batch that are computed at a time, which bounds the memory; by default all of them. Nothing
@@ -65,10 +61,6 @@ class CaptTrainingArguments(TrainingArguments):
         default="confidence", metadata={"help": "alpha: confidence, entropy, batch, schedule or a number in [0, 1]."}
     )
     augment: bool = field(default=False, metadata={"help": "Random crops and flips of the training images."})
-    frozen_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder that keeps the frozen model's logits of the training images between runs."},
-    )
     text_chunk_size: int | None = field(
         default=None, metadata={"help": "Class texts that run at once; by default all up to 256 classes, else 64."}
     )
@@ -101,6 +93,7 @@ class CaptTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Keys of the labels."})
 
     def __post_init__(self) -> None:
+        refuse_sharding(self)
         self.threat_model  # noqa: B018  (bad values are refused before anything is set up)
         self.train_attack  # noqa: B018
         self.evaluation_attack  # noqa: B018

@@ -32,7 +32,6 @@ from .checkpoint_folders import (
     unwritable,
 )
 from .frozen import FrozenOutputs
-from .frozen_store import FrozenStore
 from .identity import describe_run, describe_schedule, differences
 from .monitor import Monitor
 
@@ -46,7 +45,7 @@ class CheckpointTrainer(HubTrainer):
     `checkpoint-N` by one rename. A save that fails for want of space leaves nothing, is logged as an error, and the run goes on.
     """
 
-    _frozen_outputs: FrozenOutputs | FrozenStore
+    _frozen_outputs: FrozenOutputs
     _monitor: Monitor
     _staging: Path | None = None
     _run: dict[str, Any] | None = None

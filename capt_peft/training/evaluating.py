@@ -16,7 +16,6 @@ from ..data.pixels import PixelDataset
 from ..evaluation import outcomes, wilson_interval
 from .arguments import CaptTrainingArguments
 from .checkpoints import CheckpointTrainer
-from .sharding import ready_to_evaluate
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +47,7 @@ class EvaluatingTrainer(CheckpointTrainer):
             args = (*args[:2], False, *args[3:])
         else:
             kwargs["prediction_loss_only"] = False
-        with ready_to_evaluate(self):
-            output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics: dict[str, Any] = output.metrics or {}
         if f"{prefix}_clean_accuracy" in metrics:

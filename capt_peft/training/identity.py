@@ -16,7 +16,6 @@ from ..tuner.fingerprint import base_parameters, tensors_fingerprint
 
 SHOWN_DIFFERENCES = 12
 NOTHING = "nothing"
-WHOLE_FINGERPRINT = "_whole_fingerprint"  # of a model whose layers are sharded: what it was before
 # of an adapter's configuration: where it came from, and what has an entry of its own
 _NOT_SHAPE = {
     "auto_mapping", "base_model_fingerprint", "base_model_name_or_path", "class_names", "inference_mode", "peft_version",
@@ -73,8 +72,6 @@ def describe_schedule(trainer: Any) -> dict[str, Any]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """Returns a hash of the weights that a run starts from: of a model with an adapter, those that are not trained."""
-    if hasattr(model, WHOLE_FINGERPRINT):
-        return str(getattr(model, WHOLE_FINGERPRINT))
     if isinstance(model, PeftModel):
         return tensors_fingerprint((n, p) for n, p in base_parameters(model) if not p.requires_grad)
     return tensors_fingerprint(model.named_parameters())

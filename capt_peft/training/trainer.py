@@ -20,22 +20,14 @@ from ..data.task import Task
 from ..data.transforms import PixelTransform
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
-from ..text_parts import SHARED_ABOVE
 from .arguments import CaptTrainingArguments
 from .batch import Batch, split_batch
 from .compilation import compiled_towers, fill_batch, leave_compiling_to_us
-from .frozen import FrozenOutputs, frozen_outputs
-from .frozen_store import FrozenStore
+from .frozen import FrozenOutputs
 from .guards import GuardedTrainer
 from .memory import sum_of_losses
 from .monitor import Monitor
-from .processes import COUNTED, without_repeats
-from .sharding import (
-    accelerate_shards_nothing,
-    is_sharded,
-    prepare_deepspeed,
-    shard_if_asked,
-)
+from .processes import COUNTED, check_processes, without_repeats
 
 
 class _SetEpoch(TrainerCallback):
@@ -70,8 +62,8 @@ class CaptTrainer(GuardedTrainer):
         kwargs: Further arguments of `transformers.Trainer` (`callbacks`, `optimizers`).
 
     Raises:
-        ValueError: No training images, a teacher with other classes or another image size, or a way of sharding over processes
-            that cannot work.
+        ValueError: No training images, a teacher with other classes or another image size, FSDP or DeepSpeed, or processes that
+            do not know of each other.
     """
 
     args: CaptTrainingArguments
@@ -88,57 +80,38 @@ class CaptTrainer(GuardedTrainer):
         teacher: ZeroShotClassifier | str | None = None,
         **kwargs: Any,
     ) -> None:
+        check_processes(args)
         self.task = task
         # checks the texts before any long work
         self.classifier = ZeroShotClassifier(
             model, processor, task.class_names, task.template, text_chunk_size=args.text_chunk_size
         )
-        shared = task.num_classes > SHARED_ABOVE
-        self._text_parts = self.classifier.text_parts(
-            rank=args.process_index if shared else 0,
-            processes=args.world_size if shared else 1,
-            cut=not args.torch_compile,
-        )
+        self._text_parts = self.classifier.text_parts(cut=not args.torch_compile)
         self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
         self.attack = attack or args.train_attack
         self.teacher = self._load_teacher(teacher)
         transform = PixelTransform(processor, augment=args.augment)
         train = PixelDataset(task["train"], transform, args.seed)
         held_out = task.splits.get("validation", task.splits.get("test"))
-        shard_if_asked(model, args)
-        with accelerate_shards_nothing():
-            super().__init__(
-                model=model,
-                args=args,
-                train_dataset=train,
-                eval_dataset=None if held_out is None else PixelDataset(held_out, self.classifier.transform),
-                compute_metrics=self._metrics,
-                **kwargs,
-            )
-        prepare_deepspeed(model, self.accelerator)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=None if held_out is None else PixelDataset(held_out, self.classifier.transform),
+            compute_metrics=self._metrics,
+            **kwargs,
+        )
         if args.torch_compile:
             leave_compiling_to_us(self.accelerator)
         self.add_callback(_SetEpoch(train))
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
-        self._frozen_outputs = self._where_frozen_outputs_are(len(train))
+        self._frozen_outputs = FrozenOutputs()
         self._frozen_texts: Tensor | None = None
         self._monitor = Monitor(task.num_classes)
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
-
-    def _where_frozen_outputs_are(self, images: int) -> FrozenOutputs | FrozenStore:
-        if not self.objective.needs_frozen:
-            return FrozenOutputs()
-        kind = type(self)._run_frozen.__qualname__
-        width = self._frozen_width
-        return frozen_outputs(self.args, self.classifier, self.teacher, images=images, width=width, kind=kind)
-
-    @property
-    def _frozen_width(self) -> int:
-        """The numbers that `_run_frozen` returns for an image."""
-        return self.task.num_classes
 
     def _load_teacher(self, teacher: ZeroShotClassifier | str | None) -> ZeroShotClassifier | None:
         if teacher is None:
@@ -294,7 +267,7 @@ class CaptTrainer(GuardedTrainer):
     @torch.no_grad()
     def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
         """Returns the frozen model's (B, N) logits on clean images, computed once an image while nothing is augmented."""
-        if self.args.augment or is_sharded(self.classifier.model):  # sharded: every process must run it, or none
+        if self.args.augment:
             return self._run_frozen(pixels)
         return self._frozen_outputs.get(indices, pixels, self._run_frozen)
 

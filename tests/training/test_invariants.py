@@ -1,6 +1,6 @@
 """Settings that change what a run costs, and nothing else: each group follows the losses and gradient norms of one reference.
 
-Two processes belong here too: `test_processes.py` and `test_shared_texts.py` start them.
+Two processes belong here too: `test_processes.py` starts them.
 """
 
 from dataclasses import dataclass
@@ -23,25 +23,20 @@ RUN = {"per_device_train_batch_size": 8, "num_train_epochs": 3, "learning_rate":
 STEPS = 6
 
 
-def steps_of(folder, processor, method="capt", prepare=None, before=None, **arguments):
+def steps_of(folder, processor, method="capt", prepare=None, **arguments):
     """Runs a short training; returns each step's loss and gradient norm, (6, 2).
 
     Args:
-        folder: Where it and its `frozen_cache_dir` may write.
+        folder: Where it may write.
         processor: The processor.
         method: A name of `get_method`.
         prepare: Changes the trainer before it trains.
-        before: Arguments of a run that comes first, and whose results are thrown away.
         arguments: Of `CaptTrainingArguments`, in place of `RUN`.
     """
-    if before is not None:
-        steps_of(folder, processor, method, **{**arguments, **before})
     recipe = get_method(method)
     model = make_model(**recipe.prompts)
     shake(model)
     settings = {**RUN, **recipe.attack, **arguments}
-    if "frozen_cache_dir" in settings:
-        settings["frozen_cache_dir"] = str(folder / settings["frozen_cache_dir"])
     trainer = make_trainer(folder, processor, task=TASK, model=model, **settings)
     trainer.objective = recipe.objective(trainer.args)
     if prepare is not None:
@@ -62,11 +57,6 @@ def differences(steps, reference):
 def never_kept(trainer):
     """The frozen model runs in every step, on every image."""
     trainer._frozen_outputs.get = lambda indices, pixels, compute: compute(pixels)
-
-
-def only_from_disk(trainer):
-    """The frozen model cannot run at all."""
-    trainer._run_frozen = None
 
 
 def padded_to_the_limit(trainer):
@@ -112,16 +102,8 @@ GROUPS = {
             "image_chunk_size": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
         },
     }),
-    # the same numbers, kept elsewhere
-    "frozen logits on disk": Group(EXACT, ("capt",), {"by this run": {"frozen_cache_dir": "frozen"}}),
     # an image's frozen logits are computed in other batches than those that the reference keeps
-    "frozen logits": Group(ROUNDING, ("capt",), {
-        "not kept": {"prepare": never_kept},
-        "on disk, by an earlier run": {
-            "frozen_cache_dir": "frozen", "before": {"per_device_train_batch_size": 5, "seed": 3, "num_train_epochs": 1},
-            "prepare": only_from_disk,
-        },
-    }),
+    "frozen logits": Group(ROUNDING, ("capt",), {"not kept": {"prepare": never_kept}}),
     # matrices of other sizes are multiplied in another order
     "texts": Group(ROUNDING, ("capt", "fap", "adv-tp"), {
         "one by one": {"text_chunk_size": 1},

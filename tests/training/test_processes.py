@@ -1,4 +1,4 @@
-"""Two processes train like one: gradients, uneven batches, a failure that one of them sees, sharded layers, DeepSpeed."""
+"""Two processes train like one: gradients, uneven batches, a failure that one of them sees; what is refused."""
 
 import importlib.util
 import os
@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from capt_peft import CaptTrainingArguments
-from capt_peft.training.sharding import prepare_deepspeed, shard_if_asked
+from capt_peft import CaptTrainer, CaptTrainingArguments
+from capt_peft.training.processes import check_processes
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-SHARDED_CASES = ("capt_coupled_uneven", "capt_accumulated_uneven", "fap_coupled_accumulated")
 
 
 def load_ranks():
@@ -31,10 +30,10 @@ def load_ranks():
 RANKS = load_ranks()
 
 
-def two_processes(folder, *tasks, port, **environment):
+def two_processes(folder, *tasks, port):
     """Runs `ranks.py` in two processes; one that waits forever for the other fails by the time limit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    everything = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, str(FOLDER / "ranks.py"), str(folder), *tasks], env=everything, capture_output=True, text=True,
         check=False, timeout=200,
@@ -54,11 +53,6 @@ def one(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
     return two_processes(tmp_path_factory.mktemp("ddp"), *RANKS.CASES, "stopped", port=29651)
-
-
-@pytest.fixture(scope="module")
-def fsdp2(tmp_path_factory):
-    return two_processes(tmp_path_factory.mktemp("fsdp2"), *SHARDED_CASES, port=29652, **FSDP2)
 
 
 def check_gradients(one, two, case):
@@ -88,15 +82,9 @@ def test_two_processes_have_the_gradients_of_one_with_the_same_global_batch(one,
     check_gradients(one, ddp, case)
 
 
-@pytest.mark.parametrize("case", SHARDED_CASES)
-def test_sharded_frozen_layers_change_no_gradient(one, fsdp2, case):
-    check_gradients(one, fsdp2, case)
-
-
-def test_two_processes_end_at_the_adapter_of_one_sharded_or_not(one, ddp, fsdp2):
-    for two in (ddp, fsdp2):
-        check_adapter(one, two)
-        assert list((two / "out").glob("checkpoint-*"))
+def test_two_processes_end_at_the_adapter_of_one(one, ddp):
+    check_adapter(one, ddp)
+    assert list((ddp / "out").glob("checkpoint-*"))
 
 
 def test_a_nan_on_one_rank_stops_all_with_its_images_named(ddp):
@@ -105,63 +93,39 @@ def test_a_nan_on_one_rank_stops_all_with_its_images_named(ddp):
     assert re.match(r"The loss is nan at step 1 \(images \d+, .* on rank 1 of 2", messages[0])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_deepspeeds_zero_2_ends_at_the_adapter_of_one_process(one, tmp_path):
-    settings = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    check_adapter(one, two_processes(tmp_path, "zero2", port=29653, **settings))
-
-
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-def refusal(tmp_path, monkeypatch, environment, model=None, **arguments):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError) as caught:
-        args = CaptTrainingArguments(str(tmp_path), use_cpu=True, **arguments)
-        shard_if_asked(model or RANKS.make_trainer(tmp_path).model, args)
-    return str(caught.value)
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_arguments_that_would_shard_parameters_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"^{name} is set, but CaptTrainer does not shard .*ddp_gpus.yaml"):
+        CaptTrainingArguments(str(tmp_path), use_cpu=True, **{name: "full_shard"})
 
 
-@pytest.mark.parametrize(
-    ("environment", "arguments", "words"),
-    [
-        ({**FSDP2, "FSDP_VERSION": "1"}, {}, "fsdp_version: 2"),
-        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params: true does not work"),
-        ({**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "fsdp_cpu_ram_efficient_loading: true"),
-        (FSDP2, {"torch_compile": True}, "torch_compile does not work with sharded layers"),
-        (FSDP2, {"image_chunk_size": 2}, "image_chunk_size does not work with sharded layers"),
-        ({}, {"fsdp": "full_shard"}, "examples/accelerate/fsdp2.yaml"),
-    ],
-)
-def test_ways_of_sharding_that_cannot_work_are_refused(tmp_path, monkeypatch, clip, environment, arguments, words):
-    assert words in refusal(tmp_path, monkeypatch, environment, model=clip.requires_grad_(False), **arguments)
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+def test_a_launcher_that_would_shard_parameters_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=f"^{name} is set"):
+        CaptTrainingArguments(str(tmp_path), use_cpu=True)
 
 
-def test_sharding_refuses_layers_that_are_tuned(tmp_path, monkeypatch, clip):
-    assert "encoder layers of this model are tuned" in refusal(tmp_path, monkeypatch, FSDP2, model=clip)
+@pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugins"])
+def test_an_accelerator_that_would_shard_parameters_is_refused_before_any_work(tmp_path, monkeypatch, plugin):
+    args = CaptTrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setitem(AcceleratorState._shared_state, plugin, SimpleNamespace())
+    with pytest.raises(ValueError, match=f"^Accelerate's {plugin} is set"):
+        CaptTrainer(None, args, task=None, processor=None)
 
 
-def test_processes_that_would_train_apart_are_refused(clip):
+def test_processes_that_would_train_apart_are_refused(monkeypatch):
     """torchrun on a CPU without use_cpu: Accelerate lets each process think that it is alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="2 processes were launched, but each would train for itself"):
-            shard_if_asked(clip, SimpleNamespace(world_size=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, but each would train for itself"):
+        check_processes(SimpleNamespace(world_size=1))
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision", "words"),
-    [(3, "no", "ZeRO-3 shards all parameters"), (2, "bf16", "mixed_precision=bf16: DeepSpeed casts the model")],
-)
-def test_deepspeed_is_refused_where_it_cannot_work(clip, stage, precision, words):
-    plugin = SimpleNamespace(zero_stage=stage)
-    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), mixed_precision=precision)
-    with pytest.raises(ValueError, match=words):
-        prepare_deepspeed(clip, accelerator)
-
-
-def test_deepspeed_on_a_cpu_is_refused_rather_than_left_out(clip, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="leave it out without a word"):
-        prepare_deepspeed(clip, SimpleNamespace(state=SimpleNamespace()))
+def test_one_process_uses_one_gpu_rather_than_splitting_the_class_texts_over_all(caplog):
+    args = SimpleNamespace(world_size=1, n_gpu=2, _n_gpu=2)
+    check_processes(args)
+    assert args._n_gpu == 1
+    assert "One process uses one GPU, the first of 2" in caplog.text
