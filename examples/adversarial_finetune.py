@@ -34,10 +34,10 @@ from capt_peft import (
     load_task,
 )
 from capt_peft.data.task import task_features
-from capt_peft.data.toy import FACTS, Facts, draw
 from capt_peft.files import write_json, written_whole
 from capt_peft.finetune import FareTrainer, train_image_tower_alone
 from capt_peft.runs import count_parameters, results_table
+from capt_peft.toy.images import FACTS, Facts, draw
 from capt_peft.versions import describe_machine, versions
 
 OBJECTIVES, DTYPES = ("tecoa", "fare"), ("float32", "float16", "bfloat16")

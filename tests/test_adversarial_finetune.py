@@ -16,8 +16,8 @@ from transformers import CLIPModel
 
 from capt_peft import AdversarialCrossEntropy, CaptTrainer, CaptTrainingArguments, ZeroShotClassifier, load_task
 from capt_peft.attacks import parse_attack
-from capt_peft.data.toy import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.finetune import FareTrainer, embed, squared_distance, train_image_tower_alone
+from capt_peft.toy.images import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.training.batch import split_batch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

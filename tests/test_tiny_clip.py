@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from capt_peft.classifier import ZeroShotClassifier
-from capt_peft.data.toy_tasks import load_digits_task, load_toy_task
+from capt_peft.toy.tasks import load_digits_task, load_toy_task
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY_CLIP = EXAMPLES / "tiny_clip"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.catalog import CATALOG
-from ..data.toy_tasks import SHIFTS, TOY_TASKS
+from ..toy.tasks import SHIFTS, TOY_TASKS
 
 
 @dataclass(frozen=True)

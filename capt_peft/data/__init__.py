@@ -1,6 +1,6 @@
 """What is classified: tasks, their images and pixels, and which of them are trained on."""
 
-from .catalog import CATALOG, entry
+from .catalog import CATALOG
 from .images import load_image
 from .loading import list_tasks, load_task
 from .published import Entry
@@ -13,7 +13,6 @@ __all__ = [
     "Entry",
     "PixelTransform",
     "Task",
-    "entry",
     "list_tasks",
     "load_image",
     "load_task",

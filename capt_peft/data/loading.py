@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 
+from ..toy.tasks import load_procedural_task, procedural_tasks
 from .catalog import CATALOG, recognize
 from .columns import check_number, label_splits, with_labels
 from .images import check_image
@@ -20,7 +21,6 @@ from .published import Entry, to_catalog
 from .sampling import sample_shots, stratified_split
 from .sources import SPLIT_NAMES, open_hub, open_local, split_of
 from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values, encoded_images
-from .toy_tasks import load_procedural_task, procedural_tasks
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from capt_peft.data import CATALOG, Entry, entry, list_tasks, load_task
-from capt_peft.data.catalog import recognize, subset_of
+from capt_peft.data import CATALOG, Entry, list_tasks, load_task
+from capt_peft.data.catalog import recognize
 from capt_peft.data.published import read_classes
 from capt_peft.data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 
@@ -100,21 +100,6 @@ def test_no_class_goes_by_a_name_of_another(classes):
     assert len(set(said)) == len(said) or classes == "objectnet"
 
 
-@pytest.mark.parametrize(("name", "first", "last"), [("imagenet_a", 6, 988), ("imagenet_r", 1, 988)])
-def test_a_part_of_imagenet_knows_its_labels_in_it(name, first, last):
-    item = entry(name)
-    labels = subset_of(item)
-    assert len(labels) == 200 and labels == tuple(sorted(set(labels))) and (labels[0], labels[-1]) == (first, last)
-    assert set(read_classes(item.classes)) <= set(read_classes("imagenet"))
-
-
-def test_shifts_with_the_classes_of_imagenet_have_all_of_them_and_objectnet_has_its_own():
-    assert subset_of(entry("imagenet_sketch")) == subset_of(entry("imagenet_v2")) == tuple(range(1000))
-    for name in ("objectnet", "dtd"):
-        with pytest.raises(ValueError, match="no shift whose classes"):
-            subset_of(entry(name))
-
-
 def test_the_classes_of_imagenet_stand_in_the_order_of_their_wordnet_ids():
     for name in ("imagenet", "imagenet_a", "imagenet_r"):
         wnids = [row[1] for row in read_classes(name)]
@@ -129,11 +114,6 @@ def test_shifts_have_a_test_split_alone():
 
 def test_the_catalog_is_listed_after_the_tasks_that_need_no_files():
     assert list_tasks()[0] == "digits" and list_tasks()[-len(CATALOG) :] == list(CATALOG)
-
-
-def test_an_unknown_entry_says_what_there_is():
-    with pytest.raises(KeyError, match=r"'pets' is not in the catalog. Names: imagenet, "):
-        entry("pets")
 
 
 # The Hub's copies
@@ -156,7 +136,7 @@ def test_the_hubs_copy_is_loaded_with_the_classes_and_the_template_of_the_catalo
 
 
 def test_settings_come_before_those_of_the_catalog(monkeypatch):
-    item = entry("oxford_pets")
+    item = CATALOG["oxford_pets"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: like_the_hub(item))
     task = load_task("oxford_pets", template="{}!", revision="v1")
     assert task.texts[0] == "abyssinian!" and task.source == "timm/oxford-iiit-pet@v1"
@@ -165,13 +145,13 @@ def test_settings_come_before_those_of_the_catalog(monkeypatch):
 
 
 def test_class_names_that_are_given_stay_in_the_order_of_the_data(monkeypatch):
-    item = entry("eurosat")
+    item = CATALOG["eurosat"]
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: like_the_hub(item))
     assert load_task("eurosat", class_names=list("abcdefghij")).class_names == tuple("abcdefghij")
 
 
 def test_the_two_classes_that_coop_leaves_out_are_left_out(monkeypatch):
-    item = entry("caltech101")
+    item = CATALOG["caltech101"]
     names = ["BACKGROUND_Google", "Faces_easy", *(row[-1] for row in read_classes("caltech101"))]
     split = copy_of(item, [0, 1, 2, 101] * 5, ClassLabel(names=names), [9, 9, 0, 99] * 5)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: DatasetDict(train=split, test=split))
@@ -181,7 +161,7 @@ def test_the_two_classes_that_coop_leaves_out_are_left_out(monkeypatch):
 
 
 def test_the_long_names_of_imagenet_are_taken_by_their_place(monkeypatch):
-    item = entry("imagenet")
+    item = CATALOG["imagenet"]
     names = [f"{row[0]}, {row[1]} and more" for row in read_classes("imagenet")]
     split = copy_of(item, [0, 134, 999] * 5, ClassLabel(names=names), [0, 134, 999] * 5)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: DatasetDict(train=split, test=split))
@@ -189,7 +169,7 @@ def test_the_long_names_of_imagenet_are_taken_by_their_place(monkeypatch):
 
 
 def test_names_that_the_catalog_does_not_know_are_kept_with_a_warning(monkeypatch, caplog):
-    item = entry("dtd")
+    item = CATALOG["dtd"]
     split = copy_of(item, [0, 1] * 5, ClassLabel(names=["banded", "brand_new"]), [0, 1] * 5)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: DatasetDict(train=split, test=split))
     task = load_task("dtd")
@@ -254,7 +234,7 @@ def write_folders(root, names):
 
 @pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_v2"])
 def test_the_folders_of_a_shift_are_its_test_split(name, tmp_path):
-    item = entry(name)
+    item = CATALOG[name]
     folder = tmp_path / item.coop_folder
     labels = (2, 10, item.num_classes - 1)
     called = {label: str(label) if name == "imagenet_v2" else read_classes(item.classes)[label][1] for label in labels}
@@ -267,7 +247,7 @@ def test_the_folders_of_a_shift_are_its_test_split(name, tmp_path):
 
 
 def test_the_validation_images_of_an_imagenet_folder_are_its_test_split(tmp_path):
-    item = entry("imagenet")
+    item = CATALOG["imagenet"]
     for split in ("train", "val"):
         write_folders(tmp_path / "imagenet" / "images" / split, {0: "n01440764", 1: "n01443537"})
     task = load_task("imagenet", root=tmp_path)
@@ -276,7 +256,7 @@ def test_the_validation_images_of_an_imagenet_folder_are_its_test_split(tmp_path
 
 
 def test_a_parquet_copy_with_other_columns_and_splits_is_loaded_too(tmp_path):
-    item = entry("cifar100")
+    item = CATALOG["cifar100"]
     feature = ClassLabel(names=["whale", "cra", "apple"])
     for split in ("train", "val", "test"):
         Dataset.from_dict(
@@ -321,7 +301,7 @@ def test_the_names_are_those_of_coops_split_file(item):
 def test_real_images_are_loaded_with_the_catalogs_names(name, found):
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is not there")
-    item = entry(name)
+    item = CATALOG[name]
     task = load_task(name, root=SHARED / name)
     assert task.class_names == item.class_names[:found] and task.template == item.template
     assert np.unique(task.labels("test")).tolist() == list(range(found))

@@ -3,7 +3,7 @@
 An image is drawn from its facts, such as `{"shape": "star", "color": "red", "size": "large"}`, and a caption states
 some of them. `draw` makes what `examples/pretrain_tiny_clip.py` trains on. Some pairs of facts it never puts into one image:
 those where the positions of the two values in `FACTS` add up to a multiple of five, a fifth of all pairs. The tasks of
-`toy_tasks` are made of these.
+`tasks` are made of these.
 """
 
 from __future__ import annotations

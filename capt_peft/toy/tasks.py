@@ -1,8 +1,8 @@
 """The classification tasks that need no download: the toy suite, which mirrors the paper's 14 data sets.
 
 Eleven are in distribution. `digits` is real: scikit-learn's 1,797 scans of handwritten digits, which no drawing has seen. The
-others ask for one fact of the images of `toy`, in images drawn from random streams of their own and with pairs of facts that
-`toy.draw`, and so the pre-training of tiny CLIP, never puts into one image. Three are distribution shifts of `shapes`.
+others ask for one fact of the images of `images`, in images drawn from random streams of their own and with pairs of facts that
+`images.draw`, and so the pre-training of tiny CLIP, never puts into one image. Three are distribution shifts of `shapes`.
 
 ================  =====================================  =====================================================
 task              classes                                held-out pairs (every image of the task has one)
@@ -34,9 +34,9 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageFilter, ImageOps
 
+from ..data.task import Task, task_features
 from .glyphs import DIGITS
-from .task import Task, task_features
-from .toy import FACTS, draw_facts, is_held_out, sample_facts
+from .images import FACTS, draw_facts, is_held_out, sample_facts
 
 Render = Callable[[Image.Image, np.random.Generator], Image.Image]
 

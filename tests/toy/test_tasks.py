@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from capt_peft import list_tasks, load_task
-from capt_peft.data import toy, toy_tasks
-from capt_peft.data.glyphs import DIGITS, FONTS, LETTERS, STROKES, glyph_mask, hand_strokes, parse_strokes
+from capt_peft.toy import images as toy
+from capt_peft.toy import tasks as toy_tasks
+from capt_peft.toy.glyphs import DIGITS, FONTS, LETTERS, STROKES, glyph_mask, hand_strokes, parse_strokes
 
 SMALL = {"train_per_class": 2, "validation_per_class": 1, "test_per_class": 1}
 

@@ -1,0 +1,1 @@
+"""What needs no download: procedural images, the tasks made of them, and the handwritten digits."""
