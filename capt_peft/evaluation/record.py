@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..attacks import ThreatModel
 from ..files import write_json, written_whole
+from ..markup import escape
 from .accuracy import Accuracy
 from .signs import Sign
 
@@ -125,7 +126,7 @@ class Evaluation:
         lines.append(f"| clean | | | {_percent(self.clean)} |")
         for outcome in self.attacks:
             kind = outcome.kind if outcome.kind == ROBUST else "under a transferred attack"
-            lines.append(f"| {kind} | {outcome.threat_model} | {outcome.name} | {_percent(outcome.accuracy)} |")
+            lines.append(f"| {kind} | {outcome.threat_model} | {escape(outcome.name)} | {_percent(outcome.accuracy)} |")
         for threat, accuracy in self.worst_case.items():
             if sum(o.kind == ROBUST and o.threat_model == threat for o in self.attacks) > 1:
                 lines.append(f"| **robust** | {threat} | worst case | **{_percent(accuracy)}** |")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..markup import Markdown, escape, table_row
 from .statistics import Summary
 
 PREAMBLE = "% needs \\usepackage{booktabs,adjustbox}"
@@ -43,9 +44,10 @@ class Table:
         """Returns the table as Markdown."""
         groups = [f"{name}, " for name, width in self.groups for _ in range(width)] or [""] * len(self.columns)
         header = ["", *(f"{group}{column}" for group, column in zip(groups, self.columns, strict=True))]
-        lines = [f"### {self.title}", "", _markdown_row(header), "|" + "---|" * len(header)]
+        lines = [f"### {escape(self.title)}", "", table_row(header), "|" + "---|" * len(header)]
         for label, entries in self.rows:
-            lines.append(_markdown_row([label, *(_text(entry, "**", "**") for entry in entries)]))
+            cells = [_text([(escape(t), b) for t, b in entry], "**", "**") for entry in entries]
+            lines.append(table_row([label, *map(Markdown, cells)]))
         return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
 
     def latex(self) -> str:
@@ -117,10 +119,6 @@ def _number(summary: Summary | None) -> str:
 
 def _text(entry: Sequence[Part], start: str, end: str) -> str:
     return " / ".join(f"{start}{text}{end}" if bold else text for text, bold in entry) or MISSING
-
-
-def _markdown_row(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
 def _latex_row(texts: Sequence[str]) -> str:
