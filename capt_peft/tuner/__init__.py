@@ -2,9 +2,10 @@
 
 from .config import CaptConfig
 from .layer import PromptLayer
-from .model import CaptModel, adapters_off
+from .model import CaptModel
 from .registration import register
+from .switching import adapters_in_use, adapters_off
 
-__all__ = ["CaptConfig", "CaptModel", "PromptLayer", "adapters_off"]
+__all__ = ["CaptConfig", "CaptModel", "PromptLayer", "adapters_in_use", "adapters_off"]
 
 register(CaptConfig, CaptModel)

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import nn
+
+from .switching import base_modules
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -26,16 +26,12 @@ _PROVENANCE = {
 
 def base_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     """Yields the parameters of the base model by their original names, whatever adapters PEFT has put into it."""
-    wrappers = {
-        f"{name}." if name else "": ("base_layer." if isinstance(module, BaseTunerLayer) else "original_module.")
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-    }
-    for name, parameter in model.named_parameters():
-        inside = [(path, kept) for path, kept in wrappers.items() if name.startswith(path)]
-        if all(name[len(path) :].startswith(kept) for path, kept in inside):
-            name = name.removeprefix(PEFT_PREFIX)
-            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+    seen: set[int] = set()
+    for name, module in base_modules(model):
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:  # weights that two modules share count once, as in `named_parameters`
+                seen.add(id(parameter))
+                yield f"{name}.{key}" if name else key, parameter
 
 
 def base_fingerprint(model: nn.Module) -> str | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from .initial import template_ids, text_start
 from .layer import PromptLayer
 from .loading import check_adapter_tensors, check_saved_modules, check_size
 from .sites import Site, check_supported, find_sites, find_towers
+from .switching import adapted_modules, switched_off
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,10 @@ class CaptModel(BaseTuner):
     prefix: str = "capt_"
     tuner_layer_cls = PromptLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (declared so by BaseTuner)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in adapted_modules(self.model):
+            module._disable_adapters = not enabled  # PEFT's version makes `modules_to_save` trainable, whatever they were
 
     # --------------------------------------------------------------------------------------------------- injection
 
@@ -69,7 +73,7 @@ class CaptModel(BaseTuner):
             return  # the values come from a file, or there are none
         if next(model.parameters()).device.type != "meta":
             peft_config.template_token_ids = template_ids(peft_config, model)
-            with adapters_off(model):
+            with switched_off(adapted_modules(model)):
                 self._start = text_start(peft_config, model, towers["text"])
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
@@ -231,17 +235,3 @@ def _end_token(model: nn.Module) -> int | str | None:
     # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
     legacy = text_config.eos_token_id == 2 and text_config.model_type.startswith("clip")
     return "highest" if legacy else int(text_config.eos_token_id)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within it, no prompts are written: the model is its base model. `requires_grad` stays as it is."""
-    layers = [module for module in model.modules() if isinstance(module, PromptLayer)]
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.enable_adapters(not disabled)
