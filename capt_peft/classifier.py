@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,8 +24,9 @@ class ZeroShotClassifier(nn.Module):
     """A CLIP and the texts of N classes: the callable that attacks attack, `pixels in [0, 1] -> logits`.
 
     Normalisation is inside, so that an adversary moves pixels as the model sees them. The texts are padded to the longest of
-    them only, which changes nothing but the cost. In eval mode the text features are computed once, and again when a
-    parameter or the active adapter changes.
+    them only, which changes nothing but the cost. Every call runs them, so that it is right whatever has changed since the
+    last: weights written by any means, another adapter, another precision. A loop over one model that stays as it is takes
+    `with_fixed_texts`, which runs them once.
 
     Args:
         model: A CLIPModel, with or without adapters (`PeftModel` too).
@@ -76,7 +77,6 @@ class ZeroShotClassifier(nn.Module):
         self.to(next(model.parameters()).device)
         self.text_chunk_size = text_chunk_size
         self._parts = self.text_parts()
-        self._cache: tuple[Any, Tensor] | None = None
         self.train(model.training)
 
     @classmethod
@@ -130,16 +130,24 @@ class ZeroShotClassifier(nn.Module):
         check_classes_known(self.model, self.class_names)
         return {name: getattr(self, name).to(self.device) for name in TEXT_INPUTS if hasattr(self, name)}
 
+    def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
+        """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
+
+        It is right as long as the model stays as it is: after a step of an optimiser, another adapter or `frozen()`, make another.
+
+        Returns:
+            A function from (B, 3, H, W) pixels in [0, 1] to (B, N) float32 logits, with gradient to the pixels.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be part of an attack's graph
+            texts = self.encode_texts()
+        return lambda pixels: self.logits(self.image_features(pixels), texts)
+
     def text_features(self) -> Tensor:
-        """Returns the (N, D) normalised text features: cached and without gradient in eval mode, fresh while training."""
+        """Returns the (N, D) normalised text features, without gradient in eval mode."""
         if self.training:
             return self.encode_texts()
-        key = self._state()
-        if self._cache is None or self._cache[0] != key:
-            # not inference_mode, whose tensors could not be part of an attack's graph
-            with torch.inference_mode(False), torch.no_grad():
-                self._cache = (key, self.encode_texts())
-        return self._cache[1]
+        with torch.inference_mode(False), torch.no_grad():
+            return self.encode_texts()
 
     def encode_texts(self) -> Tensor:
         """Runs the text tower on the N texts: (N, D) normalised features, with gradient if the caller wants one."""
@@ -268,12 +276,6 @@ class ZeroShotClassifier(nn.Module):
     def _parameter(self) -> Tensor:
         parameter: Tensor = next(self.model.parameters())
         return parameter
-
-    def _state(self) -> Any:
-        """What the text features depend on: the parameters' versions and the adapters in use."""
-        versions = [(id(p), p.device, p.dtype, 0 if p.is_inference() else p._version) for p in self.model.parameters()]
-        layers = (m for m in self.model.modules() if isinstance(m, PromptLayer))
-        return versions, [(layer.disable_adapters, tuple(layer.active_adapters)) for layer in layers]
 
 
 def pooled(output: Any) -> Tensor:

@@ -104,11 +104,13 @@ def test_off_is_the_base_model_and_leaves_the_adapter_as_it_was(name, tmp_path, 
     ways = {
         "frozen": classifier.frozen,
         "adapters_off": lambda: adapters_off(model),
-        "in PEFT's own": lambda: nested(switched_off_by_its_library(model), adapters_off(model)),
-        "around PEFT's own": lambda: nested(adapters_off(model), model.disable_adapter())
-        if isinstance(model, PeftModel)
-        else adapters_off(model),
         "twice": lambda: nested(adapters_off(model), classifier.frozen()),
+        "in PEFT's own": lambda: nested(switched_off_by_its_library(model), adapters_off(model)),
+        "around PEFT's own": lambda: (
+            nested(adapters_off(model), model.disable_adapter())
+            if isinstance(model, PeftModel)
+            else adapters_off(model)
+        ),
     }
     for way, off in ways.items():
         in_use = adapters_in_use(model)
