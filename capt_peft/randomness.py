@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 STREAMS = {"attack": 0, "augmentation": 1, "evaluation": 2}
+_MODEL = 3  # what random models draw
 
 
 def example_generator(seed: int, index: int, *, epoch: int = 0, stream: str = "attack") -> torch.Generator:
@@ -28,3 +31,29 @@ def example_generators(
 ) -> list[torch.Generator]:
     """Returns one `example_generator` an index, in their order."""
     return [example_generator(seed, int(index), epoch=epoch, stream=stream) for index in indices]
+
+
+@contextmanager
+def own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, the global random numbers follow from a seed; afterwards they go on as if nothing had been drawn.
+
+    Args:
+        seed: A seed of 0 or more, of PyTorch, NumPy and Python alike.
+        device: The device whose numbers are meant beside those of the CPU.
+    """
+    own = int(np.random.SeedSequence([seed, _MODEL]).generate_state(1)[0])
+    states = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            random.seed(own)
+            np.random.seed(own)
+            torch.default_generator.manual_seed(own)
+            for each in devices:
+                torch.cuda.default_generators[
+                    torch.cuda.current_device() if each.index is None else each.index
+                ].manual_seed(own)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

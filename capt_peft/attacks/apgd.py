@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base import Attempt, Found, SearchAttack, few_targets
 from .checks import check_counts, check_threat_model
-from .losses import check_logits, cross_entropy, dlr, margin, pixel_gradient, targeted_dlr, targeted_margin
+from .losses import cross_entropy, dlr, margin, pixel_gradient, targeted_dlr, targeted_margin
 from .noise import Generators
 from .threat import LogitsFn, ThreatModel, wide_dtype
 
@@ -155,7 +155,7 @@ class APGD(SearchAttack):
         """Return logits, losses and gradient at the current points; after the last step no gradient is needed."""
         climbed: Loss = lambda logits: loss(logits, *state.arguments)  # noqa: E731
         if last:
-            logits = check_logits(logits_fn(state.x.clone()), len(state.x)).detach()
+            logits = logits_fn(state.x)
             return logits, climbed(logits.to(wide_dtype(logits.device))), torch.zeros_like(state.x)
         logits, losses, gradient = pixel_gradient(logits_fn, state.x, climbed)
         if self.eot > 1:

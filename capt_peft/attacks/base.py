@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .losses import check_logits
+from .guard import check_logits, undisturbed
 from .noise import Generators, Seeds, resolve_generator, select_generators
 from .threat import LogitsFn, ThreatModel, check_label_range
 
@@ -168,7 +168,11 @@ class SearchAttack(Attack):
         self.threat_model.check(images, labels)
         generator = resolve_generator(generator, len(images))
         # Tensors made in inference mode carry no gradients: work outside it, on copies.
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            undisturbed(logits_fn, generator, images.device) as logits_fn,
+        ):
             images, labels, clean = prepare(logits_fn, images, labels, clean_logits)
             best, lead = images.clone(), label_lead(clean, labels)  # (B, 3, H, W), (B,)
             zero_share = images.new_full(labels.shape, torch.nan)
@@ -181,7 +185,7 @@ class SearchAttack(Attack):
                     report(self.name, len(rows), len(rows))
                 generators = select_generators(generator, rows)
                 found = attempt(logits_fn, images[rows], labels[rows], clean[rows], generators)
-                logits = check_logits(logits_fn(found.images.clone()), len(rows)).detach()
+                logits = logits_fn(found.images)
                 check_width(clean, logits)
                 gap = label_lead(logits, labels[rows]).to(lead.dtype)
                 wrong = logits.argmax(1) != labels[rows]
@@ -200,8 +204,7 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return copies of images and labels to work on, and the checked clean logits (B, N)."""
     images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
-    clean = logits_fn(images.clone()) if clean_logits is None else clean_logits.clone()
-    clean = check_logits(clean, len(images)).detach()
+    clean = logits_fn(images) if clean_logits is None else check_logits(clean_logits, len(images)).detach().clone()
     check_label_range(labels, clean.shape[1])
     return images, labels, clean
 

@@ -12,7 +12,7 @@ from .apgd import APGD
 from .base import Attack, AttackResult, Part, Report, SearchAttack, prepare
 from .checks import check_threat_model
 from .fab import FAB
-from .losses import check_logits
+from .guard import undisturbed
 from .noise import Seeds, resolve_generator, select_generators
 from .square import Square
 from .threat import LogitsFn, ThreatModel
@@ -102,7 +102,11 @@ class AutoAttack(Attack):
         """
         self.threat_model.check(images, labels)
         generator = resolve_generator(generator, len(images))
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            undisturbed(logits_fn, generator, images.device) as logits_fn,
+        ):
             images, labels, clean = prepare(logits_fn, images, labels, clean_logits)
             result = AttackResult(images.clone(), images.new_full(labels.shape, torch.nan))
             standing = clean.argmax(1) == labels
@@ -140,7 +144,7 @@ class AutoAttack(Attack):
             result.images[rows] = found.images
             first = result.zero_gradient_share[rows].isnan()
             result.zero_gradient_share[rows[first]] = found.zero_gradient_share[first]
-            answers = check_logits(logits_fn(found.images.clone()), len(rows)).argmax(1)
+            answers = logits_fn(found.images).argmax(1)
             broken[rows] = answers != labels[rows]
         parts = (*result.parts, Part(part.name, len(rows), broken))
         return replace(result, parts=parts, notes=notes), standing & ~broken

@@ -13,7 +13,6 @@ from torch import Tensor
 from .apgd import target_classes
 from .base import Attempt, Found, SearchAttack, few_targets
 from .checks import check_counts, check_threat_model
-from .losses import check_logits
 from .noise import Generators, draw
 from .threat import LogitsFn, ThreatModel, wide_dtype
 
@@ -98,7 +97,7 @@ class FAB(SearchAttack):
             if step == 0:
                 zero_share = (normal == 0).to(images.dtype).mean(dim=(1, 2, 3))
             x = self._move(x, images[rows], gap, normal)
-            wrong = check_logits(logits_fn(x.clone()), len(x)).detach().argmax(1) != here
+            wrong = logits_fn(x).argmax(1) != here
             norm = threat.norm_of(x - images[rows])
             nearer = wrong & (norm < best_norm[rows])
             best[rows[nearer]], best_norm[rows[nearer]] = x[nearer], norm[nearer]
@@ -125,7 +124,7 @@ class FAB(SearchAttack):
         """Return `z_j - z_y` (A,) and its gradient at the pixels for the target class j, or for the nearest boundary (Eq. 7)."""
         with torch.enable_grad():
             pixels = x.detach().requires_grad_()
-            logits = check_logits(logits_fn(pixels), len(x))
+            logits = logits_fn(pixels)
             others = _other_classes(labels, logits.shape[1]) if targets is None else targets[:, None]  # (A, K)
             gaps = logits.gather(1, others) - logits.gather(1, labels[:, None])
             nearest, gap, normal = torch.full_like(gaps[:, 0], torch.inf), gaps[:, 0].detach(), torch.zeros_like(x)
@@ -161,8 +160,7 @@ class FAB(SearchAttack):
         right, wrong = images[outside], best[outside]
         for _ in range(_FINAL_SEARCH):
             middle = (right + wrong) / 2
-            logits = check_logits(logits_fn(middle.clone()), len(middle)).detach()
-            fooled = (logits.argmax(1) != labels[outside])[:, None, None, None]
+            fooled = (logits_fn(middle).argmax(1) != labels[outside])[:, None, None, None]
             right, wrong = torch.where(fooled, right, middle), torch.where(fooled, middle, wrong)
         best = best.clone()
         best[outside] = wrong

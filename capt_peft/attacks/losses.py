@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .guard import guarded
 from .threat import LogitsFn, wide_dtype
 
 _TINY = 1e-12  # keeps ratios of equal logits finite
@@ -85,26 +86,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def check_logits(logits: Tensor, batch: int) -> Tensor:
-    """Refuse logits that are not (`batch`, N) finite floats with N >= 2; return them.
-
-    Raises:
-        TypeError: not a floating tensor.
-        ValueError: wrong shape, or values that are not finite.
-    """
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"the model returned {kind}: logits must be a floating tensor ({batch}, N)")
-    if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
-        raise ValueError(
-            f"the model returned shape {tuple(logits.shape)} for {batch} images: logits must be ({batch}, N) "
-            "with N >= 2 classes"
-        )
-    if not logits.isfinite().all():
-        raise ValueError("the model returned logits that are not finite: check its weights and its precision")
-    return logits
-
-
 def pixel_gradient(
     logits_fn: LogitsFn, images: Tensor, loss: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,13 +108,13 @@ def pixel_gradient(
     """
     with torch.enable_grad():
         pixels = images.detach().requires_grad_()
-        logits = check_logits(logits_fn(pixels), len(images))
+        logits = guarded(logits_fn)(pixels)
         leaf = logits.detach().to(wide_dtype(logits.device)).requires_grad_()
         losses = loss(leaf)
         (slope,) = torch.autograd.grad(losses.sum(), leaf)  # (B, N)
     slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
     gradient = None
-    if logits.grad_fn is not None:  # not requires_grad: a view taken under no_grad claims it and has no history
+    if logits.grad_fn is not None:
         (gradient,) = torch.autograd.grad(logits, pixels, slope.to(logits.dtype), allow_unused=True)
     if gradient is None:
         raise ValueError(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .base import Attack, AttackResult, Report
 from .checks import check_counts, check_threat_model
-from .losses import LOSSES, check_logits, pixel_gradient
+from .guard import check_logits, undisturbed
+from .losses import LOSSES, pixel_gradient
 from .noise import Generators, Seeds, resolve_generator, select_generators
 from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wide_dtype
 
@@ -28,9 +29,9 @@ class PGD(Attack):
     that `2 * epsilon / steps`, enough to cross the ball (`2/3 epsilon` at 3 steps as APT trains, `epsilon` at 2 steps
     as FAP); at one step `1.25 * epsilon` from a random start (Wong et al.) and `epsilon` from the image itself.
 
-    A call changes no parameter, no `.grad`, no mode and no global random state (a model with dropout in train mode
-    draws from the global state itself). It costs `steps` forwards and backwards, for "kl" one forward more unless
-    `clean_logits` are given, and with several restarts one forward more for each.
+    A call changes no parameter, no `.grad`, no mode, no buffer of the model's modules and no global random state. It
+    costs `steps` forwards and backwards, for "kl" one forward more unless `clean_logits` are given, and with several
+    restarts one forward more for each.
 
     Args:
         threat_model: the ball to stay in.
@@ -155,15 +156,18 @@ class PGD(Attack):
         threat.check(images, labels)
         generator = resolve_generator(generator, len(images))
         # Tensors made in inference mode carry no gradients: work outside it, on a copy of the labels.
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            undisturbed(logits_fn, generator, images.device) as logits_fn,
+        ):
             images, labels = images.detach(), labels.to(images.device, copy=True)
             if threat.epsilon == 0:
                 return AttackResult(threat.project(images, images), images.new_full(labels.shape, torch.nan))
             reference = labels
             if self.loss == "kl":
-                # A clone, because a model may write to its input; with gradients on, torch itself refuses that.
-                clean = logits_fn(images.clone()) if clean_logits is None else clean_logits
-                reference = check_logits(clean, len(images)).to(images.device)  # (B, N)
+                clean = logits_fn(images) if clean_logits is None else check_logits(clean_logits, len(images)).clone()
+                reference = clean.to(images.device)  # (B, N)
             result = self._ascend(logits_fn, images, labels, reference, generator)
             if self.restarts == 1:
                 return result
@@ -199,7 +203,7 @@ class PGD(Attack):
         self, logits_fn: LogitsFn, adversarial: Tensor, labels: Tensor, reference: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return whether each image reached its goal (B,) bool, and its loss (B,)."""
-        logits = check_logits(logits_fn(adversarial.clone()), len(adversarial)).detach()
+        logits = logits_fn(adversarial)
         losses = self._losses(logits.to(wide_dtype(logits.device)), labels, reference)
         return (logits.argmax(1) == labels) == self.targeted, losses
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .base import Attempt, Found, SearchAttack, label_lead
 from .checks import check_counts, check_threat_model
-from .losses import check_logits
 from .noise import Generators, draw
 from .threat import LogitsFn, ThreatModel
 
@@ -89,7 +88,7 @@ class Square(SearchAttack):
                     numbers = draw(torch.rand, (len(images), _BLOCK, 5 + images.shape[1]), generators).to(images.device)
                 propose = self._new_square if linf else self._new_pair
                 points = propose(best[rows], images[rows], numbers[rows, place], query)
-            logits = check_logits(logits_fn(points.clone()), len(points)).detach()
+            logits = logits_fn(points)
             gap = label_lead(logits, labels[rows]).to(lead.dtype)
             wrong = logits.argmax(1) != labels[rows]
             better = wrong | (gap < lead[rows])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn, ThreatModel
-from ..attacks.losses import check_logits
+from ..attacks.guard import check_logits
 from ..files import written_whole
 from ..versions import describe_machine, versions
 from .examples import Examples, warn_of_units

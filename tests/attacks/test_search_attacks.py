@@ -229,24 +229,6 @@ def test_nothing_of_the_caller_is_disturbed(
 
 
 @every_attack
-def test_models_that_write_to_what_they_get_do_not_reach_the_caller(
-    make: Callable[[ThreatModel], Attack], batch: tuple[Tensor, Tensor]
-) -> None:
-    images, before = batch[0], batch[0].clone()
-
-    def in_place(x: Tensor) -> Tensor:
-        return x.sub_(0.5).flatten(1)[:, :CLASSES]
-
-    labels, attack = in_place(images.clone()).argmax(1), make(epsilon_for("linf", 64))
-    if attack.name.startswith("square"):
-        assert accuracy(lambda x: in_place(x.clone()), attack(in_place, images, labels), labels) < 1
-    else:
-        with pytest.raises(RuntimeError, match="in-place"):
-            attack(in_place, images, labels)
-    assert torch.equal(images, before)
-
-
-@every_attack
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_callers_without_gradients_get_the_same_result(
     model: nn.Module, make: Callable[[ThreatModel], Attack], guard: Callable[[], torch.no_grad]
