@@ -10,7 +10,8 @@ from torch import nn
 
 from .attacks.threat import ThreatModel
 from .card import EVALUATION, RESULTS, model_card
-from .files import write_json, write_text, written_whole
+from .files import write_json, write_text
+from .outputs import save_somewhere
 from .versions import describe_machine, versions
 
 if TYPE_CHECKING:
@@ -98,14 +99,20 @@ def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str)
         results: The record of the run; the size of the adapter is added.
         folder: Where to write.
         name: Folder or Hub id by which people load it, for the card.
+
+    Raises:
+        OSError: It could not be written there; the message says where it is instead.
     """
     folder = Path(folder)
-    with written_whole(folder) as temporary:
+
+    def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         results["adapter"]["bytes"] = (temporary / "adapter_model.safetensors").stat().st_size
         results["name"] = name
         write_json(temporary / RESULTS, results)
         write_text(temporary / "README.md", model_card(results, name))
+
+    save_somewhere(folder, write)
     (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
-from ..files import write_json, written_whole
+from ..files import entries, make_writable, write_json, written_whole
 from ..tuner.fingerprint import tensors_fingerprint
 from .architecture import build, check_same_architecture, describe, make_config
 from .base import Base, base_similarity, check_settings, load_transformers, warn_if_far
@@ -87,15 +87,17 @@ def convert_backbone(
     Raises:
         FileExistsError: The folder is not empty.
         FileNotFoundError: The checkpoint does not exist.
-        ValueError: The file is not read safely, is no CLIP with a vision transformer, or has missing, extra, misshapen or
-            non-finite tensors; a base is needed, not needed, or another model; a setting that does not exist.
+        ValueError: Nothing can be written into the folder; the file is not read safely, is no CLIP with a vision transformer, or
+            has missing, extra, misshapen or non-finite tensors; a base is needed, not needed, or another model; a setting that
+            does not exist.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_activation(activation)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
+    if output.exists() and (not output.is_dir() or entries(output)) and not overwrite:
         raise FileExistsError(f"{output} is not empty. Name another folder, or pass overwrite=True.")
+    make_writable(output)
     found = read_checkpoint(checkpoint)
     start, settings = resolve(checkpoint, base, activation, head_width)
     try:

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from ..files import make_writable
+from ..outputs import main_process_says
 from .cells import Cell
 from .cost import duration, passes, seconds_a_pass
 from .executors import Executor, collect, run_here
@@ -49,6 +51,7 @@ def run_cells(
     state, lines = PartialState(cpu=not torch.accelerator.is_available()), Lines(output)
     if state.num_processes > 1 and executor is not run_here:
         raise ValueError("Several processes run each cell together: use either `accelerate launch` or an executor.")
+    main_process_says(lambda: make_writable(Path(output).parent, Path(output).name))
     found = collect(lines)
     todo = _agreed([cell for cell in cells if not is_finished(found, cell)])
     with tqdm(

@@ -17,7 +17,8 @@ from ..attacks import PGD, ThreatModel
 from ..attacks.threat import format_fraction
 from ..classifier import ZeroShotClassifier
 from ..figures import import_figure
-from ..files import write_json, written_whole
+from ..files import make_writable, write_json, written_whole
+from ..outputs import main_process_says
 from .accuracy import Accuracy
 from .loop import evaluate
 from .record import Evaluation
@@ -102,6 +103,7 @@ def robustness_curves(
     """
     import_figure()
     path = Path(path)
+    main_process_says(lambda: make_writable(path.parent, *(f"{path.name}.{kind}" for kind in ("json", "png", "svg"))))
     scale = 1.0 if threat_model.norm == "linf" else threat_model.epsilon / (4 / 255)
     threats = [ThreatModel(threat_model.norm, scale * level / 255) for level in EPSILONS]
     attacks = [PGD(threat, steps=steps) for threat in threats]

@@ -11,7 +11,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..files import write_json
+from ..files import make_writable, write_json
+from ..outputs import OutputLock, main_process_says
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class Jobs:
         stale: Folders that are removed when the work begins, and not when it goes on.
 
     Raises:
-        ValueError: The folder holds results of another configuration; the differences are named.
+        ValueError: The folder holds results of another configuration, whose differences are named; nothing can be written there;
+            or another evaluation does.
     """
 
     def __init__(
@@ -42,9 +44,8 @@ class Jobs:
         if folder is None:
             return
         state = PartialState()
-        if state.is_main_process:
-            self._open(folder, configuration, overwrite, stale)
-        state.wait_for_everyone()
+        self._lock: OutputLock | None = None
+        main_process_says(lambda: self._open(folder, configuration, overwrite, stale))
         # the other processes check too: a refusal must end all of them
         check_same(configuration, read_json(folder / "configuration.json"), folder)
         for path in sorted((folder / "jobs").glob("*.json")):
@@ -56,8 +57,9 @@ class Jobs:
             logger.info("Going on with %s: %d pieces of work are done.", folder, len(self.done))
         state.wait_for_everyone()  # all have read before anyone writes: they agree on what is left
 
-    @staticmethod
-    def _open(folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Sequence[Path]) -> None:
+    def _open(self, folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Sequence[Path]) -> None:
+        make_writable(folder.parent)
+        self._lock = OutputLock(folder.parent, folder.name)
         path = folder / "configuration.json"
         if path.exists() and overwrite and differences(configuration, read_json(path)):
             shutil.rmtree(folder)
@@ -77,6 +79,8 @@ class Jobs:
         """Removes the folder, once its results are elsewhere."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+            if self._lock is not None:
+                self._lock.release()
 
 
 def read_json(path: Path) -> Any:

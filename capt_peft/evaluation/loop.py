@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn, ThreatModel
 from ..attacks.guard import check_logits
-from ..files import written_whole
+from ..files import make_writable, written_whole
+from ..outputs import main_process_says
 from ..versions import describe_machine, versions
 from .examples import Examples, warn_of_units
 from .jobs import Jobs, check_same, read_json
@@ -122,6 +123,9 @@ def evaluate(
         finished = _finished(output, configuration, overwrite)
         if finished is not None:
             return finished
+        if output is not None:
+            names = output.name, examples_path(output).name
+            main_process_says(lambda: make_writable(output.parent, *names))
         images = _beside(output, ".images") if save_images else None
         stale = [path for path in (images,) if path is not None]
         jobs = Jobs(_beside(output, ".partial"), configuration, overwrite=overwrite, stale=stale)

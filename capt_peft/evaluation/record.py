@@ -139,8 +139,12 @@ class Evaluation:
     def save(self, path: str | Path) -> None:
         """Writes the figures to a JSON file and the examples to a parquet file beside it, each whole or not at all."""
         path = Path(path)
-        with written_whole(path.parent) as folder:
-            pq.write_table(self.examples, folder / examples_path(path).name)
+        name = examples_path(path).name
+        with (
+            written_whole(path.parent) as folder,
+            (folder / name).open("wb") as file,
+        ):  # pyarrow takes paths of UTF-8 alone
+            pq.write_table(self.examples, file)
         write_json(path, self.to_dict())
 
     @classmethod
@@ -153,6 +157,8 @@ class Evaluation:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("kind") != "evaluation":
             raise ValueError(f"{path} holds no evaluation.")
+        with examples_path(Path(path)).open("rb") as file:
+            examples = pq.read_table(file)
         return cls(
             clean=_accuracy(content["clean"]),
             attacks=tuple(_outcome(row) for row in content["attacks"]),
@@ -160,7 +166,7 @@ class Evaluation:
             signs=tuple(Sign(**sign) for sign in content["signs"]),
             configuration=content["configuration"],
             machine=content["machine"],
-            examples=pq.read_table(examples_path(Path(path))),
+            examples=examples,
         )
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files import unwritable
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
@@ -211,7 +213,7 @@ def staging_folder(home: Path) -> Iterator[Path]:
 
 
 def make_ready(home: Path) -> None:
-    """Makes a folder ready for checkpoints: created if needed, without what a killed save left, and writable.
+    """Makes a folder ready for checkpoints, without what a killed save left.
 
     Raises:
         ValueError: It cannot be written into.
@@ -221,20 +223,4 @@ def make_ready(home: Path) -> None:
         with staging_folder(home) as staging:
             (staging / "probe").write_bytes(b"0")
     except OSError as error:
-        raise unwritable(home, error) from error
-
-
-def unwritable(folder: str | Path, error: OSError) -> ValueError:
-    """Returns the error for a folder that cannot be written into."""
-    return ValueError(
-        f"Nothing can be written into output_dir={str(folder)!r} ({error.strerror or error}). Give another output_dir, or make "
-        "this one writable. Nothing was trained."
-    )
-
-
-def free_space(folder: Path) -> str:
-    """Returns how much space is left, in words."""
-    try:
-        return f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
-    except OSError as error:
-        return f"the free space cannot be told: {error.strerror}"
+        raise unwritable(home, error, "output_dir") from error

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any
 
-import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
 from torch import nn
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from ..files import make_writable, unwritable, written_whole
 from ..hub import HubTrainer
+from ..outputs import OutputLock, free_space, is_failed_write, main_process_says, save_somewhere
+from ..runs import UPLOADED
 from .checkpoint_folders import (
     MANIFEST,
     STAGING,
     checkpoints_in,
     clear_staging,
-    free_space,
     make_ready,
     named_and_before,
     newest_whole,
     put_in_place,
     rotate,
     seal,
-    unwritable,
 )
 from .frozen import FrozenOutputs
 from .identity import describe_run, describe_schedule, differences
@@ -48,6 +48,7 @@ class CheckpointTrainer(HubTrainer):
     _frozen_outputs: FrozenOutputs
     _monitor: Monitor
     _staging: Path | None = None
+    _lock: OutputLock | None = None
     _run: dict[str, Any] | None = None
     _found: str | None = None
     _best_before: tuple[float | None, int | None] = (None, None)
@@ -59,7 +60,7 @@ class CheckpointTrainer(HubTrainer):
             folder = str(kwargs["args"].output_dir)  # the Trainer creates it
             if error.filename is None or not folder.startswith(str(error.filename)):
                 raise
-            raise unwritable(folder, error) from error
+            raise unwritable(folder, error, "output_dir") from error
 
     # ------------------------------------------------------------------------------------------------------- resuming
 
@@ -73,15 +74,23 @@ class CheckpointTrainer(HubTrainer):
             kwargs: As of the Trainer.
 
         Raises:
-            ValueError: `args.output_dir` cannot be written into; there are checkpoints, but none is whole; or the checkpoint is
-                of another run: another model, adapter, task, attack, objective or seed.
+            ValueError: `args.output_dir` cannot be written into, or another run writes there; there are checkpoints, but none is
+                whole; or the checkpoint is of another run: another model, adapter, task, attack, objective or seed.
         """
-        if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
-            resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        locked = self._lock is not None  # by a call of find_checkpoint
+        try:
+            if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
+                resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._lock is not None and not locked:
+                self._lock.release()
+                self._lock = None
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Returns the checkpoint that `train` would go on from, or None; to be called before long work, whose end would be lost.
+
+        No other run writes into `args.output_dir` until this trainer goes away or its process ends.
 
         Args:
             resume_from_checkpoint: As of `train`.
@@ -89,7 +98,7 @@ class CheckpointTrainer(HubTrainer):
         Raises:
             ValueError: As of `train`.
         """
-        self._found = self._first_process_says(lambda: self._begin(resume_from_checkpoint))
+        self._found = main_process_says(lambda: self._begin(resume_from_checkpoint))
         if self._saves and self.args.should_save:  # a process that saves for its machine (`save_on_each_node`)
             self._run = self._run or describe_run(self)
         return self._found
@@ -99,8 +108,10 @@ class CheckpointTrainer(HubTrainer):
         if str(resume).lower() in ("true", "false", "none"):  # the command line knows words only
             resume = str(resume).lower() == "true"
         home = Path(str(self.args.output_dir))
-        if self._saves:
-            make_ready(home)
+        _check_name(home)
+        make_writable(home, *UPLOADED, given="output_dir")
+        self._lock = self._lock or OutputLock(home)
+        make_ready(home)
         if self._saves or resume:
             self._run = self._run or describe_run(self)
         if not resume:
@@ -156,6 +167,24 @@ class CheckpointTrainer(HubTrainer):
             except OSError as error:
                 logger.warning("Checkpoints beyond save_total_limit could not be removed: %s", error)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes the model, whole or not at all; where there is no space for it, somewhere else."""
+        folder = output_dir or str(self.args.output_dir)
+        if not self.args.should_save:
+            super()._save(folder, state_dict)
+        elif self._staging:
+            with written_whole(folder) as temporary:
+                self._write_model(temporary, state_dict)
+        else:
+            save_somewhere(folder, lambda temporary: self._write_model(temporary, state_dict))
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        args, self.args = self.args, _without_tokens(self.args)
+        try:
+            super()._save(str(folder), state_dict)
+        finally:
+            self.args = args
+
     def _clear(self, home: Path) -> None:
         if self.args.should_save:
             clear_staging(home)
@@ -192,10 +221,11 @@ class CheckpointTrainer(HubTrainer):
         shutil.rmtree(checkpoint.parent / STAGING, ignore_errors=True)
         latest = self._latest_checkpoint()
         logger.error(
-            "%s could not be written: %s (%s there). Nothing of it is left, and the run goes on; the next save tries again. %s",
+            "%s could not be written: %s (%s there). Nothing of it is left, and the run goes on%s. %s",
             checkpoint,
             failure,
             free_space(checkpoint.parent),
+            "" if self.state.global_step >= self.state.max_steps else "; the next save tries again",
             f"The last good checkpoint is {latest}." if latest else "No checkpoint was written before.",
         )
 
@@ -229,19 +259,6 @@ class CheckpointTrainer(HubTrainer):
 
     # ------------------------------------------------------------------------------------------------------ processes
 
-    def _first_process_says(self, function: Callable[[], Any]) -> Any:
-        """Calls a function in the first process; all return its result, or raise if it raises."""
-        value, caught = None, None
-        if self.is_world_process_zero():
-            try:
-                value = function()
-            except Exception as error:
-                caught = error
-        value, message = broadcast_object_list([value, caught and str(caught)])
-        if message is not None:
-            raise caught or ValueError(message)
-        return value
-
     def _in_every_process(self, function: Callable[[], None]) -> str | None:
         """Calls a function in all processes and waits for all; returns what kept one of them from writing, if anything did."""
         caught = None
@@ -249,17 +266,28 @@ class CheckpointTrainer(HubTrainer):
             function()
         except Exception as error:
             caught = error
-        told = gather_object([] if caught is None else [(str(caught).split("\n")[0], _is_failed_write(caught))])
-        if caught is not None and not _is_failed_write(caught):
+        told = gather_object([] if caught is None else [(str(caught).split("\n")[0], is_failed_write(caught))])
+        if caught is not None and not is_failed_write(caught):
             raise caught
-        for message, is_failed_write in told:
-            if not is_failed_write:
+        for message, for_want_of_space in told:
+            if not for_want_of_space:
                 raise RuntimeError(f"Another process failed to save: {message}")
         return told[0][0] if told else None
 
 
-def _is_failed_write(error: Exception) -> bool:
-    """Tells a full disk from a bug: safetensors raises its own error, and the writer behind torch.save RuntimeErrors."""
-    if isinstance(error, RuntimeError) and error.__traceback__ is not None:
-        return extract_tb(error.__traceback__)[-1].filename == torch.serialization.__file__
-    return isinstance(error, OSError | SafetensorError)
+def _check_name(home: Path) -> None:
+    try:
+        str(home).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"output_dir={str(home)!r} is not UTF-8, and safetensors reads no files from such a folder. Give another output_dir."
+        ) from error
+
+
+def _without_tokens(args: TrainingArguments) -> TrainingArguments:
+    """Returns the same arguments for the Trainer's pickle, which others may read."""
+    args = copy.copy(args)
+    for name in vars(args):
+        if name.endswith("_token"):
+            setattr(args, name, None)
+    return args

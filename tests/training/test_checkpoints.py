@@ -362,11 +362,11 @@ def test_an_impossible_output_folder_is_refused_with_a_sentence(tmp_path, proces
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write into")
 def test_a_folder_that_cannot_be_written_into_is_refused_when_training_begins(tmp_path, processor):
-    trainer = make_trainer(tmp_path, processor, output_dir="/proc/self", **STEPS)
-    with pytest.raises(ValueError, match="Nothing can be written into output_dir='/proc/self'"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-    make_trainer(tmp_path, processor, output_dir="/proc/self", max_steps=1).train()  # it saves nothing
+    for settings in (STEPS, {"save_strategy": "no"}):
+        trainer = make_trainer(tmp_path, processor, output_dir="/proc/self", **settings)
+        with pytest.raises(ValueError, match="Nothing can be written into output_dir='/proc/self'"):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 # --------------------------------------------------------------------------------------------------- best, old, many
