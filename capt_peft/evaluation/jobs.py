@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..files import make_writable, write_json
+from ..files import make_writable, open_regular, write_json
 from ..outputs import OutputLock, main_process_says
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,8 @@ def read_json(path: Path) -> Any:
         ValueError: It is no JSON; the file is named.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            return json.loads(file.read().decode())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); what it held is measured again.") from error
 

@@ -32,7 +32,7 @@ def run(target, *arguments, kill_after=None, **settings):
     if kill_after is not None:
         process.join(kill_after)
         process.kill()
-    process.join(120)
+    process.join(600)
     return process.exitcode
 
 
@@ -113,6 +113,39 @@ def test_twenty_of_twenty_killed_runs_end_where_the_uninterrupted_one_does(tmp_p
         (tmp_path / str(number)).mkdir()
         adapter = kill_and_resume(tmp_path / str(number), uninterrupted, draw, inside=number % 2 == 0)
         equal.append(same(adapter, uninterrupted[0]))
+    assert sum(equal) == 20
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_twenty_of_twenty_killed_runs_that_compile_and_read_with_workers_end_there_too(tmp_path):
+    settings = {
+        "torch_compile": True,
+        "dataloader_num_workers": 2,
+        "dataloader_persistent_workers": True,
+        "augment": True,
+    }
+    (tmp_path / "whole").mkdir()
+    code = run(train, str(tmp_path / "whole"), None, None, str(tmp_path / "whole" / "a.safetensors"), **settings)
+    assert code == 0
+    events = json.loads((tmp_path / "whole" / "a.json").read_text())
+    draw, equal = random.Random(21), []
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if number % 2:  # at any moment from the first save on
+            process = FORKS.Process(target=train, args=(str(folder),), kwargs=settings)
+            process.start()
+            while process.is_alive() and not checkpoints_in(folder / "out"):
+                time.sleep(0.01)
+            process.join(draw.uniform(0, 1.5))
+            process.kill()
+            process.join()
+        else:
+            assert run(train, str(folder), None, draw.randint(1, len(events)), **settings) == -signal.SIGKILL
+        check_all_whole(folder / "out")
+        adapter = finish(folder, folder / "adapter.safetensors", **settings)
+        equal.append(same(adapter, load_file(tmp_path / "whole" / "a.safetensors")))
     assert sum(equal) == 20
 
 
