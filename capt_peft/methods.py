@@ -1,13 +1,32 @@
-"""Named recipes: which prompts, which objective and which attack. None has a trainer of its own."""
+"""Named recipes: which prompts, which objective and which attack. None has a trainer of its own.
+
+A setting comes from one of three places, with the same precedence in `examples/train.py` and in a benchmark:
+
+1. What a method **is** (`Method.fixed`): "adv-vp" has no text prompts. Another value is refused.
+2. What a user **asks for**: on the command line, in a YAML file, in a plan of a benchmark. The settings that a benchmark's suite
+   has for its methods count as asked for, as they are its protocol. A setting that has no effect on the method is refused.
+3. What the method's **recipe** has (`Method.defaults`), where nothing else is asked for.
+
+Settings for several methods at once, a suite's or a plan's, may suit some of them only: see `capt_peft.benchmark.Plan`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
 from .training.arguments import CaptTrainingArguments
+from .tuner import CaptConfig
+
+_NO_FROZEN = ("weighting", "teacher")
+_CROSS_ENTROPY = ("consistency", *_NO_FROZEN)
+# CoOp's toolbox (Dassl), on which the released code of FAP and APT is built
+_TOOLBOX = {"weight_decay": 5e-4, "decay_biases": True, "lr_schedule": "epoch", "dataloader_drop_last": True}
+# FAP's released code, for FAP and for its AdvMaPLe: deep vision prompts are mapped to text in both
+_FAP_PROMPTS = {"coupling": "vision_to_text"}
+_FAP_TRAINING = {**_TOOLBOX, "init": "random", "squash": True}
 
 
 @dataclass(frozen=True)
@@ -17,14 +36,30 @@ class Method:
     Args:
         source: Paper that it comes from.
         objective: Makes the objective from the training arguments; None: nothing is tuned.
-        prompts: Fields of `CaptConfig` that belong to the method; other fields are the user's.
-        attack: Fields of `CaptTrainingArguments` that belong to the method's training attack.
+        fixed: Fields of `CaptConfig` and `CaptTrainingArguments` that make the method what it is.
+        defaults: Other fields of them that its recipe sets, and that users may change.
+        unused: Fields of them, or `teacher`, that have no effect on it.
     """
 
     source: str
     objective: Callable[[CaptTrainingArguments], Objective] | None
-    prompts: Mapping[str, Any] = field(default_factory=dict)
-    attack: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> dict[str, Any]:
+        """The fields of `CaptConfig` that the recipe sets."""
+        return {name: value for name, value in {**self.defaults, **self.fixed}.items() if name in PROMPT_FIELDS}
+
+    @property
+    def attack(self) -> dict[str, Any]:
+        """The fields of the training attack that the recipe sets."""
+        return {name: value for name, value in self.defaults.items() if name.startswith("attack_")}
+
+
+PROMPT_FIELDS = frozenset(f.name for f in fields(CaptConfig))
+_PLAIN = {f.name: f.default for kind in (CaptConfig, CaptTrainingArguments) for f in fields(kind)}
 
 
 def _adversarial(args: CaptTrainingArguments) -> Objective:
@@ -38,17 +73,37 @@ METHODS: dict[str, Method] = {
         "arXiv 1901.08573 with the prompts of arXiv 2210.03117",
         lambda args: CaptObjective(args.consistency, 0.0),
         {"coupling": "text_to_vision"},
+        unused=_NO_FROZEN,
     ),
     "fap": Method(
-        "arXiv 2403.14774",
+        "arXiv 2403.14774, as in its code",
         lambda args: FapObjective(args.consistency),
-        {"coupling": "vision_to_text"},
-        {"attack_loss": "kl"},
+        _FAP_PROMPTS,
+        {**_FAP_TRAINING, "attack_loss": "kl"},
+        unused=_NO_FROZEN,
     ),
-    "adv-maple": Method("arXiv 2210.03117, as in arXiv 2403.14774", _adversarial, {"coupling": "text_to_vision"}),
-    "adv-vlp": Method("independent prompts, as in arXiv 2403.14774", _adversarial, {"coupling": "none"}),
-    "adv-vp": Method("deep vision prompts alone", _adversarial, {"coupling": "none", "text_depth": 0}),
-    "adv-tp": Method("arXiv 2403.01849 (APT)", _adversarial, {"coupling": "none", "text_depth": 1, "vision_depth": 0}),
+    "adv-maple": Method(
+        "AdvMaPLe of arXiv 2403.14774, as in its code", _adversarial, _FAP_PROMPTS, _FAP_TRAINING, _CROSS_ENTROPY
+    ),
+    "adv-vlp": Method(
+        "independent prompts; AdvVLP of arXiv 2403.14774, trained as CAPT is",
+        _adversarial,
+        {"coupling": "none"},
+        unused=_CROSS_ENTROPY,
+    ),
+    "adv-vp": Method(
+        "deep vision prompts alone, trained as CAPT is",
+        _adversarial,
+        {"coupling": "none", "text_depth": 0},
+        unused=(*_CROSS_ENTROPY, "num_text_tokens", "init", "class_specific"),
+    ),
+    "adv-tp": Method(
+        "arXiv 2403.01849 (APT), as in its code",
+        _adversarial,
+        {"coupling": "none", "text_depth": 1, "vision_depth": 0},
+        {**_TOOLBOX, "init": "normal", "attack_clip_each_step": False},
+        unused=(*_CROSS_ENTROPY, "num_vision_tokens"),
+    ),
 }
 
 
@@ -74,3 +129,42 @@ def get_method(name: str) -> Method:
         ValueError: An unknown name.
     """
     return METHODS[method_name(name)]
+
+
+def conflicts(name: str, asked: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the settings that contradict a method, or have no effect on it, each with a sentence that says so.
+
+    Args:
+        name: Name or alias of the method.
+        asked: Settings by name; None stands for "not asked for". The default value of a setting without effect is let pass.
+    """
+    method = get_method(name)
+    found = {}
+    for setting, value in asked.items():
+        if value is None:
+            continue
+        shown = f"{setting}={str(value)[:100]!r}" if isinstance(value, str) else f"{setting}={str(value)[:100]}"
+        if setting in method.fixed and value != method.fixed[setting]:
+            found[setting] = (
+                f"The method {name!r} has {setting}={method.fixed[setting]!r} by definition, but {shown} is asked for. Leave it "
+                "out, or choose another method."
+            )
+        elif setting in method.unused and value != _PLAIN.get(setting):
+            found[setting] = f"{shown} has no effect on the method {name!r}. Leave it out, or choose another method."
+    return found
+
+
+def method_settings(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a method's settings: its recipe's, what is asked for on top of them, and what the method is.
+
+    Args:
+        name: Name or alias of the method.
+        asked: Settings by name that a user asks for.
+
+    Raises:
+        ValueError: An unknown name, or a setting that contradicts the method or has no effect on it.
+    """
+    method = get_method(name)
+    for sentence in conflicts(name, asked).values():
+        raise ValueError(sentence)
+    return {**method.defaults, **asked, **method.fixed}

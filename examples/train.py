@@ -23,6 +23,7 @@ from settings_file import read_settings, short
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
+from capt_peft.methods import method_settings
 from capt_peft.runs import results_table, run_results, save_run
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -58,7 +59,7 @@ class ScriptArguments:
     num_vision_tokens: int | None = field(default=None, metadata={"help": "Vision prompts a layer."})
     text_depth: int | None = field(default=None, metadata={"help": "Text layers with prompts."})
     vision_depth: int | None = field(default=None, metadata={"help": "Vision layers with prompts."})
-    init: str | None = field(default=None, metadata={"help": "Start of the text prompts: template or random."})
+    init: str | None = field(default=None, metadata={"help": "Start of the prompts: template, random or normal."})
     class_specific: bool = field(default=False, metadata={"help": "Every class has text prompts of its own."})
 
     def prompts(self) -> dict[str, Any]:
@@ -73,7 +74,8 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
     parser = HfArgumentParser([ScriptArguments, CaptTrainingArguments], allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these arguments")
     named = {argument.split("=")[0] for argument in argv}
-    path = parser.parse_known_args(argv)[0].config or (None if "--model_name_or_path" in named else DIGITS)
+    early = parser.parse_known_args(argv)[0]
+    path = early.config or (None if "--model_name_or_path" in named else DIGITS)
     content: dict[str, Any] = {}
     if path:
         kinds = {**get_type_hints(ScriptArguments), **get_type_hints(CaptTrainingArguments)}
@@ -87,7 +89,12 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
             parser.error(f"{path}: {error}")
         except ValueError as error:
             parser.error(str(error))
-    parser.set_defaults(**{"output_dir": "outputs/capt", **content})
+    method = early.method if "--method" in named else content.get("method", early.method)
+    if path == DIGITS:
+        content = {name: value for name, value in content.items() if name not in _not_for(method)}
+    # what a file asks for wins over the method's recipe; so does the command line, whose values are checked once they are read
+    recipe = method_settings(method, {} if path == DIGITS else content)
+    parser.set_defaults(**{"output_dir": "outputs/capt", **recipe, **content})
     try:
         script, training, _ = parser.parse_args_into_dataclasses(argv)
     except Exception as error:  # of transformers' many checks, too
@@ -103,7 +110,17 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
         if isinstance(error, ValueError):
             raise
         raise ValueError(f"The arguments of {path or 'the command line'} do not fit together: {error}") from error
+    values = {**vars(training), **vars(script)}
+    typed = {name.removeprefix("--") for name in named}
+    method_settings(method, {name: value for name, value in values.items() if name in typed})
     return script, training
+
+
+def _not_for(method: str) -> set[str]:
+    """Returns what the digits' settings, which are CAPT's, have and another method has no use for."""
+    recipe = get_method(method)
+    coupled = recipe.fixed.get("coupling", "none") != "none"  # with as many vision prompts as text prompts
+    return {*recipe.unused, *(["num_vision_tokens"] if coupled else [])}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -112,8 +129,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     method = get_method(script.method)
     if method.objective is None:
         raise ValueError(f"{script.method} tunes nothing; python examples/evaluate.py --base measures it.")
-    for name, value in method.attack.items():
-        setattr(args, name, value)
     script.shots = str(script.shots)  # a number in a YAML file
     if script.shots != "all" and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
@@ -132,11 +147,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         measured = measured.shuffle(seed=0).select(range(min(script.eval_limit, len(measured))))
 
     set_seed(args.seed)
-    processor = AutoProcessor.from_pretrained(script.model_name_or_path)
+    processor = AutoProcessor.from_pretrained(script.model_name_or_path, trust_remote_code=False)
     # in float32, whatever precision it is stored in: pixel gradients vanish in less
-    base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32)
-    prompts = {**script.prompts(), **method.prompts}
-    config = CaptConfig(**prompts, template=task.template, class_names=list(task.class_names))
+    base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32, trust_remote_code=False)
+    config = CaptConfig(**script.prompts(), template=task.template, class_names=list(task.class_names))
     model = get_peft_model(base, config)
     trainer = CaptTrainer(
         model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher

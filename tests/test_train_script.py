@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from train import main, parse_args
 
-from capt_peft import PGD, CaptTrainer, ZeroShotClassifier, get_method
+from capt_peft import CaptTrainer, ZeroShotClassifier
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train.py"
 QUICK = [
@@ -190,10 +190,8 @@ def test_accelerate_launches_the_script(tmp_path):
     [("fap", 2, 1 / 255, 1 / 255, "kl"), ("apt", 3, 2 / 3 * 4 / 255, 1 / 255, "ce")],
 )
 def test_the_published_protocols_are_what_their_papers_say(name, steps, size, evaluated, loss):
-    script, args = parse_args(["--config", str(SCRIPT.parent / "configs" / f"{name}.yaml")])
-    attack = PGD(
-        args.threat_model, steps=args.attack_steps, loss=get_method(script.method).attack.get("attack_loss", "ce")
-    )
+    _, args = parse_args(["--config", str(SCRIPT.parent / "configs" / f"{name}.yaml")])
+    attack = args.train_attack
     assert (attack.steps, attack.loss) == (steps, loss) and attack.resolved_step_size == pytest.approx(size)
     assert args.evaluation_attack.steps == 100
     assert args.evaluation_attack.resolved_step_size == pytest.approx(evaluated)

@@ -43,6 +43,8 @@ class PGD(Attack):
             again; otherwise the run with the highest loss is kept.
         random_start: start at a random point of the ball, not at the image.
         targeted: labels are the classes to reach.
+        clip_each_step: cut every point to [0, 1]. With False only what the model sees is cut, and the result; the
+            perturbation goes on from beyond [0, 1], as in APT's code (arXiv 2403.01849).
 
     Raises:
         TypeError: a setting has the wrong type.
@@ -57,6 +59,7 @@ class PGD(Attack):
     restarts: int = 1
     random_start: bool = True
     targeted: bool = False
+    clip_each_step: bool = True
 
     def __post_init__(self) -> None:
         """Check the settings and read the step size."""
@@ -107,6 +110,8 @@ class PGD(Attack):
             parts.append("targeted")
         if not self.random_start and not fgsm:
             parts.append("nostart")
+        if not self.clip_each_step:
+            parts.append("unclipped")
         if self.resolved_step_size != self.default_step_size:
             parts.append(f"step{self.resolved_step_size:.4g}")
         return "-".join(parts)
@@ -122,6 +127,7 @@ class PGD(Attack):
             "restarts": self.restarts,
             "random_start": self.random_start,
             "targeted": self.targeted,
+            **({} if self.clip_each_step else {"clip_each_step": False}),
         }
 
     def run(
@@ -188,16 +194,17 @@ class PGD(Attack):
         self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, reference: Tensor, generator: Generators
     ) -> AttackResult:
         """Run the steps once, from one start."""
-        threat = self.threat_model
-        adversarial = threat.random_start(images, generator) if self.random_start else threat.project(images, images)
+        threat, clip = self.threat_model, self.clip_each_step
+        keep = threat.project if clip else threat.into_ball
+        adversarial = threat.random_start(images, generator, clip=clip) if self.random_start else keep(images, images)
         zero_share = images.new_full(labels.shape, torch.nan)  # (B,)
         loss = partial(self._losses, labels=labels, reference=reference)
         for step in range(self.steps):
-            _, _, gradient = pixel_gradient(logits_fn, adversarial, loss)
+            _, _, gradient = pixel_gradient(logits_fn, adversarial if clip else adversarial.clamp(0, 1), loss)
             if step == 0:
                 zero_share = (gradient == 0).to(images.dtype).mean(dim=(1, 2, 3))
-            adversarial = threat.project(adversarial + self.resolved_step_size * threat.direction(gradient), images)
-        return AttackResult(adversarial, zero_share)
+            adversarial = keep(adversarial + self.resolved_step_size * threat.direction(gradient), images)
+        return AttackResult(adversarial if clip else adversarial.clamp(0, 1), zero_share)
 
     def _score(
         self, logits_fn: LogitsFn, adversarial: Tensor, labels: Tensor, reference: Tensor

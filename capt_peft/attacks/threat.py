@@ -144,11 +144,13 @@ class ThreatModel:
             adversarial: (B, 3, H, W) float.
             images: (B, 3, H, W) float in [0, 1], the centres.
         """
+        return self.into_ball(adversarial, images).clamp(0, 1)  # the centre is in [0, 1]: no pixel gets farther from it
+
+    def into_ball(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        """Bring points back into the ball around `images`, which may lie outside [0, 1]; arguments as for `project`."""
         if self.norm == "linf":
-            nearer = torch.minimum(torch.maximum(adversarial, images - self.epsilon), images + self.epsilon)
-        else:
-            nearer = self._into_l2_ball(adversarial, images)
-        return nearer.clamp(0, 1)  # the centre is in [0, 1]: this brings no pixel farther from it
+            return torch.minimum(torch.maximum(adversarial, images - self.epsilon), images + self.epsilon)
+        return self._into_l2_ball(adversarial, images)
 
     def _into_l2_ball(self, adversarial: Tensor, images: Tensor) -> Tensor:
         radius = self.epsilon * _L2_MARGIN
@@ -161,16 +163,17 @@ class ThreatModel:
         moved = torch.where(overshot, torch.nextafter(moved, images), moved)
         return torch.where(norm <= radius, adversarial, moved)
 
-    def random_start(self, images: Tensor, generator: Generators | None = None) -> Tensor:
+    def random_start(self, images: Tensor, generator: Generators | None = None, *, clip: bool = True) -> Tensor:
         """Draw a point for each image, uniformly in the ball, then cut it to [0, 1].
 
         Args:
             images: (B, 3, H, W) float in [0, 1].
             generator: one for all, or one for each image (then a row does not depend on the others), or None for a
                 fresh one of seed 0. The noise is drawn on the generator's device in float32.
+            clip: cut it to [0, 1].
 
         Returns:
-            (B, 3, H, W) in the ball around `images` and in [0, 1].
+            (B, 3, H, W) in the ball around `images` and, with `clip`, in [0, 1].
         """
         generator = resolve_generator(generator, len(images))
         if self.norm == "linf":
@@ -179,7 +182,7 @@ class ThreatModel:
             towards = self.direction(draw(torch.randn, images.shape, generator))  # (B, 3, H, W), uniform on the sphere
             share = draw(torch.rand, (len(images), 1, 1, 1), generator)
             offset = towards * share.pow(1 / images[0].numel()) * self.epsilon  # volume grows with radius ** dimensions
-        return self.project(images + offset.to(images), images)
+        return (self.project if clip else self.into_ball)(images + offset.to(images), images)
 
     def check_images(self, images: Tensor) -> None:
         """Refuse what is not a batch of images (B, 3, H, W), float32 or float64, in [0, 1] within 1e-6.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..attacks import ThreatModel, parse_attack
 from ..data.task import SPLITS
-from ..methods import METHODS, method_name
+from ..methods import METHODS, PROMPT_FIELDS, conflicts, method_name, method_settings
 from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
 from .suites import Suite
+
+logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
 ZERO_SHOT = "zero-shot"
@@ -116,8 +119,10 @@ class Plan:
         seeds: Seeds.
         tasks: A part of the suite's data sets; None: all.
         variants: Named settings that are tried in place of the method's own; {"": {}} is the method as it is.
-        settings: Fields of `CaptTrainingArguments` and `CaptConfig`, on top of the suite's and its methods'.
-        method_settings: The same for one method, on top of all these.
+        settings: Fields of `CaptTrainingArguments` and `CaptConfig` for all methods, on top of the suite's and its methods'. One
+            that contradicts a method, or has no effect on it, is left out for this method if another method of the plan takes
+            it, and refused otherwise.
+        method_settings: The same for one method, on top of all these. As with variants, what contradicts the method is refused.
         attacks: Attacks in place of the suite's.
         limit: Images in place of the suite's; 0: all.
         split: Split that is measured; "validation" to choose settings.
@@ -167,7 +172,14 @@ class Plan:
         return {method_name(name): values for name, values in self.method_settings.items()}
 
     def cells(self) -> list[Cell]:
-        """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed."""
+        """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed.
+
+        Raises:
+            ValueError: Unknown settings, or settings that contradict a method or have no effect on it.
+        """
+        for method in map(method_name, self.methods):
+            for why in self._unsuited(method).values():
+                logger.info("%s The settings for all methods reach the others.", why)
         cells = [
             cell
             for seed in self.seeds
@@ -177,6 +189,16 @@ class Plan:
             for cell in self._of(protocol, method, variant, changed, seed)
         ]
         return list({cell.key: cell for cell in cells}.values())
+
+    def _unsuited(self, method: str) -> dict[str, str]:
+        """Returns the settings for all methods that do not suit this one but another one of the plan, and why."""
+        shared = {**self.suite.settings, **self.settings}
+        others = [name for name in map(method_name, self.methods) if name not in (ZERO_SHOT, method)]
+        return {
+            setting: why
+            for setting, why in conflicts(method, shared).items()
+            if any(setting not in conflicts(other, shared) for other in others)
+        }
 
     def _of(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Iterator[Cell]:
         tasks = tuple(self.tasks or self.suite.tasks)
@@ -202,14 +224,18 @@ class Plan:
                 yield replace(blank, task=task, shots=count, targets=targets)
 
     def _cell(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Cell:
-        recipe = METHODS[method]
-        own = {} if method == ZERO_SHOT else {**recipe.attack, **recipe.prompts}
+        unsuited = self._unsuited(method)
         values = {
-            **self.suite.settings, **self.suite.method_settings.get(method, {}), **self.settings, **own,
-            **self._method_settings.get(method, {}), **changed,
-        }  # fmt: skip
+            **{name: value for name, value in self.suite.settings.items() if name not in unsuited},
+            **self.suite.method_settings.get(method, {}),
+            **{name: value for name, value in self.settings.items() if name not in unsuited},
+            **self._method_settings.get(method, {}),
+            **changed,
+        }
         # YAML reads 1e-3 as a word
         values |= {name: float(value) for name, value in values.items() if name in _FLOATS and isinstance(value, str)}
+        if method != ZERO_SHOT:
+            values = method_settings(method, values)
         epsilon, norm = str(values.pop("epsilon", "4/255")), str(values.pop("norm", "linf"))
         step_size = values.pop("eval_step_size", None)
         prompts = {name: value for name, value in values.items() if name in _PROMPTS}
@@ -229,7 +255,7 @@ class Plan:
         )  # fmt: skip
 
 
-_PROMPTS = {f.name for f in fields(CaptConfig)} - {"class_names", "template_token_ids"}
+_PROMPTS = PROMPT_FIELDS - {"class_names", "template_token_ids"}
 _FLOATS = {f.name for kind in (CaptTrainingArguments, CaptConfig) for f in fields(kind) if f.type in (float, "float")}
 _TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack"} | {"teacher"}
 

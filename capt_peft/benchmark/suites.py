@@ -19,7 +19,8 @@ class Suite:
         tasks: Data sets in distribution, by their names in `list_tasks()`.
         source: The one of them that adapters are tuned on for other data sets and for shifts.
         shifts: Test sets with the classes of `source`, or a part of them.
-        settings: Fields of `CaptTrainingArguments` and `CaptConfig` for all methods.
+        settings: Fields of `CaptTrainingArguments` and `CaptConfig` for all methods. As a user's, they win over the recipe of a
+            method, and cannot change what the method is.
         method_settings: The same, for one method.
         attacks: Names of the attacks that measure robust accuracy.
         limit: Test images a data set, drawn by seed 0; None: all.
@@ -39,6 +40,8 @@ class Suite:
 
 # coupled prompts are as many in both towers, and no more than the shortest template has words
 _COUPLED = {"num_text_tokens": 3, "num_vision_tokens": 3}
+# on some toy tasks the 40 steps of all methods are less than an epoch, so that a schedule by epoch would tune nothing
+_BY_STEP = {"lr_schedule": "step"}
 
 SUITES = {
     "toy": Suite(
@@ -52,11 +55,11 @@ SUITES = {
         method_settings={
             "capt": {"learning_rate": 0.3},
             "trades-maple": {**_COUPLED, "learning_rate": 1.0},
-            "fap": {**_COUPLED, "learning_rate": 0.3},
-            "adv-maple": {**_COUPLED, "learning_rate": 0.1},
+            "fap": {**_COUPLED, **_BY_STEP, "learning_rate": 0.3},
+            "adv-maple": {**_COUPLED, **_BY_STEP, "learning_rate": 0.1},
             "adv-vlp": {"learning_rate": 0.3},
             "adv-vp": {"learning_rate": 0.3},
-            "adv-tp": {"num_text_tokens": 3, "learning_rate": 1.0},
+            "adv-tp": {**_BY_STEP, "num_text_tokens": 3, "learning_rate": 1.0},
         },
         limit=100,
         few_classes=("sizes",),

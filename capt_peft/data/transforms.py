@@ -19,13 +19,15 @@ class PixelTransform:
 
     Without augmentation this is the model's own image processor with `do_normalize=False`, so that
     `(pixels - mean) / std` is bit for bit what the processor would give. With augmentation it is APT's (and CoOp's): a
-    random resized crop and a horizontal flip, drawn from the given generator alone.
+    random resized crop and a horizontal flip, drawn from the given generator alone. With `squash` the whole image is resized to
+    the model's size whatever its shape, as FAP's code does with training images.
 
     Args:
         image_processor: The image processor of a model (`AutoImageProcessor`), or a processor that holds one.
         augment: Draw a random crop and flip instead of the processor's own resize and crop.
         crop_scale: Smallest and largest share of the image's area that a random crop takes, in (0, 1].
         flip: Flip half of the augmented images; turn it off where left and right matter (digits, letters).
+        squash: Resize to the model's height and width without keeping the ratio of the two, and without a crop.
 
     Raises:
         ValueError: A processor whose output has no fixed size or is not in [0, 1] before normalisation.
@@ -39,6 +41,7 @@ class PixelTransform:
         *,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool = True,
+        squash: bool = False,
     ) -> None:
         image_processor = getattr(image_processor, "image_processor", image_processor)
         if not (hasattr(image_processor, "preprocess") and hasattr(image_processor, "to_dict")):
@@ -50,8 +53,11 @@ class PixelTransform:
             raise ValueError(
                 f"crop_scale must be two shares of the image's area in (0, 1], ascending; got {crop_scale}."
             )
+        if squash and augment:
+            raise ValueError("squash and augment are two ways to bring an image to the model's size. Choose one.")
         self.image_processor = image_processor
         self.augment = augment
+        self.squash = squash
         self.crop_scale = (float(crop_scale[0]), float(crop_scale[1]))
         self.flip = flip
         self._settings: dict[str, Any] = image_processor.to_dict()
@@ -69,12 +75,15 @@ class PixelTransform:
             (3, H, W) float32 in [0, 1].
         """
         image = load_image(image)
+        height, width = self.size
+        if self.squash:
+            image = image.resize((width, height), Image.Resampling(self._settings["resample"]))
+            return self._pixels(image, do_resize=False, do_center_crop=False)
         if not self.augment:
             return self._pixels(image)
         if generator is None:
             raise ValueError("Augmentation needs a `torch.Generator`: it never draws from the global random state.")
         box = random_crop_box(image.width, image.height, self.crop_scale, generator)
-        height, width = self.size
         image = image.resize((width, height), Image.Resampling(self._settings["resample"]), box=box)
         if self.flip and torch.rand((), generator=generator).item() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -104,6 +113,7 @@ class PixelTransform:
             "mean": list(self.normalization[0]),
             "std": list(self.normalization[1]),
             "augment": {"crop_scale": list(self.crop_scale), "flip": self.flip} if self.augment else None,
+            **({"squash": True} if self.squash else {}),
         }
 
     def _pixels(self, image: Image.Image, **settings: bool) -> torch.Tensor:

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
 from .processes import refuse_sharding
+from .schedule import LR_SCHEDULES
 
 
 @dataclass
@@ -22,11 +23,17 @@ class CaptTrainingArguments(TrainingArguments):
         attack_steps: PGD steps of the training attack.
         attack_step_size: Length of its steps, same unit as `epsilon`; by default 2/3 of epsilon for 3 steps, as APT trains.
         attack_loss: What the training attack raises: "ce", "kl" (to the clean prediction) or "margin".
+        attack_clip_each_step: Cut the training attack's perturbation to [0, 1] after every step. False: only what the model sees
+            is cut, as in APT's code.
         eval_attack: Attack of `evaluate()`: "pgd-20", "pgd-100x5" (restarts), "pgd-20-margin", "autoattack", ...
         eval_step_size: Length of a step of a PGD `eval_attack`; by default as of `PGD`.
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
         augment: Random crops and flips, drawn by example.
+        squash: Resize training images to the model's size whatever their shape, instead of cropping, as in FAP's code.
+        lr_schedule: "step": the learning rate follows `lr_scheduler_type` and `warmup_steps` step by step. "epoch": as in CoOp's
+            toolbox, which MaPLe, FAP and APT train with: the first epoch at 1e-5, then a cosine that changes once an epoch.
+        decay_biases: Let `weight_decay` act on biases too, as in CoOp's toolbox; the Trainer leaves them out.
         text_chunk_size: Class texts that run at once; the activations of the others are not kept, which bounds the memory, but
             computed again in the backward pass. By default all texts up to 256 classes, and 64 above that.
         image_chunk_size: Images of a batch that are computed at a time, which bounds the memory; by default all of them. Nothing
@@ -52,6 +59,9 @@ class CaptTrainingArguments(TrainingArguments):
     attack_steps: int = field(default=3, metadata={"help": "PGD steps of the training attack."})
     attack_step_size: str | None = field(default=None, metadata={"help": "Length of a step, e.g. 1/255."})
     attack_loss: str = field(default="ce", metadata={"help": "Loss of the training attack: ce, kl or margin."})
+    attack_clip_each_step: bool = field(
+        default=True, metadata={"help": "Cut the training attack's perturbation to [0, 1] after every step."}
+    )
     eval_attack: str = field(default="pgd-20", metadata={"help": "Attack of evaluate(), e.g. pgd-20 or pgd-100x5."})
     eval_step_size: str | None = field(
         default=None, metadata={"help": "Length of a step of a PGD eval_attack, e.g. 1/255."}
@@ -61,6 +71,13 @@ class CaptTrainingArguments(TrainingArguments):
         default="confidence", metadata={"help": "alpha: confidence, entropy, batch, schedule or a number in [0, 1]."}
     )
     augment: bool = field(default=False, metadata={"help": "Random crops and flips of the training images."})
+    squash: bool = field(
+        default=False, metadata={"help": "Resize training images whatever their shape, instead of cropping."}
+    )
+    lr_schedule: str = field(
+        default="step", metadata={"help": "step, or epoch: 1e-5 in the first one, then a cosine by epoch (CoOp)."}
+    )
+    decay_biases: bool = field(default=False, metadata={"help": "Let weight_decay act on biases too."})
     text_chunk_size: int | None = field(
         default=None, metadata={"help": "Class texts that run at once; by default all up to 256 classes, else 64."}
     )
@@ -116,11 +133,27 @@ class CaptTrainingArguments(TrainingArguments):
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop the pixels. Leave it at False.")
         super().__post_init__()
+        self._check_published()
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16=True would train in float32 on a CPU: Accelerate has no fp16 there. Use bf16=True.")
         checkpointing: Any = self.activation_checkpointing_kwargs or {}  # a dict by now, whatever it was given as
         if checkpointing.get("use_reentrant"):
             raise ValueError("use_reentrant=True cannot take the attack's gradients. Leave it out, or give False.")
+
+    def _check_published(self) -> None:
+        """Refuses settings of published trainers that would have no effect."""
+        if self.squash and self.augment:
+            raise ValueError(
+                "squash and augment are two ways to bring a training image to the model's size. Choose one."
+            )
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(f"lr_schedule={self.lr_schedule!r} is unknown. Allowed: {', '.join(LR_SCHEDULES)}.")
+        shape = self.warmup_steps or self.lr_scheduler_kwargs or self.lr_scheduler_type != "cosine"
+        if self.lr_schedule == "epoch" and shape:
+            raise ValueError(
+                "lr_schedule='epoch' is a cosine with a first epoch at 1e-5, so that lr_scheduler_type, lr_scheduler_kwargs and "
+                "warmup_steps have no effect. Leave them out, or set lr_schedule='step'."
+            )
 
     @property
     def threat_model(self) -> ThreatModel:
@@ -131,7 +164,13 @@ class CaptTrainingArguments(TrainingArguments):
     def train_attack(self) -> PGD:
         """The attack that makes the adversarial images of a training step."""
         step = None if self.attack_step_size is None else parse_fraction(self.attack_step_size)
-        return PGD(self.threat_model, steps=self.attack_steps, step_size=step, loss=self.attack_loss)
+        return PGD(
+            self.threat_model,
+            steps=self.attack_steps,
+            step_size=step,
+            loss=self.attack_loss,
+            clip_each_step=self.attack_clip_each_step,
+        )
 
     @property
     def evaluation_attack(self) -> Attack:

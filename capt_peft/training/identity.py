@@ -26,6 +26,7 @@ _SCHEDULE = (
     "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "tf32", "full_precision_attack", "torch_compile",
     "dataloader_drop_last", "text_chunk_size", "image_chunk_size", "activation_checkpointing",
 )  # fmt: skip
+_PUBLISHED = {"lr_schedule": "step", "decay_biases": False}  # said where they differ, as older checkpoints lack them
 
 
 def describe_run(trainer: Any) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def describe_schedule(trainer: Any) -> dict[str, Any]:
         "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "images a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: getattr(args, name, None) for name in _SCHEDULE},
+        **{name: value for name, plain in _PUBLISHED.items() if (value := getattr(args, name)) != plain},
         "device": args.device.type,
         "torch": torch.__version__,
     })  # fmt: skip

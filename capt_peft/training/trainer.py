@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -22,12 +23,14 @@ from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
 from .arguments import CaptTrainingArguments
 from .batch import Batch, split_batch
+from .chance import WarnAtChance
 from .compilation import compiled_towers, fill_batch, leave_compiling_to_us
 from .frozen import FrozenOutputs
 from .guards import GuardedTrainer
 from .memory import sum_of_losses
 from .monitor import Monitor
 from .processes import COUNTED, check_processes, without_repeats
+from .schedule import epoch_cosine
 
 
 class _SetEpoch(TrainerCallback):
@@ -90,7 +93,7 @@ class CaptTrainer(GuardedTrainer):
         self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
         self.attack = attack or args.train_attack
         self.teacher = self._load_teacher(teacher)
-        transform = PixelTransform(processor, augment=args.augment)
+        transform = PixelTransform(processor, augment=args.augment, squash=args.squash)
         train = PixelDataset(task["train"], transform, args.seed)
         held_out = task.splits.get("validation", task.splits.get("test"))
         super().__init__(
@@ -104,6 +107,8 @@ class CaptTrainer(GuardedTrainer):
         if args.torch_compile:
             leave_compiling_to_us(self.accelerator)
         self.add_callback(_SetEpoch(train))
+        self.at_chance: str | None = None
+        self.add_callback(WarnAtChance(self))
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
         self._frozen_outputs = FrozenOutputs()
@@ -148,12 +153,49 @@ class CaptTrainer(GuardedTrainer):
             self.classifier.base_model, backend=args.torch_compile_backend, mode=args.torch_compile_mode
         )
 
+    # -------------------------------------------------------------------------- what published trainers do otherwise
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Returns the parameters that `weight_decay` acts on: with `decay_biases` all of them."""
+        if self.args.decay_biases:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes the schedule of the learning rate, by step or, with `lr_schedule="epoch"`, by epoch."""
+        if self.args.lr_schedule == "step" or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        batch, images = self.args.train_batch_size * self.args.world_size, len(self.task["train"])
+        batches = images // batch if self._drops_last(images) else math.ceil(images / batch)
+        steps = math.ceil(batches / self.args.gradient_accumulation_steps)
+        self.lr_scheduler = epoch_cosine(optimizer or self.optimizer, steps, math.ceil(num_training_steps / steps))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _drops_last(self, images: int) -> bool:
+        return self.args.dataloader_drop_last and images >= self.args.train_batch_size * self.args.world_size
+
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """Makes a loader; `dataloader_drop_last` drops training images only, and not those of a set smaller than a batch."""
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = is_training and self._drops_last(len(dataset))
+        try:
+            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = asked
+
     # ----------------------------------------------------------------------------------------------------- the step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Fetches a step's batches and counts their images; of several processes, none trains on an image twice an epoch."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.accelerator.num_processes > 1 and self.accelerator.gradient_state.end_of_dataloader and batches:
+        whole = self._drops_last(len(self.task["train"]))  # no batch is filled up with images that an earlier one had
+        if (
+            self.accelerator.num_processes > 1
+            and self.accelerator.gradient_state.end_of_dataloader
+            and batches
+            and not whole
+        ):
             batches[-1] = without_repeats(batches[-1], self.accelerator, len(self.task["train"]))
             own = sum(batch.get(COUNTED, len(batch["labels"])) for batch in batches)
             count = self.accelerator.reduce(torch.tensor(own, device=device), "sum")

@@ -14,7 +14,7 @@ from .loading import check_adapter_files
 from .registration import CAPT
 
 COUPLINGS = ("none", "text_to_vision", "vision_to_text")
-INITS = ("template", "random")
+INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
 MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
@@ -39,7 +39,8 @@ class CaptConfig(PeftConfig):
         template: The text of a class while tuning; `{}` stands for the class name. The prompts replace its first words.
         init: `"template"`: text prompts start as the states that the frozen text tower has at their places, so that a new
             adapter leaves the text features as they were. `"random"`: as MaPLe does, the input prompts start from the
-            template's token embeddings, the deeper ones from N(0, `init_std`).
+            template's token embeddings, the deeper ones from N(0, `init_std`), and the maps between the towers behind the input
+            are copies of one. `"normal"`: as CoOp and APT do, every prompt starts from N(0, `init_std`), those of the input too.
         init_std: Standard deviation of the random start.
         template_token_ids: Token ids of the template up to the class name, start token first. Filled from the tokenizer of
             the base model when there is one.
@@ -66,7 +67,10 @@ class CaptConfig(PeftConfig):
     )
     coupling: str = field(default="none", metadata={"help": "none, text_to_vision (MaPLe) or vision_to_text (FAP)."})
     template: str = field(default="a photo of a {}.", metadata={"help": "Text of a class; {} is the class name."})
-    init: str = field(default="template", metadata={"help": "template (text features start unchanged) or random."})
+    init: str = field(
+        default="template",
+        metadata={"help": "template (text features start unchanged), random (deeper layers) or normal (all layers)."},
+    )
     init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the random start."})
     template_token_ids: list[int] | None = field(
         default=None, metadata={"help": "Token ids of the template up to the class name, start token first."}

@@ -56,7 +56,7 @@ def text_start(config: CaptConfig, model: nn.Module, tower: Tower) -> dict[int, 
         tower: Its text tower.
     """
     n, ids = config.num_text_tokens, config.template_token_ids
-    if not ids or len(ids) < tower.start + n:
+    if config.init == "normal" or not ids or len(ids) < tower.start + n:
         return {}
     text_model: Any = model.get_submodule(tower.name)
     rows = slice(tower.start, tower.start + n)

@@ -71,6 +71,7 @@ class CaptModel(BaseTuner):
         if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
             _check_base(peft_config, model)
         self._start: dict[int, torch.Tensor] = {}
+        self._first_map: nn.Module | None = None
         if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
             return  # the values come from a file, or there are none
         if next(model.parameters()).device.type != "meta":
@@ -102,8 +103,18 @@ class CaptModel(BaseTuner):
         start = self._start.get(site.index) if site.tower == "text" else None
         active = [name for name in self.active_adapters if name in self.peft_config]
         target.update_layer(adapter_name, peft_config, start, active, peft_config.inference_mode)
+        if peft_config.init == "random" and site.index > 0 and adapter_name in target.capt_proj:
+            self._copy_first_map(target.capt_proj[adapter_name])
         if peft_config.coupling != "none" and site.partner is not None:
             self._pair(target, self.model.get_submodule(site.partner), adapter_name)
+
+    @torch.no_grad()
+    def _copy_first_map(self, proj: nn.Module) -> None:
+        """Lets a map between the towers start as a copy of the first one, as in MaPLe's and FAP's code."""
+        self._first_map = self._first_map or proj
+        for own, first in zip(proj.parameters(), self._first_map.parameters(), strict=True):
+            if own.device.type != "meta":
+                own.copy_(first)
 
     def _pair(self, layer: PromptLayer, partner: nn.Module, adapter_name: str) -> None:
         """Lets the one of two layers that maps prompts find the one that owns them, once both are there."""

@@ -184,9 +184,9 @@ def test_a_cell_is_written_in_json_types_and_read_by_people():
 # --------------------------------------------------------------------------------------------------------- settings
 
 LAYERS = (
-    {"consistency": 1.0, "coupling": "suite", "attack_loss": "suite", "text_depth": 1, "epsilon": "1/255", "augment": True},
-    {"consistency": 2.0, "coupling": "tuned", "attack_loss": "tuned", "text_depth": 2, "epsilon": "2/255"},
-    {"consistency": 3.0, "coupling": "given", "attack_loss": "given", "text_depth": 3},
+    {"consistency": 1.0, "attack_loss": "suite", "text_depth": 1, "epsilon": "1/255", "augment": True},
+    {"consistency": 2.0, "attack_loss": "tuned", "text_depth": 2, "epsilon": "2/255"},
+    {"consistency": 3.0, "attack_loss": "given", "text_depth": 3},
     {"attack_loss": "margin", "text_depth": 4, "epsilon": "4/255"},
     {"text_depth": 5},
 )  # fmt: skip
@@ -207,13 +207,14 @@ def layered(count):
     return cell.settings | cell.prompts | {"epsilon": cell.epsilon}
 
 
-def test_settings_win_in_their_order_and_what_makes_the_method_wins_over_what_is_given_for_all_methods():
-    fap = {"coupling": "vision_to_text", "attack_loss": "kl", "augment": True}
-    assert layered(0) == {"coupling": "vision_to_text", "attack_loss": "kl", "epsilon": "4/255"}
-    assert layered(1) == {**fap, "consistency": 1.0, "text_depth": 1, "epsilon": "1/255"}
-    assert layered(2) == {**fap, "consistency": 2.0, "text_depth": 2, "epsilon": "2/255"}
-    assert layered(3) == {**fap, "consistency": 3.0, "text_depth": 3, "epsilon": "2/255"}
-    assert layered(4) == {**fap, "attack_loss": "margin", "consistency": 3.0, "text_depth": 4, "epsilon": "4/255"}
+def test_settings_win_in_their_order_over_the_recipe_and_the_method_stays_what_it_is():
+    recipe = {**METHODS["fap"].defaults, **METHODS["fap"].fixed}
+    assert layered(0) == {**recipe, "epsilon": "4/255"}
+    recipe |= {"augment": True}
+    assert layered(1) == {**recipe, "attack_loss": "suite", "consistency": 1.0, "text_depth": 1, "epsilon": "1/255"}
+    assert layered(2) == {**recipe, "attack_loss": "tuned", "consistency": 2.0, "text_depth": 2, "epsilon": "2/255"}
+    assert layered(3) == {**recipe, "attack_loss": "given", "consistency": 3.0, "text_depth": 3, "epsilon": "2/255"}
+    assert layered(4) == {**layered(3), "attack_loss": "margin", "text_depth": 4, "epsilon": "4/255"}
     assert layered(5) == {**layered(4), "text_depth": 5}
 
 
@@ -226,7 +227,9 @@ def test_settings_go_where_they_are_used():
         "epsilon": 0.5,
         "eval_step_size": "1/255",
     }
-    cell = only(plan("adv-vlp", suite=replace(TOY, settings={}, method_settings={}), settings=given).cells())
+    cell = only(
+        plan(suite=replace(TOY, settings={}, method_settings={}), settings=given | {"coupling": "none"}).cells()
+    )
     assert cell.settings == {"learning_rate": 0.5, "teacher": "folder"}
     assert cell.prompts == {"coupling": "none", "text_depth": 1}
     assert (cell.norm, cell.epsilon, cell.eval_step_size) == ("l2", "0.5", "1/255")
