@@ -168,19 +168,28 @@ class CaptTrainer(GuardedTrainer):
         batch, images = self.args.train_batch_size * self.args.world_size, len(self.task["train"])
         batches = images // batch if self._drops_last(images) else math.ceil(images / batch)
         steps = math.ceil(batches / self.args.gradient_accumulation_steps)
-        self.lr_scheduler = epoch_cosine(optimizer or self.optimizer, steps, math.ceil(num_training_steps / steps))
+        rates: Any = optimizer or self.optimizer
+        self.lr_scheduler = epoch_cosine(rates, steps, math.ceil(num_training_steps / steps))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def _drops_last(self, images: int) -> bool:
         return self.args.dataloader_drop_last and images >= self.args.train_batch_size * self.args.world_size
 
-    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> Any:
         """Makes a loader; `dataloader_drop_last` drops training images only, and not those of a set smaller than a batch."""
         asked = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = is_training and self._drops_last(len(dataset))
         try:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
         finally:
             self.args.dataloader_drop_last = asked
 
