@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .activations import lean_activations
+from .borrowing import eval_mode
 from .data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from .data.transforms import PixelTransform
 from .loading import load_model
@@ -242,15 +243,11 @@ class ZeroShotClassifier(nn.Module):
         if batch_size < 1 or (top_k is not None and top_k < 1):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
         images = list(images) if isinstance(images, list | tuple) else [images]
-        was_training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             scores = [
                 self(self.transform.batch(images[i : i + batch_size]).to(self._parameter.device)).softmax(-1).cpu()
                 for i in range(0, len(images), batch_size)
             ]
-        finally:
-            self.train(was_training)
         best = [row.topk(min(top_k or len(row), len(row))) for batch in scores for row in batch]
         return [
             [

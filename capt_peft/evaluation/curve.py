@@ -19,10 +19,10 @@ from ..classifier import ZeroShotClassifier
 from ..figures import import_figure
 from ..files import make_writable, write_json, written_whole
 from ..outputs import main_process_says
+from ..tuner import adapters_in_use
 from .accuracy import Accuracy
 from .loop import evaluate
 from .record import Evaluation
-from .subject import adapter_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def robustness_curves(
     attacks += [PGD(threat_model, steps=s) for s in STEPS]
     attacks = list({(attack.name, attack.threat_model): attack for attack in attacks}.values())
     curves = {}
-    for name in (ZERO_SHOT, ADAPTER) if adapter_in_use(classifier) else (ZERO_SHOT,):
+    for name in (ZERO_SHOT, ADAPTER) if adapters_in_use(classifier.model) else (ZERO_SHOT,):
         with classifier.frozen() if name == ZERO_SHOT else nullcontext():
             evaluation = evaluate(
                 classifier,

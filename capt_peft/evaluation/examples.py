@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..attacks import Attack, LogitsFn, ThreatModel
 from ..classifier import ZeroShotClassifier
-from ..data.pixels import PixelDataset
-from ..data.task import column_values
+from ..data.pixels import PixelDataset, digest_images
+from ..data.task import labels_by_name
 
 logger = logging.getLogger(__name__)
 
-_SAMPLED = 16  # images that the fingerprint looks at
+_HASHED_AT_ONCE = 256  # images
 
 
 class Examples:
@@ -28,11 +27,11 @@ class Examples:
 
     Args:
         data: A split of a task (columns `image` and `label`), or pixels (n, 3, H, W) in [0, 1] and labels (n,) int64.
-        classifier: Makes pixels of images.
+        classifier: Makes pixels of images, and numbers the classes: labels are matched by the names that the split gives them.
 
     Raises:
         TypeError: `data` is neither, or of the wrong dtype.
-        ValueError: There are no images, numbers do not fit, or pixels are not in [0, 1].
+        ValueError: There are no images, numbers do not fit, pixels are not in [0, 1], or the classifier lacks a label's class.
     """
 
     def __init__(self, data: datasets.Dataset | tuple[Tensor, Tensor], classifier: LogitsFn) -> None:
@@ -42,7 +41,7 @@ class Examples:
                 raise TypeError(
                     "A callable takes no images: give pixels and labels, (pixels, labels), instead of a dataset."
                 )
-            self.labels = torch.from_numpy(column_values(data, "label").astype(np.int64))
+            self.labels = torch.from_numpy(labels_by_name(data, classifier.class_names, "The dataset").astype("int64"))
             self._pixels = PixelDataset(data, classifier.transform)
         elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             pixels, self.labels = data
@@ -75,10 +74,13 @@ class Examples:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns how many images there are, and a fingerprint of their labels and of some of their pixels."""
+        """Returns how many images there are, and a fingerprint of all of them and of their labels."""
+        if not isinstance(self._pixels, Tensor):
+            return {"n": len(self), "fingerprint": digest_images(self._pixels.dataset)}
         digest = hashlib.sha256(self.labels.numpy(force=True).tobytes())
-        some = np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).round().astype(int).tolist()
-        digest.update(self.batch(some, torch.device("cpu"))[0].numpy(force=True).tobytes())
+        digest.update(f"{tuple(self._pixels.shape)} {self._pixels.dtype}".encode())
+        for some in self._pixels.split(_HASHED_AT_ONCE):
+            digest.update(some.contiguous().numpy(force=True).data)
         return {"n": len(self), "fingerprint": digest.hexdigest()[:16]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -13,6 +14,9 @@ from accelerate import PartialState
 
 from ..files import make_writable, open_regular, write_json
 from ..outputs import OutputLock, main_process_says
+from .sample import logit_differences
+
+LOGITS = "model.logits"  # the part of a configuration that is compared but for rounding
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +54,9 @@ class Jobs:
         check_same(configuration, read_json(folder / "configuration.json"), folder)
         for path in sorted((folder / "jobs").glob("*.json")):
             try:
-                self.done[path.stem] = read_json(path)
-            except ValueError as error:
-                logger.warning("%s", error)
+                self.done[path.stem] = _unsealed(path)
+            except DamagedFileError as error:
+                logger.warning("%s The piece of work is measured again.", error)
         if self.done and state.is_main_process:
             logger.info("Going on with %s: %d pieces of work are done.", folder, len(self.done))
         state.wait_for_everyone()  # all have read before anyone writes: they agree on what is left
@@ -60,20 +64,26 @@ class Jobs:
     def _open(self, folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Sequence[Path]) -> None:
         make_writable(folder.parent)
         self._lock = OutputLock(folder.parent, folder.name)
-        path = folder / "configuration.json"
-        if path.exists() and overwrite and differences(configuration, read_json(path)):
-            shutil.rmtree(folder)
-        if not path.exists():
-            for other in stale:
-                shutil.rmtree(other, ignore_errors=True)
-            (folder / "jobs").mkdir(parents=True, exist_ok=True)
+        path, jobs = folder / "configuration.json", folder / "jobs"
+        found = None
+        try:
+            found = read_json(path)
+        except FileNotFoundError:
+            if jobs.exists():
+                logger.warning("%s is missing. All pieces of work in %s are measured again.", path, folder)
+        except DamagedFileError as error:  # nobody knows what these are results of
+            logger.warning("%s All pieces of work in %s are measured again.", error, folder)
+        if found is None or (overwrite and differences(configuration, found)):
+            for other in (path, jobs, *stale):
+                _remove(other)
+            jobs.mkdir(parents=True)
             write_json(path, configuration)
 
     def keep(self, name: str, result: Any) -> None:
         """Keeps the result of a piece of work, whole or not at all."""
         self.done[name] = result
         if self.folder is not None:
-            write_json(self.folder / "jobs" / f"{name}.json", result)
+            write_json(self.folder / "jobs" / f"{name}.json", {"result": result, "hash": _hash(result)})
 
     def remove(self) -> None:
         """Removes the folder, once its results are elsewhere."""
@@ -83,17 +93,45 @@ class Jobs:
                 self._lock.release()
 
 
-def read_json(path: Path) -> Any:
-    """Returns the content of a JSON file.
+class DamagedFileError(ValueError):
+    """A file that holds something else than what was written to it; the message names it."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file that holds an object.
 
     Raises:
-        ValueError: It is no JSON; the file is named.
+        DamagedFileError: It holds something else.
+        FileNotFoundError: There is no such file.
     """
     try:
         with open_regular(path) as file:
-            return json.loads(file.read().decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); what it held is measured again.") from error
+            content = json.loads(file.read().decode())
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged ({str(error)[:200]}).") from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is damaged (not a JSON object).")
+    return content
+
+
+def _unsealed(path: Path) -> Any:
+    content = read_json(path)
+    if "result" not in content or content.get("hash") != _hash(content["result"]):
+        raise DamagedFileError(f"{path} is damaged (its content does not match its hash).")
+    return content["result"]
+
+
+def _hash(result: Any) -> str:
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
@@ -109,6 +147,8 @@ def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path:
 
 def differences(new: Any, old: Any, path: str = "") -> list[str]:
     """Returns sentences that say where two JSON contents differ."""
+    if path == LOGITS and isinstance(new, Mapping):
+        return logit_differences(new, old, path)
     if isinstance(new, Mapping) and isinstance(old, Mapping):
         keys = [*new, *(key for key in old if key not in new)]
         return [line for key in keys for line in differences(new.get(key), old.get(key), f"{path}.{key}".lstrip("."))]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -21,16 +20,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn, ThreatModel
-from ..attacks.guard import check_logits
+from ..borrowing import buffers_kept, eval_mode, modules_in
 from ..files import make_writable, written_whole
 from ..outputs import main_process_says
 from ..versions import describe_machine, versions
 from .examples import Examples, warn_of_units
-from .jobs import Jobs, check_same, read_json
-from .merging import merge
+from .jobs import DamagedFileError, Jobs, check_same, differences, read_json
+from .merging import black_box_needed, merge, standing
 from .outcomes import attack_batch
 from .record import Evaluation, examples_path
-from .signs import PROBES, probe
+from .sample import sample_logits, spread
+from .signs import PROBES, probe, probe_black_box
 from .subject import Subject, subject_of
 
 logger = logging.getLogger(__name__)
@@ -98,16 +98,17 @@ def evaluate(
     attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
     output = None if output is None else Path(output)
     _check(attacks, batch_size, output, save_images)
-    with _in_eval_mode(classifier):
+    with _lent(classifier):
         subject = subject_of(classifier, attack_target, attack_template)
         examples = Examples(data, classifier)
-        examples.check_labels(_number_of_classes(subject, examples))
+        logits, classes = sample_logits(subject, examples, batch_size)
+        examples.check_labels(classes)
         warn_of_units(attacks, examples)
         configuration = json.loads(
             json.dumps(
                 {
                     **(details or {}),
-                    "model": subject.description,
+                    "model": {**subject.description, "logits": logits},
                     "data": examples.to_dict(),
                     "attacks": [attack.to_dict() for attack in attacks],
                     "attack_target": attack_target,
@@ -120,6 +121,7 @@ def evaluate(
                 }
             )
         )
+        configuration = _agreed(configuration)
         finished = _finished(output, configuration, overwrite)
         if finished is not None:
             return finished
@@ -157,29 +159,27 @@ def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save
     PartialState(timeout=timedelta(days=7))  # a process that waits for another's AutoAttack must not give up
 
 
-def _number_of_classes(subject: Subject, examples: Examples) -> int:
-    pixels, _ = examples.batch([0], subject.device)
-    return check_logits(subject.scored(pixels), 1).shape[1]
-
-
 @contextmanager
-def _in_eval_mode(classifier: LogitsFn) -> Iterator[None]:
-    """Puts the classifier into eval mode, its parameters without gradients, which keeps fewer tensors for a backward."""
-    if not isinstance(classifier, nn.Module):
+def _lent(classifier: LogitsFn) -> Iterator[None]:
+    """Within it, the classifier is in eval mode and its parameters without gradients; afterwards it is as it was."""
+    mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
+    with mode, buffers_kept(modules_in(classifier)):
         yield
-        return
-    training = [module for module in classifier.modules() if module.training]
-    trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-    classifier.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+
+
+def _agreed(configuration: dict[str, Any]) -> dict[str, Any]:
+    """Returns the main process's configuration, which has the same bits everywhere.
+
+    Raises:
+        ValueError: The processes measure different things.
+    """
+    if PartialState().num_processes == 1:
+        return configuration
+    first, *others = gather_object([configuration])
+    for number, other in enumerate(others, 1):
+        if found := differences(other, first):
+            raise ValueError(f"Process {number} does not measure what process 0 does: {'; '.join(found[:5])}.")
+    return dict(first)
 
 
 def _beside(output: Path | None, suffix: str) -> Path | None:
@@ -187,17 +187,26 @@ def _beside(output: Path | None, suffix: str) -> Path | None:
 
 
 def _finished(output: Path | None, configuration: Mapping[str, Any], overwrite: bool) -> Evaluation | None:
-    """Returns what an earlier call has finished with the same configuration."""
-    if output is None or not output.exists():
+    """Returns what an earlier call has finished with the same configuration; None if it must be measured (again).
+
+    Raises:
+        ValueError: The file holds something else, which only `overwrite` replaces.
+    """
+    if output is None or overwrite or not output.exists():
         return None
-    content = read_json(output)
-    same = content.get("configuration") if isinstance(content, dict) else None
-    if same == configuration and examples_path(output).exists() and not overwrite:
-        logger.info("%s holds this evaluation already.", output)
-        return Evaluation.load(output)
-    if not overwrite:
-        check_same(configuration, same or {}, output)
-    return None
+    try:
+        found = read_json(output).get("configuration") or {}
+    except DamagedFileError as error:
+        logger.warning("%s The evaluation is measured again.", error)
+        return None
+    check_same(configuration, found, output)
+    try:
+        evaluation = Evaluation.load(output)
+    except ValueError as error:
+        logger.warning("%s The evaluation is measured again.", error)
+        return None
+    logger.info("%s holds this evaluation already.", output)
+    return evaluation
 
 
 class _Work:
@@ -229,8 +238,10 @@ class _Work:
             jobs = [_Job(f"{name}-{i:06d}", attack, indices) for i, indices in enumerate(batches)]
             mine = jobs[self.state.process_index :: self.state.num_processes]
             self._run_attack(mine)
-        if signs and SIGNS not in self.jobs.done and self.state.is_main_process:
-            self.jobs.keep(SIGNS, self._probe())
+        if signs and SIGNS not in self.jobs.done:
+            results = self.results()  # of all processes, which therefore all come here
+            if self.state.is_main_process:
+                self.jobs.keep(SIGNS, self._probe(results, batch_size))
 
     def results(self) -> dict[str, Any]:
         """Returns the results of all pieces, of all processes."""
@@ -277,20 +288,28 @@ class _Work:
         with written_whole(self.images) as folder:
             save_file(tensors, folder / f"{job.name}-{attack.name}.safetensors", metadata)
 
-    def _probe(self) -> dict[str, Any]:
+    def _probe(self, results: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         """Runs the probes on images from all over the dataset that are classified correctly."""
         threats = list(dict.fromkeys(attack.threat_model for attack in self.attacks))
-        candidates = _spread(range(len(self.examples)), 4 * PROBES)
+        candidates = spread(range(len(self.examples)), 4 * PROBES)
         pixels, labels = self.examples.batch(candidates, self.subject.device)
         right = (self.subject.scored(pixels).argmax(1) == labels).nonzero().squeeze(1).tolist()
         if not threats or not right:
             return {}
-        rows = _spread(right, PROBES)
+        rows = spread(right, PROBES)
         indices = [candidates[row] for row in rows]
-        return probe(self.subject.attacked, pixels[rows], labels[rows], indices, threats, self.seed)
+        probed = probe(self.subject, pixels[rows], labels[rows], indices, threats, self.seed)
+        return {**probed, "black_box": self._probe_black_box(results, batch_size)}
 
-
-def _spread(values: Sequence[int], count: int) -> list[int]:
-    """Returns `count` of the values, or all there are, at even distances."""
-    places = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
-    return [values[place] for place in places.tolist()]
+    def _probe_black_box(self, results: Mapping[str, Any], batch_size: int) -> list[dict[str, Any]]:
+        """Runs Square on a few of the images that the gradients of the attacks did not break, once for each norm."""
+        if not black_box_needed(self.attacks, results):
+            return []
+        found = []
+        for threat, left in standing(self.attacks, results):
+            indices = spread(left, PROBES)
+            chunks = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+            batches = [(*self.examples.batch(chunk, self.subject.device), chunk) for chunk in chunks]
+            broken = sum(probe_black_box(self.subject, threat, *batch, self.seed) for batch in batches)
+            found.append({"threat_model": str(threat), "images": len(indices), "broken": broken})
+        return found

@@ -28,7 +28,7 @@ def merge(
     """
     clean = _records(results, "clean")
     n = sum(len(record["index"]) for record in clean)
-    by_attack = [_records(results, f"{i:02d}") for i in range(len(attacks))]
+    by_attack = _by_attack(attacks, results)
     outcomes = tuple(
         _outcome(attack, records, n, white_box=subject.white_box)
         for attack, records in zip(attacks, by_attack, strict=True)
@@ -49,6 +49,10 @@ def merge(
             ]
         ),
     )
+
+
+def _by_attack(attacks: Sequence[Attack], results: Mapping[str, Any]) -> list[Records]:
+    return [_records(results, f"{i:02d}") for i in range(len(attacks))]
 
 
 def _records(results: Mapping[str, Any], prefix: str) -> Records:
@@ -113,6 +117,7 @@ def _signs(
         probed,
         zero_share=max(shares) if shares else None,
         square_gain=_square_gain(attacks, by_attack, n),
+        black_box=probed.get("black_box", []),
         precision=subject.precision,
         changed=sum(record["changed"] for records in by_attack for record in records),
     )
@@ -137,3 +142,23 @@ def _square_gain(attacks: Sequence[Attack], by_attack: Sequence[Records], n: int
         if squared and others:
             gains.append(len(by_square - by_others) / n)
     return max(gains) if gains else None
+
+
+def black_box_needed(attacks: Sequence[Attack], results: Mapping[str, Any]) -> bool:
+    """Whether attacks with gradients were run, and Square beside none of them."""
+    by_attack = _by_attack(attacks, results)
+    white = any(record["gradients"] for records in by_attack for record in records)
+    return white and _square_gain(attacks, by_attack, 1) is None
+
+
+def standing(attacks: Sequence[Attack], results: Mapping[str, Any]) -> list[tuple[ThreatModel, list[int]]]:
+    """Returns, for each norm, the largest ball within which images stood all attacks, and these images' places."""
+    by_attack = _by_attack(attacks, results)
+    balls = sorted({attack.threat_model for attack in attacks}, key=lambda t: (t.norm, -t.epsilon))
+    found: dict[str, tuple[ThreatModel, list[int]]] = {}
+    for threat in balls:
+        records = [r for a, some in zip(attacks, by_attack, strict=True) if a.threat_model == threat for r in some]
+        left = sorted({index for record in records for index in record["index"]} - _wrong(records))
+        if left and threat.epsilon > 0:
+            found.setdefault(threat.norm, (threat, left))
+    return list(found.values())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..attacks import Attack, AttackResult, LogitsFn
 from ..attacks.base import Report
+from ..attacks.guard import Guarded
 from ..classifier import ZeroShotClassifier
 from ..randomness import example_generators
 from .subject import Subject
@@ -33,22 +34,24 @@ def outcomes(
     Returns:
         The predicted classes (B,) of the clean and of the adversarial images.
     """
-    adversarial = attack(classifier, pixels, labels, example_generators(seed, indices, stream="evaluation"))
+    logits_fn = Guarded(classifier.with_fixed_texts())
+    adversarial = attack(logits_fn, pixels, labels, example_generators(seed, indices, stream="evaluation"))
     with torch.no_grad():
-        return classifier(pixels).argmax(-1), classifier(adversarial).argmax(-1)
+        return logits_fn(pixels).argmax(-1), logits_fn(adversarial).argmax(-1)
 
 
-class _Counted:
+class _Counted(Guarded):
     """Counts the images that a model is run on, and how many of them with a gradient."""
 
     def __init__(self, logits_fn: LogitsFn) -> None:
-        self.logits_fn = logits_fn
+        super().__init__(logits_fn)
         self.forwards = self.gradients = 0
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        self.forwards += len(pixels)
-        self.gradients += len(pixels) if pixels.requires_grad else 0
-        return self.logits_fn(pixels)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns the logits (B, N)."""
+        self.forwards += len(images)
+        self.gradients += len(images) if images.requires_grad else 0
+        return super().__call__(images)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def attack_batch(
     """
     clean = subject.scored(pixels).argmax(1)  # (B,)
     right = (clean == labels).nonzero().squeeze(1)  # (A,)
-    counted = _Counted(subject.attacked)
+    counted = _Counted(subject.attacked.logits_fn)
     adversarial, prediction = pixels.clone(), clean.clone()
     result = None
     if len(right):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..attacks import ThreatModel
 from ..files import write_json, written_whole
 from ..markup import escape
-from .accuracy import Accuracy
+from .accuracy import Accuracy, wilson_interval
+from .jobs import DamagedFileError, read_json
 from .signs import Sign
 
 ROBUST, TRANSFER = "robust", "transfer"
@@ -152,22 +153,44 @@ class Evaluation:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: The file holds something else.
+            ValueError: The file holds something else, or is damaged (a `DamagedFileError`).
         """
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or content.get("kind") != "evaluation":
-            raise ValueError(f"{path} holds no evaluation.")
-        with examples_path(Path(path)).open("rb") as file:
-            examples = pq.read_table(file)
-        return cls(
+        path = Path(path)
+        content = read_json(path)
+        if content.get("kind") != "evaluation":
+            raise ValueError(f"{path} does not hold an evaluation.")
+        try:
+            with examples_path(path).open("rb") as file:
+                examples = pq.read_table(file, schema=EXAMPLE_SCHEMA)
+            return cls._read(content, examples)
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
+            raise DamagedFileError(
+                f"{path}, or the examples in {examples_path(path).name} beside it, are damaged ({str(error)[:200]})."
+            ) from error
+
+    @classmethod
+    def _read(cls, content: dict[str, Any], examples: pa.Table) -> Evaluation:
+        evaluation = cls(
             clean=_accuracy(content["clean"]),
             attacks=tuple(_outcome(row) for row in content["attacks"]),
             worst_case={ThreatModel(**row["threat_model"]): _accuracy(row) for row in content["worst_case"]},
             signs=tuple(Sign(**sign) for sign in content["signs"]),
-            configuration=content["configuration"],
-            machine=content["machine"],
+            configuration=dict(content["configuration"]),
+            machine=str(content["machine"]),
             examples=examples,
         )
+        for outcome in evaluation.attacks:
+            right = pc.equal(examples["prediction"], examples["label"])
+            of_attack = pc.and_(
+                pc.equal(examples["attack"], outcome.name),
+                pc.equal(examples["threat_model"], str(outcome.threat_model)),
+            )
+            rows = pc.sum(of_attack).as_py() or 0, pc.sum(pc.and_(of_attack, right)).as_py() or 0
+            if rows != (outcome.accuracy.n, outcome.accuracy.correct):
+                raise ValueError(
+                    f"the examples of {outcome.name} are {rows[1]} right of {rows[0]}, not {outcome.accuracy}"
+                )
+        return evaluation
 
 
 def examples_path(path: Path) -> Path:
@@ -218,6 +241,7 @@ def _percent(accuracy: Accuracy) -> str:
 
 
 def _accuracy(row: dict[str, Any]) -> Accuracy:
+    wilson_interval(row["correct"], row["n"])  # refuses what is not a share
     return Accuracy(row["correct"], row["n"])
 
 

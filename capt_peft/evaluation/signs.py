@@ -11,15 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attacks import APGD, PGD, LogitsFn, ThreatModel
+from ..attacks import APGD, PGD, Square, ThreatModel
 from ..attacks.losses import cross_entropy, pixel_gradient
 from ..randomness import example_generators
+from .precision import precision_of
+from .subject import Subject
 
 PROBES = 100  # images that the probes are run on
 REPEATS = 5  # forwards that must agree
 MANY = 20  # steps that must beat one
+QUERIES = 300  # of Square, where no black-box attack was asked for
+FEW = 8  # images by which the precision is seen
 
-RANDOM, ZERO, SQUARE, ONE_STEP, LEFT = 1e-4, 1e-3, 0.002, 0.005, 0.0
+RANDOM, ZERO, SQUARE, SQUARE_FEW, ONE_STEP, LEFT = 1e-4, 1e-3, 0.002, 0.02, 0.005, 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def _sign(name: str, value: float, threshold: float, bad: str, good: str) -> Sig
 
 
 def probe(
-    logits_fn: LogitsFn,
+    subject: Subject,
     pixels: Tensor,
     labels: Tensor,
     indices: Sequence[int],
@@ -61,7 +65,7 @@ def probe(
     """Measures what signs need, on a few images.
 
     Args:
-        logits_fn: What attacks see.
+        subject: What attacks see, and what decides.
         pixels: (B, 3, H, W) in [0, 1].
         labels: (B,) class indices.
         indices: The images' places in their dataset.
@@ -72,6 +76,7 @@ def probe(
         Numbers by name, in JSON types.
     """
     generators = partial(example_generators, seed, indices, stream="evaluation")
+    logits_fn = subject.attacked
 
     def left(attack: APGD | PGD) -> float:
         adversarial = attack(logits_fn, pixels, labels, generators())
@@ -79,7 +84,7 @@ def probe(
             return float((logits_fn(adversarial).argmax(1) == labels).double().mean())
 
     with torch.no_grad():
-        outputs = torch.stack([logits_fn(pixels.clone()).float() for _ in range(REPEATS)])  # (REPEATS, B, N)
+        outputs = torch.stack([logits_fn(pixels).float() for _ in range(REPEATS)])  # (REPEATS, B, N)
     spread = (outputs - outputs[0]).flatten(1).norm(dim=1).max() / outputs[0].norm().clamp_min(1e-12)
     starts = threats[0].random_start(pixels, generators())
     _, _, gradient = pixel_gradient(logits_fn, starts, lambda logits: cross_entropy(logits, labels))
@@ -94,7 +99,33 @@ def probe(
         "one_step": [one for one, _ in steps],
         "many_steps": [many for _, many in steps],
         "unbounded": left(APGD(everything)),
+        "precision": precision_of(logits_fn.logits_fn, pixels[:FEW], backward=True),
+        "precision_that_decides": precision_of(subject.scored.logits_fn, pixels[:FEW]),
     }
+
+
+def probe_black_box(
+    subject: Subject, threat: ThreatModel, pixels: Tensor, labels: Tensor, indices: Sequence[int], seed: int
+) -> int:
+    """Returns how many images a few hundred queries of Square break and 20 steps of PGD do not: what gradients hide.
+
+    Args:
+        subject: What attacks see, and what decides.
+        threat: The ball.
+        pixels: (B, 3, H, W) in [0, 1]: images that the attacks of the evaluation left standing.
+        labels: (B,) class indices.
+        indices: The images' places in their dataset.
+        seed: Seed of the attacks.
+    """
+    broken = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+    for attack, breaks in ((Square(threat, queries=QUERIES), True), (PGD(threat, steps=MANY), False)):
+        rows = broken.nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
+        generators = example_generators(seed, [indices[row] for row in rows.tolist()], stream="evaluation")
+        adversarial = attack(subject.attacked, pixels[rows], labels[rows], generators)
+        broken[rows] = (subject.scored(adversarial).argmax(1) != labels[rows]) == breaks
+    return int(broken.sum())
 
 
 def _are_probabilities(outputs: Tensor) -> bool:
@@ -104,7 +135,12 @@ def _are_probabilities(outputs: Tensor) -> bool:
 
 
 def read_signs(
-    probed: dict[str, Any], zero_share: float | None, square_gain: float | None, precision: str, changed: int
+    probed: dict[str, Any],
+    zero_share: float | None,
+    square_gain: float | None,
+    black_box: Sequence[dict[str, Any]],
+    precision: str,
+    changed: int,
 ) -> tuple[Sign, ...]:
     """Turns measurements into signs.
 
@@ -113,17 +149,18 @@ def read_signs(
         zero_share: Mean share of zero pixel gradients at the attacks' first steps; None where no attack has gradients.
         square_gain: Share of the images that Square broke and no white-box attack did, at its largest over the threat models;
             None where Square, or every white-box attack, was missing.
-        precision: The precision that attacks ran in.
+        black_box: What Square broke of a few images that the attacks had left standing, where it was not among them.
+        precision: The precision of the parameters and of autocast around the attacks.
         changed: Adversarial images on which that precision and float32 disagree about right or wrong.
     """
     return (
         _one_step(probed),
-        _square(square_gain),
+        _square(square_gain) if square_gain is not None or not black_box else _few_queries(black_box),
         _left_at_everything(probed),
         _zero(probed, zero_share),
         _random(probed),
         _probabilities(probed),
-        _precision(precision, changed),
+        _precision(probed, precision, changed),
     )
 
 
@@ -150,7 +187,7 @@ def _square(gain: float | None) -> Sign:
             None,
             None,
             SQUARE,
-            "Not checked: that needs Square and a white-box attack (autoattack has both).",
+            "Not checked: that needs a white-box attack that leaves images standing (autoattack has Square too).",
         )
     return _sign(
         "square_beats_white_box",
@@ -159,6 +196,20 @@ def _square(gain: float | None) -> Sign:
         f"Square, which sees no gradients, breaks {100 * gain:.1f}% of all images where white-box attacks fail: gradients are "
         "masked, and robust accuracy is too high.",
         f"Square breaks {100 * gain:.1f}% of all images where white-box attacks fail.",
+    )
+
+
+def _few_queries(black_box: Sequence[dict[str, Any]]) -> Sign:
+    worst = max(black_box, key=lambda found: found["broken"] / found["images"])
+    gain, images = worst["broken"] / worst["images"], worst["images"]
+    what = f"of {images} images that the attacks left standing within {worst['threat_model']}"
+    return _sign(
+        "square_beats_white_box",
+        gain,
+        max(SQUARE_FEW, 1 / images),  # one image in a small probe is no sign
+        f"{QUERIES} queries of Square, which sees no gradients, break {100 * gain:.1f}% {what}, where {MANY} steps of PGD fail: "
+        "gradients are masked, and robust accuracy is too high.",
+        f"{QUERIES} queries of Square break {100 * gain:.1f}% {what} and that {MANY} steps of PGD do not break.",
     )
 
 
@@ -205,12 +256,24 @@ def _probabilities(probed: dict[str, Any]) -> Sign:
     )
 
 
-def _precision(precision: str, changed: int) -> Sign:
+def _precision(probed: dict[str, Any], precision: str, changed: int) -> Sign:
+    seen, decides = probed["precision"], probed["precision_that_decides"]
+    low = precision if precision != "float32" else seen
+    if low is None:
+        return Sign(
+            "low_precision",
+            None,
+            None,
+            0.5,
+            "Not checked: the model computes where PyTorch does not see it, as in NumPy.",
+        )
+    how = f"outcomes were decided in float32, which changed {changed} of them"
+    if decides != "float32":
+        how = f"and so did what decides the outcomes ({decides or 'unknown'})"
     return _sign(
         "low_precision",
-        float(precision != "float32"),
+        float(low != "float32"),
         0.5,
-        f"The attack ran in {precision}, which rounds gradients away; outcomes were decided in float32, which changed {changed} "
-        "of them. Attack in float32.",
+        f"The attack ran in {low}, which rounds gradients away; {how}. Attack in float32.",
         "The attack ran in float32.",
     )

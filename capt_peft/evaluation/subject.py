@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..attacks import LogitsFn
+from ..attacks.guard import Guarded
+from ..borrowing import modules_in
 from ..classifier import ZeroShotClassifier
-from ..tuner import PromptLayer
-from ..tuner.fingerprint import base_fingerprint, tensors_fingerprint
+from ..tuner import adapters_in_use
+from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
+from .precision import lowest
 
 TARGETS = ("tuned", "frozen")
 
@@ -26,14 +28,16 @@ class Subject:
     Attributes:
         attacked: What attacks differentiate through: pixels (B, 3, H, W) in [0, 1] -> logits (B, N).
         scored: What decides whether an answer is right: the same in float32.
+        attacked_is_other: Whether attacks see another function than the one that decides: of other texts, weights or precision.
         white_box: Whether attacks see the very model that is scored; robust accuracy is measured no other way.
         precision: The precision that attacks run in, such as "float32" or "bfloat16".
         device: Where the pixels go.
         description: Base model, adapter, their fingerprints, classes and template, for results.
     """
 
-    attacked: LogitsFn
-    scored: LogitsFn
+    attacked: Guarded
+    scored: Guarded
+    attacked_is_other: bool
     white_box: bool
     precision: str
     device: torch.device
@@ -60,19 +64,20 @@ def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_templa
             )
         return _plain_subject(classifier)
     precise = classifier if _precision(classifier) == "float32" else copy.deepcopy(classifier).float()
-    scored = _with_fixed_texts(precise)
-    attacked = scored if precise is classifier else _with_fixed_texts(classifier)
+    scored = precise.with_fixed_texts()
+    attacked = scored if precise is classifier else classifier.with_fixed_texts()
+    seen = classifier
     if attack_template is not None and attack_template != classifier.template:
-        other = ZeroShotClassifier(classifier.model, classifier.processor, classifier.class_names, attack_template)
-        attacked = _with_fixed_texts(other.eval())
+        seen = ZeroShotClassifier(classifier.model, classifier.processor, classifier.class_names, attack_template)
+        attacked = seen.eval().with_fixed_texts()
     if attack_target == "frozen":
         with classifier.frozen():
-            frozen_texts = _with_fixed_texts(classifier if attack_template is None else other)
-        attacked = _frozen(classifier, frozen_texts)
+            attacked = _frozen(classifier, seen.with_fixed_texts())
     return Subject(
-        attacked=attacked,
-        scored=_without_autocast(scored, classifier.device),
-        white_box=attack_target == "tuned" and attack_template in (None, classifier.template),
+        attacked=Guarded(attacked),
+        scored=Guarded(_without_autocast(scored, classifier.device)),
+        attacked_is_other=attacked is not scored,
+        white_box=attack_target == "tuned" and seen is classifier,
         precision=_precision(classifier),
         device=classifier.device,
         description=describe(classifier),
@@ -83,31 +88,48 @@ def _plain_subject(function: LogitsFn) -> Subject:
     if not callable(function):
         raise ValueError(f"A classifier or a callable from pixels to logits is needed, got {function!r}.")
     description: dict[str, Any] = {"callable": getattr(function, "__qualname__", type(function).__qualname__)}
+    modules = modules_in(function)
+    if modules:
+        state = [(f"{i}.{name}", value) for i, each in enumerate(modules) for name, value in _tensors(each)]
+        description["fingerprint"] = tensors_fingerprint(state)
+        adapters = [adapter for module in modules for adapter in _adapters(module)]
+        if adapters:
+            description["adapters"] = adapters
     device = torch.device("cpu")
     precise, precision = function, "float32"
     if isinstance(function, nn.Module):
-        state = function.state_dict()
-        description["fingerprint"] = tensors_fingerprint(state.items())
-        device = next(iter(state.values())).device if state else device
+        device = next((value.device for _, value in _tensors(function)), device)
         precision = _precision(function)
         if precision != "float32":
             precise = copy.deepcopy(function).float()
-    return Subject(function, _without_autocast(precise, device), True, precision, device, description)
+    return Subject(
+        attacked=Guarded(function),
+        scored=Guarded(_without_autocast(precise, device)),
+        attacked_is_other=precise is not function,
+        white_box=True,
+        precision=precision,
+        device=device,
+        description=description,
+    )
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
 
 
 def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
     """Returns what a classifier is made of: base model, adapter, fingerprints, classes, template, precision and pixels."""
     model: Any = classifier.model
+    adapters = _adapters(model)
     adapter = None
-    if adapter_in_use(classifier):
-        name = model.active_adapters[0]
-        tensors = get_peft_model_state_dict(model, adapter_name=name)
-        config = {key: sorted(v) if isinstance(v, set) else v for key, v in model.peft_config[name].to_dict().items()}
-        adapter = {"name": name, "fingerprint": tensors_fingerprint(tensors.items()), "config": config}
+    if adapters:
+        settings = model.peft_config[adapters[0]["name"]].to_dict().items()
+        adapter = {**adapters[0], "config": {key: sorted(v) if isinstance(v, set) else v for key, v in settings}}
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return {
         "base": {"name": base.config._name_or_path, "fingerprint": base_fingerprint(base)},
         "adapter": adapter,
+        **({"adapters": adapters} if len(adapters) > 1 else {}),
         "class_names": list(classifier.class_names),
         "template": classifier.template,
         "precision": _precision(classifier),
@@ -115,20 +137,11 @@ def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
     }
 
 
-def adapter_in_use(classifier: ZeroShotClassifier) -> bool:
-    """Whether the classifier's model has an adapter that is not switched off."""
-    layers = [module for module in classifier.model.modules() if isinstance(module, PromptLayer)]
-    off = bool(layers) and all(layer.disable_adapters for layer in layers)
-    return isinstance(classifier.model, PeftModel) and not off
-
-
-def _with_fixed_texts(classifier: ZeroShotClassifier) -> LogitsFn:
-    texts = classifier.text_features()  # (N, D)
-
-    def logits(pixels: Tensor) -> Tensor:
-        return classifier.logits(classifier.image_features(pixels), texts)
-
-    return logits
+def _adapters(model: nn.Module) -> list[dict[str, Any]]:
+    """Returns names and fingerprints of the adapters that act, of whatever PEFT method."""
+    if not hasattr(model, "peft_config"):
+        return []
+    return [{"name": name, "fingerprint": adapter_fingerprint(model, name)} for name in adapters_in_use(model)]
 
 
 def _frozen(classifier: ZeroShotClassifier, function: LogitsFn) -> LogitsFn:
@@ -148,11 +161,9 @@ def _without_autocast(function: LogitsFn, device: torch.device) -> LogitsFn:
 
 
 def _precision(model: nn.Module) -> str:
-    """Returns the lowest precision that the model computes in, autocast included: "float32", "bfloat16", ..."""
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+    """Returns the lowest precision of the parameters and of the autocast around: "float32", "bfloat16", ..."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     device = next((p.device.type for p in model.parameters()), "cpu")
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    size: Callable[[torch.dtype], int] = lambda dtype: torch.finfo(dtype).bits  # noqa: E731
-    lowest = min(dtypes, key=size)
-    return "float32" if size(lowest) >= 32 else str(lowest).removeprefix("torch.")
+    return lowest(dtypes)

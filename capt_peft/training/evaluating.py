@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import EvalPrediction
 
+from ..borrowing import eval_mode
 from ..classifier import ZeroShotClassifier
 from ..data.pixels import PixelDataset
 from ..evaluation import outcomes, wilson_interval
@@ -36,8 +37,7 @@ class EvaluatingTrainer(CheckpointTrainer):
         """Attacks an evaluation batch; returns the predicted classes of its clean and its adversarial images."""
         inputs = self._prepare_inputs(inputs)
         pixels, labels, indices = inputs["pixels"], inputs["labels"], inputs["index"].tolist()
-        self.classifier.eval()
-        with self._eager():
+        with eval_mode(self.classifier), self._eager():
             predicted = outcomes(self.classifier, self.args.evaluation_attack, pixels, labels, indices, self.args.seed)
         return None, predicted, labels
 

@@ -1,5 +1,7 @@
 """Signs of masked gradients: each kind of masking raises its own, and a plain model raises none."""
 
+import re
+
 import pytest
 import torch
 from helpers import TINY_CLIP
@@ -131,9 +133,139 @@ def test_plain_tiny_clip_raises_none(processor):
 
 
 def test_what_was_not_checked_says_so():
-    sign = signs_of(Wrapped(), [PGD(THREAT, steps=5)])["square_beats_white_box"]
+    sign = signs_of(Wrapped(), [Square(THREAT, queries=5)])["square_beats_white_box"]
     assert sign.raised is None and sign.value is None
     assert "Not checked" in sign.sentence and "autoattack" in sign.sentence
+
+
+class _Led(torch.autograd.Function):
+    """Passes pixels on, and a gradient that leads elsewhere."""
+
+    @staticmethod
+    def forward(ctx, pixels, lead):
+        ctx.lead = lead
+        return pixels.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.lead(gradient), None
+
+
+def shuffled(gradient):
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(0))
+    return gradient.flatten(1)[:, order].view_as(gradient)
+
+
+def leaking(gradient):
+    noise = torch.randn(gradient.shape[1:], generator=torch.Generator().manual_seed(0))
+    return gradient + 10 * gradient.abs().max() * noise
+
+
+class Led(Wrapped):
+    def __init__(self, lead):
+        super().__init__()
+        self.lead = lead
+
+    def forward(self, pixels):
+        return self.model(_Led.apply(pixels, self.lead))
+
+
+GRADIENTS_ALONE = [
+    [PGD(THREAT, steps=20)],
+    [APGD(THREAT, steps=10)],
+    [PGD(ThreatModel("linf", "2/255"), steps=10), PGD(THREAT, steps=10)],
+    [PGD(ThreatModel("l2", 0.3), steps=20)],
+]
+
+
+@pytest.mark.parametrize("attacks", GRADIENTS_ALONE, ids=["pgd", "apgd", "two balls", "l2"])
+@pytest.mark.parametrize("lead", [shuffled, leaking, lambda gradient: 0 * gradient + 1])
+def test_a_few_hundred_queries_show_what_gradients_hide(lead, attacks):
+    found = signs_of(Led(lead), attacks)["square_beats_white_box"]
+    assert found.raised and "300 queries of Square" in found.sentence and found.value > found.threshold
+
+
+@pytest.mark.parametrize("attacks", [*GRADIENTS_ALONE, [PGD(THREAT, steps=1, random_start=False)]])
+def test_honest_gradients_are_not_suspected_even_of_a_weak_attack(attacks):
+    found = signs_of(Wrapped(), attacks)["square_beats_white_box"]
+    assert found.raised is False and "300 queries of Square" in found.sentence
+
+
+def test_the_queries_are_few():
+    class Counting(Wrapped):
+        images = 0
+
+        def forward(self, pixels):
+            self.images += 0 if pixels.requires_grad else len(pixels)
+            return super().forward(pixels)
+
+    counts = []
+    for attacks in ([PGD(THREAT, steps=2)], [PGD(THREAT, steps=2), Square(THREAT, queries=1)]):
+        model = Counting()
+        signs_of(model, attacks)
+        counts.append(model.images)
+    assert counts[0] - counts[1] < 60 * 300
+
+
+def bf16(function, *tensors):
+    return function(*[tensor.to(torch.bfloat16) for tensor in tensors])
+
+
+def autocast_inside(model):
+    def forward(pixels):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(pixels).float()
+
+    return forward
+
+
+class _InNumpy(torch.autograd.Function):
+    """A linear model in NumPy, with a gradient written by hand."""
+
+    @staticmethod
+    def forward(ctx, pixels, weight, half):
+        ctx.weight, ctx.shape = weight, pixels.shape
+        values = pixels.detach().numpy().reshape(len(pixels), -1) @ weight.numpy()
+        return torch.from_numpy(values.astype("float16").astype("float32") if half else values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return (gradient @ ctx.weight.T).view(ctx.shape), None, None
+
+
+WEIGHT = torch.randn(192, 5, generator=torch.Generator().manual_seed(0))
+
+
+class CastsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels):
+        return pixels.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.half().float()
+
+
+@pytest.mark.parametrize(
+    ("make", "raised", "says"),
+    [
+        (lambda model: model, False, "float32"),
+        (lambda model: lambda pixels: model(pixels), False, "float32"),
+        (lambda model: model.double() and (lambda pixels: model(pixels.double()).float()), False, "float32"),
+        (lambda model: autocast_inside(model), True, "bfloat16.*so did what decides"),
+        (lambda model: lambda pixels: bf16(torch.matmul, pixels.flatten(1), WEIGHT).float(), True, "bfloat16"),
+        (lambda model: lambda pixels: model(pixels.half().float()), True, "float16"),
+        (lambda model: lambda pixels: model(pixels).half().float(), True, "float16"),
+        (lambda model: lambda pixels: model(CastsInBackward.apply(pixels)), True, "float16"),
+        (lambda model: lambda pixels: _InNumpy.apply(pixels, WEIGHT, True), True, "float16"),
+        (lambda model: lambda pixels: _InNumpy.apply(pixels, WEIGHT, False), None, "Not checked"),
+    ],
+    ids=["module", "function", "float64", "autocast", "cast product", "cast pixels", "cast logits", "backward", "numpy half", "numpy"],
+)  # fmt: skip
+def test_half_precision_is_seen_wherever_a_model_hides_it(make, raised, says):
+    sign = signs_of(make(Wrapped()), [PGD(THREAT, steps=2), Square(THREAT, queries=2)])["low_precision"]
+    assert sign.raised is raised
+    assert re.search(says, sign.sentence)
 
 
 def test_outcomes_of_a_low_precision_attack_are_decided_in_float32():
