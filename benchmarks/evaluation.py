@@ -98,10 +98,11 @@ def main() -> None:
     floor, both, cost = (statistics.median(values) for values in (forwards, passes, evaluations))
     with FlopCounterMode(display=False) as one, torch.no_grad():
         classifier.image_features(pixels)
+    logits_fn = classifier if args.vit else classifier.with_fixed_texts()
     with FlopCounterMode(display=False) as all_of_it:
         # the counter cannot follow a module whose input is a leaf of autograd, as pixels under attack are
         evaluate(
-            lambda images: classifier(images + 0),
+            lambda images: logits_fn(images + 0),
             (pixels, labels),
             attack,
             batch_size=len(pixels),

@@ -17,8 +17,10 @@ from .data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from .data.transforms import PixelTransform
 from .loading import load_model
 from .text_parts import TextPart, TextParts, split_texts
-from .texts import TEXT_INPUTS, check_classes_known, check_end_tokens, check_prompts_fit, max_text_length, tokenize
+from .texts import TEXT_INPUTS, check_adapter_fits, check_end_tokens, check_texts_differ, tokenize, tokens_before_name
 from .tuner import PromptLayer, adapters_off
+from .tuner.sites import check_supported
+from .tuner.wording import shown
 
 
 class ZeroShotClassifier(nn.Module):
@@ -38,9 +40,10 @@ class ZeroShotClassifier(nn.Module):
             pass. By default all of them up to 256 classes, and 64 above that. The results are the same up to rounding.
 
     Raises:
-        ValueError: A `text_chunk_size` below 1, a template without one `{}`, class names that repeat, a text that is too long for
-            the model, or one so short that the adapter's prompts would overwrite the class name; the processor of another model;
-            or other classes than those of an active adapter with class-specific prompts.
+        ValueError: A `text_chunk_size` below 1, a template without one `{}`, class names that repeat or are one text to the
+            tokenizer, a text that is too long for the model, or one so short that the adapter's prompts would overwrite the
+            class name; a model with a head for classification, or the processor of another model; or other classes than
+            those of an active adapter with class-specific prompts.
     """
 
     model: Any  # a PeftModel, or a model of transformers: both hand out CLIP's methods
@@ -67,11 +70,14 @@ class ZeroShotClassifier(nn.Module):
         self.template = template
         check_template(template)
         check_class_names(self.class_names)
-        check_classes_known(model, self.class_names)
+        check_supported(model, quiet=True)
         self.texts = [template.format(name) for name in self.class_names]
-        text_inputs = tokenize(processor.tokenizer, self.texts, max_text_length(model))
-        check_end_tokens(model, text_inputs["input_ids"])
-        check_prompts_fit(model, processor.tokenizer, template)
+        text_inputs = tokenize(model, processor.tokenizer, self.texts)
+        input_ids = text_inputs["input_ids"]
+        check_end_tokens(model, input_ids)
+        check_texts_differ(model, processor.tokenizer, self.class_names, self.texts, input_ids)
+        self._before_name = tokens_before_name(processor.tokenizer, template, input_ids)
+        self._check_adapter()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
         for name, value in {**text_inputs, "mean": mean, "std": std}.items():
             self.register_buffer(name, value, persistent=False)
@@ -125,16 +131,15 @@ class ZeroShotClassifier(nn.Module):
         """Returns the tokens of the N texts: `input_ids` and `attention_mask`, (N, L) with L the length of the longest.
 
         Raises:
-            ValueError: The adapter in use is class-specific, for other classes.
+            ValueError: As of `check_adapter_fits`.
         """
-        # another adapter may have become the active one since this was made, with as many classes by chance
-        check_classes_known(self.model, self.class_names)
+        self._check_adapter()
         return {name: getattr(self, name).to(self.device) for name in TEXT_INPUTS if hasattr(self, name)}
 
     def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
         """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
 
-        It is right as long as the model stays as it is: after a step of an optimiser, another adapter or `frozen()`, make another.
+        It is right while the model stays as it is: after an optimiser's step, another adapter or `frozen()`, make another.
 
         Returns:
             A function from (B, 3, H, W) pixels in [0, 1] to (B, N) float32 logits, with gradient to the pixels.
@@ -176,7 +181,7 @@ class ZeroShotClassifier(nn.Module):
     @contextmanager
     def part_inputs(self, part: TextPart) -> Iterator[dict[str, Tensor]]:
         """Gives the tokens of a part; within it, class-specific prompts are those of its classes."""
-        check_classes_known(self.model, self.class_names)
+        self._check_adapter()
         layers = [m for m in self.model.modules() if isinstance(m, PromptLayer) and m.site.tower == "text"]
         for layer in layers:
             layer.rows = part.rows
@@ -231,8 +236,8 @@ class ZeroShotClassifier(nn.Module):
             For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.
 
         Raises:
-            ValueError: An image that cannot be read (the file is named), a `top_k` or `batch_size` below 1, or class names or a
-                template that a classifier refuses.
+            ValueError: An image that cannot be read (the file is named), a `top_k` or `batch_size` below 1, class names or a
+                template that a classifier refuses, or logits that are not finite (the cause is named).
         """
         if class_names is not None or template is not None:
             names = self.class_names if class_names is None else class_names
@@ -244,10 +249,8 @@ class ZeroShotClassifier(nn.Module):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
         images = list(images) if isinstance(images, list | tuple) else [images]
         with eval_mode(self):
-            scores = [
-                self(self.transform.batch(images[i : i + batch_size]).to(self._parameter.device)).softmax(-1).cpu()
-                for i in range(0, len(images), batch_size)
-            ]
+            texts = self.text_features()
+            scores = [self._scores(images[i : i + batch_size], texts) for i in range(0, len(images), batch_size)]
         best = [row.topk(min(top_k or len(row), len(row))) for batch in scores for row in batch]
         return [
             [
@@ -257,7 +260,38 @@ class ZeroShotClassifier(nn.Module):
             for b in best
         ]
 
+    def _scores(self, images: list[Any], texts: Tensor) -> Tensor:
+        logits = self.logits(self.image_features(self.transform.batch(images).to(self.device)), texts)
+        self._check_finite(logits, texts)
+        return logits.softmax(-1).cpu()
+
     # ------------------------------------------------------------------------------------------------------- state
+
+    def _check_adapter(self) -> None:
+        # at every run of the texts: another adapter may have become the active one since this was made
+        check_adapter_fits(self.model, self.class_names, self.template, self._before_name)
+
+    def _check_finite(self, logits: Tensor, texts: Tensor) -> None:
+        """Raises a ValueError that names the cause if logits (B, N) are not finite."""
+        if torch.isfinite(logits).all():
+            return
+        broken = (name for name, p in self.model.named_parameters() if not torch.isfinite(p).all())
+        parameter = next(broken, None)
+        bad_texts = (~torch.isfinite(texts).all(-1)).nonzero().flatten().tolist()
+        if parameter is not None:
+            cause = (
+                f"the weights {parameter} hold NaN or infinite values; the model is damaged or its training diverged"
+            )
+        elif bad_texts:
+            name = shown(self.class_names[bad_texts[0]])
+            cause = f"the text features of class {name} are not: prompts or weights are too large"
+        elif not torch.isfinite(self.base_model.logit_scale.float().exp()):
+            cause = f"the temperature overflows (logit_scale={float(self.base_model.logit_scale):.4g}, of which exp is taken)"
+        else:
+            cause = "the features of an image are not: prompts or weights are too large for the model's precision"
+        raise ValueError(
+            f"The logits are not finite, so that there are no scores: {cause}. Load another model or adapter."
+        )
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,8 @@ from transformers import AutoModel, AutoProcessor
 from transformers.utils import resolve_revision
 
 from .tuner import CaptConfig
+from .tuner.loading import load_pretrained
+from .tuner.wording import cut
 
 
 def from_pretrained(name_or_path: str, **kwargs: Any) -> nn.Module:
@@ -49,7 +51,8 @@ def load_model(
         The model (`PeftModel` for an adapter) in eval mode, and its processor.
 
     Raises:
-        ValueError: The adapter is of another method, damaged, or does not say what its base model is.
+        ValueError: The adapter is of another method, damaged, or does not say what its base model is; or the base model needs
+            code of its own, which is never run.
         OSError: There is no such model, the Hub cannot be reached or refuses, and the cache does not have it.
     """
     where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
@@ -61,14 +64,13 @@ def load_model(
         if "Can't find" not in str(error):
             raise
         _check_bare(name_or_path, error.__cause__, kwargs)
-        return AutoModel.from_pretrained(name_or_path, dtype=dtype, **kwargs).eval(), AutoProcessor.from_pretrained(
-            name_or_path, **kwargs
-        )
+        model = load_pretrained(AutoModel, name_or_path, dtype=dtype, **kwargs).eval()
+        return model, load_pretrained(AutoProcessor, name_or_path, **kwargs)
     name, revision = (config.base_model_name_or_path, config.revision) if base is None else (base, None)
     if not name:
         raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
-    model = AutoModel.from_pretrained(name, revision=revision, dtype=dtype, **where)
-    processor = AutoProcessor.from_pretrained(name, revision=revision, **where)
+    model = load_pretrained(AutoModel, name, revision=revision, dtype=dtype, **where)
+    processor = load_pretrained(AutoProcessor, name, revision=revision, **where)
     return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
 
 
@@ -81,4 +83,4 @@ def _check_bare(name_or_path: str, reason: BaseException | None, kwargs: Mapping
         bare = isinstance(try_to_load_from_cache(name_or_path, file, **where), str)
     if not bare:
         cause = reason.__cause__ if isinstance(reason, LocalEntryNotFoundError) else reason
-        raise OSError(f"{name_or_path} can be read neither from the Hub nor from the cache: {cause}") from reason
+        raise OSError(f"{name_or_path} can be read neither from the Hub nor from the cache: {cut(cause)}") from reason

@@ -51,7 +51,7 @@ def attack_picture(
     names = first.class_names
     for name, classifier in classifiers.items():
         generators = example_generators(seed, range(len(pixels)), stream="evaluation")
-        attacked = attack(classifier, pixels, truth, generators)
+        attacked = attack(classifier.with_fixed_texts(), pixels, truth, generators)
         rows.append((f"image\n{name}", pixels, _answers(classifier, pixels, truth, names)))
         rows.append((f"attacked\n{name}", attacked, _answers(classifier, attacked, truth, names)))
         scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)

@@ -158,12 +158,13 @@ def attack_one(
 ) -> Outcome:
     """Attacks one model with one image; without a true class, away from the model's own answer."""
     pixels = classifier.transform(picture)[None]  # (1, 3, H, W)
+    logits_fn = classifier.with_fixed_texts()
     with torch.no_grad():
-        clean = classifier(pixels).softmax(-1)[0]  # (N,)
+        clean = logits_fn(pixels).softmax(-1)[0]  # (N,)
     label = int(clean.argmax()) if true_class is None else classifier.class_names.index(true_class)
-    adversarial = attack(classifier, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
+    adversarial = attack(logits_fn, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
     with torch.no_grad():
-        attacked = classifier(adversarial).softmax(-1)[0]
+        attacked = logits_fn(adversarial).softmax(-1)[0]
     noise = 0.5 + magnification(attack) * (adversarial - pixels)
     return Outcome(
         name,

@@ -10,13 +10,15 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from .loading import check_adapter_files
+from .loading import PICKLE_NAME, SAFETENSORS_NAME, check_adapter_files
 from .registration import CAPT
+from .wording import cut, shown
 
 COUPLINGS = ("none", "text_to_vision", "vision_to_text")
 INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
+MAX_BYTES = 1 << 24  # of a configuration file: class names by the hundred thousand
 MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 
 
@@ -87,6 +89,11 @@ class CaptConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
 
     def __post_init__(self) -> None:
+        if self.task_type is not None:  # before PEFT, whose own message has no bound
+            raise ValueError(
+                f"task_type={shown(self.task_type)}: CAPT adds no head for a task, and PEFT's model of a task takes no images. "
+                "Leave it out (None)."
+            )
         super().__post_init__()
         self.peft_type = CAPT
         if self.num_vision_tokens is None:
@@ -100,57 +107,55 @@ class CaptConfig(PeftConfig):
         for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} must be an integer, not a {type(value).__name__}.")
+                raise TypeError(f"{name}={shown(value)} must be an integer, not a {type(value).__name__}.")
         for name in ("coupling", "template", "init"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be a string.")
+                raise TypeError(f"{name}={shown(getattr(self, name))} must be a string.")
         for name in ("base_model_name_or_path", "revision", "base_model_fingerprint"):
             if not isinstance(getattr(self, name), str | None):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be a string or None.")
+                raise TypeError(f"{name}={shown(getattr(self, name))} must be a string or None.")
         if not isinstance(self.auto_mapping, dict | None):
-            raise TypeError(f"auto_mapping={self.auto_mapping!r} must be a dictionary or None.")
+            raise TypeError(f"auto_mapping={shown(self.auto_mapping)} must be a dictionary or None.")
         if not isinstance(self.class_specific, bool):
-            raise TypeError(f"class_specific={self.class_specific!r} must be True or False.")
+            raise TypeError(f"class_specific={shown(self.class_specific)} must be True or False.")
         if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float):
-            raise TypeError(f"init_std={self.init_std!r} must be a number.")
+            raise TypeError(f"init_std={shown(self.init_std)} must be a number.")
         lists: list[tuple[str, type]] = [("template_token_ids", int), ("class_names", str), ("modules_to_save", str)]
         for name, kind in lists:
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, list | tuple) or not all(type(entry) is kind for entry in value):
-                raise TypeError(f"{name}={value!r} must be a list of {kind.__name__}.")
+                raise TypeError(f"{name}={shown(value)} must be a list of {kind.__name__}.")
             setattr(self, name, list(value))
 
     def _check_values(self) -> None:
         for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 switches the tower off.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must not be negative; 0 switches the tower off.")
             if getattr(self, name) > MAX_TOKENS:
-                raise ValueError(f"{name}={getattr(self, name)} is too many: {MAX_TOKENS} or fewer are allowed.")
+                raise ValueError(f"{name}={shown(getattr(self, name))} is too many: {MAX_TOKENS} or fewer are allowed.")
         for name, allowed in (("coupling", COUPLINGS), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(map(repr, allowed))}."
+                    f"{name}={shown(getattr(self, name))} is unknown. Allowed: {', '.join(map(repr, allowed))}."
                 )
         if not 0 <= self.init_std <= sys.float_info.max:  # NaN fails too
-            raise ValueError(f"init_std={self.init_std} must be a finite number, 0 or more.")
+            raise ValueError(f"init_std={shown(self.init_std)} must be a finite number, 0 or more.")
         if self.template.count("{}") != 1:
-            raise ValueError(f"template={self.template!r} must hold exactly one {{}}, the place of the class name.")
+            raise ValueError(
+                f"template={shown(self.template)} must hold exactly one {{}}, the place of the class name."
+            )
         for text in (self.template, *(self.class_names or [])):
             if not text.isascii() and text != text.encode(errors="replace").decode():
-                raise ValueError(f"{text!r} holds a half of a character (a lone surrogate); write the text anew.")
-        if self.task_type not in (None, "FEATURE_EXTRACTION"):
-            raise ValueError(
-                f"task_type={self.task_type!r}: CAPT adds no head for a task. Leave it out (None), or 'FEATURE_EXTRACTION'."
-            )
+                raise ValueError(f"{shown(text)} holds a half of a character (a lone surrogate); write the text again.")
         if self.target_modules is not None:
             raise ValueError(
-                f"target_modules={self.target_modules!r}: CAPT finds its places itself; use text_depth and vision_depth."
+                f"target_modules={shown(self.target_modules)}: CAPT finds its places itself; use text_depth and vision_depth."
             )
         if self.template_token_ids is not None and min(self.template_token_ids, default=-1) < 0:
             raise ValueError(
-                f"template_token_ids={self.template_token_ids} must be token ids, 0 or more, and not empty."
+                f"template_token_ids={shown(self.template_token_ids)} must be token ids, 0 or more, and not empty."
             )
         if not self.depth("text") and not self.depth("vision"):
             raise ValueError(
@@ -230,7 +235,9 @@ class CaptConfig(PeftConfig):
             if str(error).startswith("Can't find"):
                 raise
             path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
-            raise ValueError(f"{path} cannot be used: {error} Mend it, or download the adapter anew.") from error
+            raise ValueError(
+                f"{path} cannot be used: {cut(error)} Correct it, or download the adapter again."
+            ) from error
         # no dataclass fields, so that they are never saved
         config._weights_file, config._weights_shapes = check_adapter_files(
             pretrained_model_name_or_path, subfolder, kwargs
@@ -243,14 +250,32 @@ class CaptConfig(PeftConfig):
         """Reads a configuration file as PEFT does; `from_pretrained` calls it.
 
         Raises:
-            ValueError: It is no JSON object, or of another method than CAPT.
+            ValueError: It is not a JSON object, larger than 16 MB, or of another method than CAPT.
         """
+        if os.path.getsize(path_json_file) > MAX_BYTES:
+            raise ValueError(f"it has {os.path.getsize(path_json_file):,} bytes; up to {MAX_BYTES:,} are read.")
         try:
             content = super().from_json_file(path_json_file, **kwargs)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"it is no JSON object ({error}).") from error
+            raise ValueError(f"it is not a JSON object ({cut(error)}).") from error
         if not isinstance(content, dict):
-            raise ValueError(f"it is no JSON object but a {type(content).__name__}.")
+            raise ValueError(f"it is not a JSON object but a {type(content).__name__}.")
         if content.get("peft_type") != CAPT:
-            raise ValueError(f"it is a {content.get('peft_type')!r} adapter; capt_peft loads CAPT adapters.")
+            raise ValueError(f"it is a {shown(content.get('peft_type'))} adapter; capt_peft loads CAPT adapters.")
         return content
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the configuration, as PEFT does after an adapter's weights.
+
+        PEFT does not tell an adapter of `safe_serialization=False` before it has written the weights; they are left there,
+        without a configuration.
+
+        Raises:
+            ValueError: The weights in the folder are a pickle, which cannot be loaded again.
+        """
+        pickled = os.path.join(save_directory, PICKLE_NAME)
+        if os.path.isfile(pickled) and not os.path.isfile(os.path.join(save_directory, SAFETENSORS_NAME)):
+            raise ValueError(
+                f"{pickled} is a pickle, which capt_peft does not load. Leave out safe_serialization=False, or remove the file."
+            )
+        super().save_pretrained(save_directory, **kwargs)

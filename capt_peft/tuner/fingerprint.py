@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .switching import base_modules
 
@@ -93,6 +94,9 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        values = tensor.detach()
+        if is_traceable_wrapper_subclass(values):  # torchao's quantised weights, whose values are not in one piece
+            values = values.dequantize()
+        values = values.to("cpu", torch.float32).contiguous()
         digest.update(values.numpy().data)
     return digest.hexdigest()[:16]

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from .config import CaptConfig
+from .loading import load_pretrained
 from .sites import Tower
+from .wording import cut, shown
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +32,16 @@ def template_ids(config: CaptConfig, model: nn.Module) -> list[int] | None:
     try:
         if not name:
             raise ValueError("the model has no name")
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision)
+        tokenizer = load_pretrained(AutoTokenizer, name, revision=config.revision)
         prefix = config.template.split("{}")[0].rstrip()
         return list(tokenizer(prefix, add_special_tokens=True)["input_ids"][:-1])  # without the end token
     except (OSError, ValueError) as error:
         logger.warning(
-            "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %r. "
+            "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %s. "
             "Set CaptConfig(template_token_ids=...) to start from it.",
             name or "",
-            str(error).splitlines()[0],
-            config.template,
+            cut(str(error).splitlines()[0]),
+            shown(config.template),
         )
         return None
 

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME, base_parameters
+from .wording import cut, shown
 
 PICKLE_NAME = "adapter_model.bin"
+MAX_HEADER = 1 << 20  # bytes; the 9 layers of a ViT-L take 5 thousand, a whole CLIP in modules_to_save 80 thousand
 SLACK = 1 << 24  # numbers: 64 MB in float32
-MEND = "Save the adapter again or download it anew; nothing of it was loaded."
+MEND = "Save the adapter again or download it again; nothing of it was loaded."
 
 
 def check_adapter_files(
@@ -57,13 +59,51 @@ def check_adapter_files(
             )  # offline and not in the cache: PEFT says so when it loads
         except EntryNotFoundError as error:
             raise _refuse_pickle(f"{name_or_path} (it has no {SAFETENSORS_NAME})") from error
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             return path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) is no whole safetensors file: {error}. {MEND}"
+            f"{path} ({os.path.getsize(path)} bytes) is not a whole safetensors file: {cut(error)}. {MEND}"
         ) from error
+
+
+def _check_header(path: str) -> None:
+    """Raises a ValueError if the list of tensors is larger than any adapter's, before it is parsed: that can take minutes."""
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER < header <= os.path.getsize(path):  # any other length is refused by safetensors itself
+        raise ValueError(
+            f"{path} is not an adapter: the list of its tensors has {header:,} bytes; up to {MAX_HEADER:,} are read. {MEND}"
+        )
+
+
+def load_pretrained(loader: Any, name_or_path: str, **kwargs: Any) -> Any:
+    """Loads a model, processor or tokenizer of transformers, and never runs code that comes with it, nor asks whether to.
+
+    Args:
+        loader: A class with `from_pretrained`, such as `AutoModel` or `AutoProcessor`.
+        name_or_path: Folder or Hub id.
+        kwargs: Its further arguments.
+
+    Raises:
+        ValueError: It needs code of its own, or its author's code would have to be replaced by transformers'.
+        OSError: As of transformers.
+    """
+    refused = (
+        f"{cut(name_or_path)} comes with code of its own for {getattr(loader, '__name__', loader)}, and capt_peft runs no code "
+        "from a model's files. Take a CLIP that transformers has built in."
+    )
+    try:
+        loaded = loader.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(refused) from error
+    if isinstance(loaded, nn.Module) and "AutoModel" in (getattr(loaded.config, "auto_map", None) or {}):
+        raise ValueError(refused)
+    return loaded
 
 
 def _refuse_pickle(path: str) -> ValueError:
@@ -84,21 +124,21 @@ def check_adapter_tensors(
         source: Where the tensors come from, for messages.
 
     Raises:
-        ValueError: A tensor is missing, too many, of another shape or type, or not finite.
+        ValueError: A tensor is missing, unexpected, of another shape or type, or not finite.
     """
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        parts = [f"lacks {_some(missing)}" if missing else "", f"has {_some(extra)} too many" if extra else ""]
+        parts = [f"lacks {_some(missing)}" if missing else "", f"has unexpectedly {_some(extra)}" if extra else ""]
         raise ValueError(
             f"{source} does not hold the adapter that its configuration describes: it {' and '.join(filter(None, parts))}. {MEND}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{source}: {name} {_mismatch(tensor.shape, expected[name].shape)}")
+            raise ValueError(f"{source}: {cut(name)} {_mismatch(tensor.shape, expected[name].shape)}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {name} is {tensor.dtype}, not floating point. {MEND}")
+            raise ValueError(f"{source}: {cut(name)} is {tensor.dtype}, not floating point. {MEND}")
         if not torch.isfinite(tensor.float()).all():  # 8-bit numbers and float64 as they will be computed with
-            raise ValueError(f"{source}: {name} holds NaN or infinite values. {MEND}")
+            raise ValueError(f"{source}: {cut(name)} holds NaN or infinite values. {MEND}")
 
 
 def check_size(needed: int, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -112,7 +152,7 @@ def check_size(needed: int, shapes: Mapping[str, tuple[int, ...]], source: str) 
     held = sum(map(math.prod, shapes.values()))
     if needed > held + SLACK:  # smaller differences are named tensor by tensor once they are loaded
         raise ValueError(
-            f"{source} holds {held:,} numbers, but its configuration describes prompts of {needed:,}. Mend num_text_tokens, "
+            f"{source} holds {held:,} numbers, but its configuration describes prompts of {needed:,}. Correct num_text_tokens, "
             f"num_vision_tokens or class_names of the configuration. {MEND}"
         )
 
@@ -133,10 +173,10 @@ def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str]) -> 
     shapes = getattr(config, "_weights_shapes", None)
     held = {name.replace(".base_layer.", ".") for name in shapes or ()}
     for entry in config.modules_to_save or []:
-        given = f"modules_to_save={config.modules_to_save}: {entry!r}"
+        given = f"modules_to_save={shown(config.modules_to_save)}: {shown(entry)}"
         if not any(f".{module}".endswith(f".{entry}") for module in modules):
             raise ValueError(
-                f"{given} is no module with parameters of the model. Name one, such as 'visual_projection'."
+                f"{given} is not a module with parameters of the model. Name one, such as 'visual_projection'."
             )
         # PEFT takes every module whose name ends so
         clash = next((site for site in sites if any(module.endswith(entry) for module in _ancestors(site))), None)
@@ -159,15 +199,15 @@ def _ancestors(name: str) -> list[str]:
 def _mismatch(found: torch.Size, needed: torch.Size) -> str:
     if len(found) == 3 and len(needed) == 3 and found[1:] == needed[1:]:  # only class-specific prompts have three axes
         return (
-            f"holds the prompts of {found[0]} classes, but the configuration has {needed[0]} class_names. Mend the "
+            f"holds the prompts of {found[0]} classes, but the configuration has {needed[0]} class_names. Correct the "
             f"configuration: it must name the {found[0]} classes that the adapter was tuned on, in their order."
         )
     return (
         f"has the shape {tuple(found)}, but the configuration and the base model need {tuple(needed)}. Load it on the base "
-        "model it was tuned on, or mend the configuration."
+        "model it was tuned on, or correct the configuration."
     )
 
 
 def _some(names: list[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:limit])}{more})"
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(cut(name, 80) for name in names[:limit])}{more})"

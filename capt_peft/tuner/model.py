@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import DEFAULT_DEPTH, CaptConfig
@@ -16,8 +18,9 @@ from .fingerprint import base_fingerprint
 from .initial import template_ids, text_start
 from .layer import PromptLayer
 from .loading import check_adapter_tensors, check_saved_modules, check_size
-from .sites import Site, check_supported, find_sites, find_towers
+from .sites import Site, check_supported, end_token, find_sites, find_towers
 from .switching import adapted_modules, switched_off
+from .wording import cut
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,24 @@ class CaptModel(BaseTuner):
     prefix: str = "capt_"
     tuner_layer_cls = PromptLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (declared so by BaseTuner)
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # before PEFT changes anything: its own second adapter of a name is refused by PeftModel
+        if any(adapter_name in module._get_available_adapters() for module in adapted_modules(model)):
+            raise ValueError(
+                f"The base model still has an adapter {adapter_name!r} in it, which would act beside the new one. Take it out "
+                "with `unload()`, load the base model again, or give the new adapter another name (adapter_name=...)."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={cut(kwargs['adapter_names'], 120)}: CAPT has one active adapter for a whole batch. Call "
+                "`set_adapter` instead, and run the images of each adapter by themselves."
+            )
+        yield
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in adapted_modules(self.model):
@@ -99,7 +120,7 @@ class CaptModel(BaseTuner):
             target = layer
         site = target.site
         if site.tower == "text" and site.index == 0:
-            target.end_token = _end_token(self.model)
+            target.end_token = end_token(self.model)
         start = self._start.get(site.index) if site.tower == "text" else None
         active = [name for name in self.active_adapters if name in self.peft_config]
         target.update_layer(adapter_name, peft_config, start, active, peft_config.inference_mode)
@@ -174,6 +195,13 @@ class CaptModel(BaseTuner):
         config: Any = self.peft_config[name]
         config.coupling = "none"
 
+    def unload(self) -> nn.Module:
+        """Takes all adapters out and returns the base model; PEFT's version leaves `modules_to_save` in their places."""
+        for module in adapted_modules(self.model):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module._active_adapter = []
+        return super().unload()
+
     def _check_merge_allowed(self) -> None:
         raise ValueError("CAPT's prompts are extra tokens and cannot be merged into the weights. Use `unload()`.")
 
@@ -237,14 +265,3 @@ def _check_base(config: CaptConfig, model: nn.Module) -> None:
             fingerprint,
             reason,
         )
-
-
-def _end_token(model: nn.Module) -> int | str | None:
-    """Returns how the text tower finds the end of a text: a token id, "highest" (CLIP's legacy rule), or None (SigLIP)."""
-    config: Any = model.config
-    text_config = getattr(config, "text_config", config)
-    if text_config.model_type.startswith("siglip"):
-        return None
-    # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
-    legacy = text_config.eos_token_id == 2 and text_config.model_type.startswith("clip")
-    return "highest" if legacy else int(text_config.eos_token_id)

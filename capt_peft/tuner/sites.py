@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -54,22 +55,45 @@ class Tower:
     start: int
 
 
-def check_supported(model: nn.Module) -> None:
-    """Raises a ValueError, naming the model, unless CAPT knows its structure."""
+def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
+    """Raises a ValueError, naming the model, unless CAPT knows its structure; warns, unless `quiet`, where it is experimental."""
     config = getattr(model, "config", None)
     model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    name = type(model).__name__
-    if model_type in EXPERIMENTAL:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = type(base).__name__
+    if model_type not in SUPPORTED + EXPERIMENTAL or "Classification" in name:
+        raise ValueError(
+            f"CAPT does not support {name} (model type {model_type!r}). It supports the towers of CLIP (CLIPModel, "
+            "CLIPTextModel, CLIPVisionModel and their WithProjection variants) and MetaCLIP 2, without heads for "
+            "classification; SigLIP is experimental."
+        )
+    if model_type in EXPERIMENTAL and not quiet:
         logger.warning(
             "CAPT on %s is experimental: its text has no start token and sees all of its tokens, and its image features "
             "pool over the prompts too.",
             name,
         )
-    elif model_type not in SUPPORTED or "Classification" in name:
-        raise ValueError(
-            f"CAPT does not support {name} (model type {model_type!r}). It supports the towers of CLIP (CLIPModel, "
-            "CLIPTextModel, CLIPVisionModel and their WithProjection variants) and MetaCLIP 2; SigLIP is experimental."
-        )
+
+
+def text_config(model: nn.Module) -> Any:
+    """Returns the configuration of the text tower."""
+    config: Any = model.config
+    return getattr(config, "text_config", config)
+
+
+def is_siglip(model: nn.Module) -> bool:
+    """Tells whether a model reads its texts as SigLIP does: padded to their full length, at the last token."""
+    return bool(text_config(model).model_type.startswith("siglip"))
+
+
+def end_token(model: nn.Module) -> int | str | None:
+    """Returns how the text tower finds the end of a text: a token id, "highest" (CLIP's legacy rule), or None (SigLIP)."""
+    if is_siglip(model):
+        return None
+    config = text_config(model)
+    # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
+    legacy = config.eos_token_id == 2 and config.model_type.startswith("clip")
+    return "highest" if legacy else int(config.eos_token_id)
 
 
 def find_towers(model: nn.Module) -> dict[str, Tower]:

@@ -113,8 +113,8 @@ def _check_base_is_there(model: nn.Module, modules: list[Any]) -> None:
     first = next(trained, None)
     if first is not None:
         raise ValueError(
-            f"The base model's own {first} is being trained beside the adapter (requires_grad=True), so that switching the adapter "
-            "off does not give the base model. Train a copy of the module (modules_to_save), or set requires_grad to False."
+            f"The base model's own {first} is being trained beside the adapter (requires_grad=True), so that switching the "
+            "adapter off does not give the base model. Train a copy of the module (modules_to_save), or freeze it."
         )
 
 

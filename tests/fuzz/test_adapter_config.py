@@ -219,12 +219,16 @@ def refusal(root, kind, **fields):
         ("coupled", {"class_names": ["\ud800", "b"]}, "half of a character"),
         ("coupled", {"template_token_ids": [10**9] * 5}, "template_token_ids has 1000000000"),
         ("coupled", {"modules_to_save": ["visual_projection"]}, "lacks 1 tensor (visual_projection.weight)"),
-        ("coupled", {"modules_to_save": ["layer"]}, "'layer' is no module"),
+        ("coupled", {"modules_to_save": ["layer"]}, "'layer' is not a module"),
         ("coupled", {"modules_to_save": ["1"]}, "whose prompts are saved anyway"),
         ("saves a module", {"num_text_tokens": 10**9}, "num_text_tokens=1000000000 is too many"),
         ("saves a module", {"num_vision_tokens": 2**63}, "is too many"),
         ("saves a module", {"num_text_tokens": 76}, "more than the 75 tokens"),
-        ("saves a module", {"num_text_tokens": 0}, "too many"),  # its text prompts in the file were left out in silence
+        (
+            "saves a module",
+            {"num_text_tokens": 0},
+            "unexpectedly",
+        ),  # its text prompts in the file were left out in silence
         (
             "class-specific",
             {"num_text_tokens": 75, "class_names": ["a"] * 10**5},

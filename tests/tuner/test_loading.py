@@ -77,7 +77,7 @@ def _load_as_second(base, adapter):
 def test_a_truncated_file_is_named(adapter, saved_clip, share):
     content = (adapter / WEIGHTS).read_bytes()
     (adapter / WEIGHTS).write_bytes(content[: int(len(content) * share)])
-    refused(adapter, saved_clip, "no whole safetensors file")
+    refused(adapter, saved_clip, "not a whole safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_truncated_file_is_named(adapter, saved_clip, share):
     [
         (set_nan, "NaN or infinite"),
         (lose_one, "lacks 1 tensor"),
-        (add_one, "1 tensor (base_model.model.text_model.encoder.layers.9.capt_prompt) too many"),
+        (add_one, "has unexpectedly 1 tensor (base_model.model.text_model.encoder.layers.9.capt_prompt)"),
         (reshape_one, "has the shape (3, 3)"),
         (make_integer, "not floating point"),
     ],
