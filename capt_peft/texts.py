@@ -104,7 +104,7 @@ def _read_tokens(model: nn.Module, input_ids: Tensor) -> list[tuple[int, ...]]:
     end = end_token(model)
     if end is None:  # SigLIP sees all of them
         return [tuple(ids) for ids in input_ids.tolist()]
-    ends = input_ids.argmax(-1) if end == "highest" else (input_ids == end).int().argmax(-1)
+    ends = (input_ids if end == "highest" else torch.eq(input_ids, torch.tensor(end)).int()).argmax(-1)
     return [tuple(ids[: last + 1]) for ids, last in zip(input_ids.tolist(), ends.tolist(), strict=True)]
 
 
