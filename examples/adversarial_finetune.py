@@ -17,11 +17,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from command import EXAMPLES, TRAINING, Parser, check_early, check_places, given, loading, run
+
+if __name__ == "__main__":
+    check_early(__file__, *TRAINING)
+
 import numpy as np
 import torch
 from datasets import Dataset
-from train import EXAMPLES, TINY_CLIP
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, PreTrainedModel, set_seed
+from train import TINY_CLIP
+from transformers import AutoModel, AutoProcessor, PreTrainedModel, set_seed
 
 from capt_peft import (
     AdversarialCrossEntropy,
@@ -77,19 +82,35 @@ class FinetuneArguments:
     eval_limit: int | None = field(
         default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
     )
-    save_dtype: str = field(default="float32", metadata={"help": f"Precision of the file: {', '.join(DTYPES)}."})
+    save_dtype: str = field(
+        default="float32", metadata={"help": "Precision of the file: float32, float16 or bfloat16."}
+    )
 
 
 def parse_args(argv: list[str]) -> tuple[FinetuneArguments, CaptTrainingArguments]:
     """Reads the command line; unless a model is named, the defaults are those of tiny CLIP."""
-    parser = HfArgumentParser([FinetuneArguments, CaptTrainingArguments], allow_abbrev=False)
-    named = "--model_name_or_path" in {argument.split("=")[0] for argument in argv}
-    parser.set_defaults(**(PUBLISHED if named else PUBLISHED | TINY))
-    script, training = parser.parse_args_into_dataclasses(argv)
+    parser = Parser([FinetuneArguments, CaptTrainingArguments])
+    named = given(argv)
+    parser.set_defaults(**(PUBLISHED if "model_name_or_path" in named else PUBLISHED | TINY))
+    script, training = parser.into_dataclasses(argv)
     for name, allowed in (("objective", OBJECTIVES), ("save_dtype", DTYPES)):
         if getattr(script, name) not in allowed:
             raise ValueError(f"{name}={getattr(script, name)!r} is unknown. Allowed: {', '.join(allowed)}.")
+    if script.eval_limit is not None and script.eval_limit < 1:
+        raise ValueError(f"eval_limit={script.eval_limit} must be at least 1 image.")
+    for name, why in without_effect(script).items():
+        if name in named:
+            raise ValueError(f"--{name} has no effect here: {why}. Leave it out.")
     return script, training
+
+
+def without_effect(script: FinetuneArguments) -> dict[str, str]:
+    """Returns the options that change nothing with these settings, and why."""
+    idle = dict.fromkeys(("consistency", "weighting"), "it belongs to CAPT's objective")
+    idle |= dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "nothing is uploaded; `hf upload` does that")
+    if script.dataset_name != DRAWN:
+        idle["drawn_images"] = f"the images are those of --dataset_name {script.dataset_name}"
+    return idle
 
 
 def thing(facts: Facts) -> str:
@@ -123,7 +144,8 @@ def drawn_task(size: int, seed: int) -> Task:
 
 def load_bare(name_or_path: str) -> PreTrainedModel:
     """Loads a CLIP in float32 with all but its image tower frozen."""
-    model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+    with loading(name_or_path):
+        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
     if getattr(model, "peft_config", None):
         raise ValueError(f"{name_or_path} is an adapter. Fine-tune a CLIP, and tune the adapter on that.")
     return train_image_tower_alone(model)
@@ -151,13 +173,16 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, dtype: str)
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measures, fine-tunes, saves, measures what was saved; returns the results."""
     script, args = parse_args(sys.argv[1:] if argv is None else argv)
+    check_places(asdict(script))
     drawn = script.dataset_name == DRAWN
     measured = load_task(script.eval_dataset_name or ("digits" if drawn else script.dataset_name))
     data = measured[script.eval_split]
     if script.eval_limit is not None:
         data = data.shuffle(seed=0).select(range(min(script.eval_limit, len(data))))
     set_seed(args.seed)
-    model, processor = load_bare(script.model_name_or_path), AutoProcessor.from_pretrained(script.model_name_or_path)
+    model = load_bare(script.model_name_or_path)
+    with loading(script.model_name_or_path):
+        processor = AutoProcessor.from_pretrained(script.model_name_or_path, trust_remote_code=False)
     task = drawn_task(script.drawn_images, args.seed) if drawn else load_task(script.dataset_name)
     kinds = {"tecoa": lambda *a, **k: CaptTrainer(*a, objective=AdversarialCrossEntropy(), **k), "fare": FareTrainer}
     trainer = kinds[script.objective](model, args, task=task, processor=processor)
@@ -222,4 +247,4 @@ def record(
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

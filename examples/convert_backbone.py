@@ -13,7 +13,10 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, field
 
-from transformers import HfArgumentParser
+from command import Parser, check_early, check_places, loading, run
+
+if __name__ == "__main__":
+    check_early(__file__)
 
 from capt_peft.backbones import BackboneInfo, convert_backbone
 
@@ -42,9 +45,10 @@ class Arguments:
 def main(argv: list[str] | None = None) -> BackboneInfo:
     """Converts, and says what it was."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = HfArgumentParser(Arguments, allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
-    info = convert_backbone(**vars(args))
+    (args,) = Parser(Arguments).into_dataclasses(sys.argv[1:] if argv is None else argv)
+    check_places(vars(args))
+    with loading(args.base or args.processor or args.checkpoint):
+        info = convert_backbone(**vars(args))
     for name, value in asdict(info).items():
         print(f"{name:16} {value}")
     print(f"\nSaved to {args.output}")
@@ -52,4 +56,4 @@ def main(argv: list[str] | None = None) -> BackboneInfo:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,6 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command import EXAMPLES, TRAINING, check_early, given, run
+
+if __name__ == "__main__" and sys.argv[1:2] != ["--check"]:
+    check_early(__file__, *TRAINING, EXAMPLES / "train.py")
+
 import torch
 from train import DIGITS, main
 from transformers import AutoModel, AutoProcessor
@@ -19,6 +24,7 @@ from capt_peft.attacks import parse_attack
 from capt_peft.pictures import attack_picture
 
 FOLDER = Path("outputs/demo")
+FIXED = ("output_dir", "config", "dataset_name", "dataset_config", "class_names", "template", "method")
 SHOWN = 10  # one image a class
 
 
@@ -36,15 +42,19 @@ def shown_images() -> torch.utils.data.Dataset:
     return test.select([test["label"].index(label) for label in range(SHOWN)])
 
 
-def demo() -> None:
-    """Runs the demo."""
+def demo(argv: list[str] | None = None) -> None:
+    """Runs the demo, with any arguments of train.py but those that would make it another one."""
+    argv = sys.argv[1:] if argv is None else argv
+    fixed = [name for name in FIXED if name in given(argv)]
+    if fixed:
+        raise ValueError(f"The demo sets --{fixed[0]} itself. examples/train.py takes it.")
     # the digits' settings, whatever the model; later arguments win
-    results = main(["--config", DIGITS, "--output_dir", str(FOLDER), *sys.argv[1:]])
+    results = main(["--config", DIGITS, "--output_dir", str(FOLDER), *argv])
 
     task = load_task("digits")
     name = results["configuration"]["script"]["model_name_or_path"]
-    processor = AutoProcessor.from_pretrained(name)
-    base = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    base = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
     shown = shown_images()
     attack = parse_attack("pgd-20", ThreatModel(**results["evaluation"]["attack"]["threat_model"]))
     picture = attack_picture(
@@ -84,4 +94,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--check"]:
         check(Path(sys.argv[2]))
     else:
-        demo()
+        run(demo)

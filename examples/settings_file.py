@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import reprlib
 import types
@@ -47,23 +48,57 @@ def read_settings(path: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
         Values by name, of these types.
 
     Raises:
-        ValueError: No such file, no YAML, an unknown name or a value of another type; the message names the file and the name.
+        ValueError: No such file, not YAML, an unknown name or a value of another type; the message names the file and the name.
     """
     try:
-        content = yaml.load(Path(path).read_bytes(), _Loader)
+        content = load_yaml(Path(path).read_bytes())
     except OSError as error:
-        raise ValueError(f"{path} cannot be opened ({error.strerror}). Check --config.") from error
+        raise ValueError(f"{path} cannot be opened ({error.strerror}). Check its name.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no YAML that can be read: {error}.") from error
+    return fit_settings(str(path), content, kinds)
+
+
+def load_yaml(text: str | bytes) -> Any:
+    """Reads YAML without aliases and without names that are given twice.
+
+    Raises:
+        ValueError: It is not YAML, or has these.
+    """
+    try:
+        return yaml.load(text, _Loader)
     except DAMAGE as error:
-        raise ValueError(f"{path} is no YAML that can be read: {str(error)[:1000]}.") from error
+        raise ValueError(" ".join(str(error)[:1000].split())) from error
+
+
+def fit_settings(where: str, content: Any, kinds: Mapping[str, Any], what: str = "arguments") -> dict[str, Any]:
+    """Returns values by name, each of its argument's type.
+
+    Args:
+        where: What holds them, for messages.
+        content: What was read there.
+        kinds: The types of all arguments by name.
+        what: What they are called in messages.
+
+    Raises:
+        ValueError: It is no mapping, a name is unknown, or a value is of another type.
+    """
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `name: value` lines, not {short(content)}.")
+        raise ValueError(f"{where} must hold `name: value` lines, not {short(content)}.")
     unknown = [key for key in content if key not in kinds]
     if unknown:
         names = ", ".join(key if isinstance(key, str) and key.isidentifier() else short(key) for key in unknown[:5])
-        raise ValueError(f"{path}: unknown arguments {names[:500]}. `--help` lists them.")
-    return {name: _fit(f"{path}: {name}", value, kinds[name]) for name, value in content.items()}
+        near = difflib.get_close_matches(str(unknown[0]), kinds, 1, 0.7)
+        more = f"Did you mean {near[0]}?" if near else "`--help` lists them."
+        which = (
+            f"{where}: unknown {what} {names[:500]}"
+            if what == "arguments"
+            else f"Unknown {what} {names[:500]} in {where}"
+        )
+        raise ValueError(f"{which}. {more}")
+    return {name: _fit(f"{where}: {name}", value, kinds[name]) for name, value in content.items()}
 
 
 def _fit(name: str, value: Any, kind: Any) -> Any:
@@ -105,10 +140,15 @@ def _as(value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         return value if value in get_args(kind) else None
     if get_origin(kind) is list:
-        return value if isinstance(value, list) and all(map(_is_text, value)) else None
+        return value if isinstance(value, list) and all(_is_one_of(item, get_args(kind)[0]) for item in value) else None
     if kind is dict or get_origin(kind) is dict:
         return value if isinstance(value, dict) and all(map(_is_text, value)) else None
     return None
+
+
+def _is_one_of(value: Any, kind: Any) -> bool:
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return any(_is_text(value) if k is str else _as(value, k) is not None for k in kinds)
 
 
 def _is_text(value: Any) -> bool:

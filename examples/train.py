@@ -14,19 +14,23 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, get_type_hints
 
+from command import EXAMPLES, TRAINING, Parser, check_early, check_places, given, loading, run
+from settings_file import read_settings, short
+
+if __name__ == "__main__":
+    check_early(__file__, *TRAINING)
+
+import numpy as np
 import torch
 from peft import get_peft_model
-from settings_file import read_settings, short
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
+from transformers import AutoModel, AutoProcessor, set_seed
 
-from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, get_method, load_task
+from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, get_method, load_task
 from capt_peft.methods import method_settings
 from capt_peft.runs import results_table, run_results, save_run
 
-EXAMPLES = Path(__file__).resolve().parent
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
 
 
@@ -41,6 +45,10 @@ class ScriptArguments:
         default="digits", metadata={"help": "A task's name, a Hub id, or a folder or file of images."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    root: str | None = field(default=None, metadata={"help": "Where a data set of the catalog lies here."})
+    train_split: str | None = field(default=None, metadata={"help": "Split to train on, if its name does not tell."})
+    validation_split: str | None = field(default=None, metadata={"help": "Likewise, to choose settings on."})
+    test_split: str | None = field(default=None, metadata={"help": "Likewise, to measure accuracy on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the labels."})
@@ -71,11 +79,11 @@ class ScriptArguments:
 
 def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]:
     """Reads the command line, on top of a YAML file: that of `--config`, or that of the digits if no model is named."""
-    parser = HfArgumentParser([ScriptArguments, CaptTrainingArguments], allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of these arguments")
-    named = {argument.split("=")[0] for argument in argv}
+    parser = Parser([ScriptArguments, CaptTrainingArguments])
+    parser.add_argument("--config", help="YAML file with any of these arguments.")
+    named = given(argv)
     early = parser.parse_known_args(argv)[0]
-    path = early.config or (None if "--model_name_or_path" in named else DIGITS)
+    path = early.config or (None if "model_name_or_path" in named else DIGITS)
     content: dict[str, Any] = {}
     if path:
         kinds = {**get_type_hints(ScriptArguments), **get_type_hints(CaptTrainingArguments)}
@@ -89,16 +97,16 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
             parser.error(f"{path}: {error}")
         except ValueError as error:
             parser.error(str(error))
-    method = early.method if "--method" in named else content.get("method", early.method)
+    method = early.method if "method" in named else content.get("method", early.method)
     if path == DIGITS:
         content = {name: value for name, value in content.items() if name not in _not_for(method)}
     # what a file asks for wins over the method's recipe; so does the command line, whose values are checked once they are read
     recipe = method_settings(method, {} if path == DIGITS else content)
     parser.set_defaults(**{"output_dir": "outputs/capt", **recipe, **content})
     try:
-        script, training, _ = parser.parse_args_into_dataclasses(argv)
-    except Exception as error:  # of transformers' many checks, too
-        from_file = {name: value for name, value in content.items() if f"--{name}" not in named}
+        script, training, _ = parser.into_dataclasses(argv)
+    except (TypeError, ValueError) as error:
+        from_file = {name: value for name, value in content.items() if name not in named}
         words = {name: value for name, value in from_file.items() if isinstance(value, str) and not value.isdecimal()}
         for candidates in (
             dict(zip(from_file, from_file, strict=True)),
@@ -107,12 +115,9 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
             guilty = [n for n, word in candidates.items() if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", str(error))]
             if guilty and path != DIGITS:
                 parser.error(f"{path}: {guilty[0]}={short(content[guilty[0]])}: {error}")
-        if isinstance(error, ValueError):
-            raise
-        raise ValueError(f"The arguments of {path or 'the command line'} do not fit together: {error}") from error
+        raise
     values = {**vars(training), **vars(script)}
-    typed = {name.removeprefix("--") for name in named}
-    method_settings(method, {name: value for name, value in values.items() if name in typed})
+    method_settings(method, {name: value for name, value in values.items() if name in named})
     return script, training
 
 
@@ -121,6 +126,18 @@ def _not_for(method: str) -> set[str]:
     recipe = get_method(method)
     coupled = recipe.fixed.get("coupling", "none") != "none"  # with as many vision prompts as text prompts
     return {*recipe.unused, *(["num_vision_tokens"] if coupled else [])}
+
+
+def few_shot(task: Task, shots: int, seed: int) -> Task:
+    """Returns the task with this many training images per class, or says how many there are."""
+    counts = np.bincount(task.labels("train"), minlength=task.num_classes)
+    if not 1 <= shots <= counts.min():
+        smallest = task.class_names[counts.argmin()]
+        allowed = f"Give 1 to {counts.min()}, or 'all'" if counts.min() else "Give 'all'"
+        raise ValueError(
+            f"shots={shots}: the smallest class, {smallest!r}, has {counts.min()} training images. {allowed}."
+        )
+    return task.few_shot(shots, seed)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -132,24 +149,32 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     script.shots = str(script.shots)  # a number in a YAML file
     if script.shots != "all" and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
+    if script.eval_limit is not None and script.eval_limit < 1:
+        raise ValueError(f"eval_limit={script.eval_limit} must be at least 1 image.")
+    check_places(asdict(script))
     task = load_task(
         script.dataset_name,
+        root=script.root,
         name=script.dataset_config,
         image_column=script.image_column,
         label_column=script.label_column,
         class_names=script.class_names,
         template=script.template,
+        train_split=script.train_split,
+        validation_split=script.validation_split,
+        test_split=script.test_split,
     )
     if script.shots != "all":
-        task = task.few_shot(int(script.shots), args.seed)
+        task = few_shot(task, int(script.shots), args.seed)
     measured = task[script.eval_split]
     if script.eval_limit is not None:
         measured = measured.shuffle(seed=0).select(range(min(script.eval_limit, len(measured))))
 
     set_seed(args.seed)
-    processor = AutoProcessor.from_pretrained(script.model_name_or_path, trust_remote_code=False)
-    # in float32, whatever precision it is stored in: pixel gradients vanish in less
-    base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32, trust_remote_code=False)
+    with loading(script.model_name_or_path):
+        processor = AutoProcessor.from_pretrained(script.model_name_or_path, trust_remote_code=False)
+        # in float32, whatever precision it is stored in: pixel gradients vanish in less
+        base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32, trust_remote_code=False)
     config = CaptConfig(**script.prompts(), template=task.template, class_names=list(task.class_names))
     model = get_peft_model(base, config)
     trainer = CaptTrainer(
@@ -177,4 +202,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

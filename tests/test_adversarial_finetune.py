@@ -152,9 +152,15 @@ def test_published_settings_for_a_named_model_and_those_of_tiny_clip_without():
         (["--eval_split", "holdout"], "holdout"),
         (["--model_name_or_path", "./nowhere"], "nowhere"),
         (["--epsilon", "x"], "x"),
+        (["--consistency", "2"], "--consistency has no effect here: it belongs to CAPT's objective"),
+        (["--weighting=batch"], "--weighting has no effect"),
+        (["--hub-model-id", "x"], "--hub_model_id has no effect"),
+        (["--dataset_name", "digits"], "--drawn_images has no effect here"),
+        (["--push_to_hub"], "--push_to_hub has no effect"),
+        (["--eval_limit", "-1"], "eval_limit=-1"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_written(tmp_path, more, words):
+def test_bad_input_and_options_without_effect_are_refused_and_nothing_is_written(tmp_path, more, words):
     with pytest.raises((ValueError, KeyError, OSError)) as caught:
         main([*QUICK, "--output_dir", str(tmp_path / "out"), *more])
     assert words in str(caught.value)
@@ -293,6 +299,12 @@ def test_the_robust_tiny_clip_withstands_what_tiny_clip_does_not():
         robust[folder] = (attacked == labels).float().mean().item()
         assert clean > 0.7
     assert robust[str(ROBUST)] > robust[TINY_CLIP] + 0.2
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--dataset_name", "--method"])
+def test_the_demo_refuses_what_would_make_it_another_one(option):
+    with pytest.raises(ValueError, match=f"The demo sets {option} itself"):
+        demo.demo([f"{option}=x"])
 
 
 def test_the_demo_starts_from_the_model_that_is_named(tmp_path, monkeypatch, capfd):

@@ -111,7 +111,10 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     ("arguments", "words"),
     [
         (["--method", "magic"], "Unknown method 'magic'"),
-        (["--shots", "500"], "500"),
+        (["--shots", "500"], "shots=500: the smallest class, '8', has 77 training images. Give 1 to 77, or 'all'."),
+        (["--shots", "0"], "Give 1 to 77, or 'all'."),
+        (["--eval_limit", "0"], "eval_limit=0"),
+        (["--root", "./nowhere"], "There is no folder ./nowhere (--root)"),
         (["--shots", "many"], "shots='many'"),
         (["--dataset_name", "no/such/dataset"], "no/such/dataset"),
         (["--template", "digit"], "{}"),
@@ -129,6 +132,11 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, arguments, words)
         main([*QUICK, "--output_dir", str(tmp_path / "out"), *arguments])
     assert words in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_named_with_hyphens_is_a_named_model_too():
+    script, args = parse_args(["--model-name-or-path", "some/clip"])
+    assert script.model_name_or_path == "some/clip" and args.num_train_epochs == 50  # not the digits' settings
 
 
 def test_unknown_arguments_are_refused(tmp_path, capsys):
