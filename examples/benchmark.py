@@ -12,23 +12,28 @@ accelerate launch examples/benchmark.py --suite paper ...       # all processes 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from command import Parser, check_early, check_places, given, is_path, run
+from settings_file import fit_settings, load_yaml, read_settings
+
+if __name__ == "__main__":
+    check_early(__file__)
 
 import datasets
 import transformers
-import yaml
 from accelerate import PartialState
 from train import ScriptArguments
 
 from capt_peft import CaptConfig, CaptTrainingArguments
-from capt_peft.benchmark import PROTOCOLS, SUITES, Plan, Suite, get_executor, get_suite, listing, run_cells
-from capt_peft.methods import ALIASES, METHODS
+from capt_peft.benchmark import PROTOCOLS, Plan, Suite, get_executor, get_suite, listing, run_cells
+from capt_peft.methods import METHODS
 from capt_peft.report import write_report
 
 TINY_CLIP = Path(__file__).resolve().parent / "tiny_clip"
@@ -41,21 +46,29 @@ def names(text: Any) -> list[str]:
     return [str(value).strip() for value in values if str(value).strip()]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Returns the command line; a YAML file may give the same names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser([], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="YAML file of these arguments, `variants` and `method_settings`")
-    parser.add_argument("--suite", default="toy", help=f"data sets: {', '.join(SUITES)}, or own")
+    parser.add_argument("--suite", default="toy", help="data sets: toy, paper, or own")
     parser.add_argument("--model_name_or_path", help="folder or Hub id of a CLIP; tiny CLIP for the toy suite")
     parser.add_argument("--root", help="where the catalog's data sets lie (CoOp's $DATA); without it, the Hub")
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join([*METHODS, *ALIASES])}")
-    parser.add_argument("--protocols", default=",".join(PROTOCOLS), help=f"of {', '.join(PROTOCOLS)}")
+    parser.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        help="of zero-shot, capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp, adv-tp (apt); all by default",
+    )
+    parser.add_argument(
+        "--protocols",
+        default=",".join(PROTOCOLS),
+        help="of few-shot, base-to-new, cross-dataset, shift; all by default",
+    )
     parser.add_argument("--tasks", help="a part of the suite's data sets; of --suite own, name=path,name=path")
-    parser.add_argument("--shots", default="1,4,16,all", help="training images a class, for few-shot")
+    parser.add_argument("--shots", default="1,4,16,all", help="training images per class, for few-shot")
     parser.add_argument("--transfer_shots", default="16", help="the same for the other protocols")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, each a run of its own")
     parser.add_argument("--attacks", help="attacks that measure robust accuracy; the suite's by default")
-    parser.add_argument("--limit", type=int, help="test images a data set, drawn by seed 0; 0: all")
+    parser.add_argument("--limit", type=int, help="test images per data set, drawn by seed 0; 0: all")
     parser.add_argument("--split", default="test", help="split that is measured; validation to choose settings")
     parser.add_argument(
         "--settings", help="settings for all methods: a YAML file of examples/train.py, or name=value,..."
@@ -71,73 +84,98 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line, on top of a YAML file."""
+LISTS = ("methods", "protocols", "tasks", "shots", "seeds", "attacks", "tables")
+QUICK_SETS = ("tasks", "shots", "seeds", "limit", "transfer_shots", "attacks")
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    """Reads the command line, on top of a YAML file, and refuses what would have no effect."""
     parser = build_parser()
+    named = given(argv)
     path = parser.parse_known_args(argv)[0].config
     own: dict[str, Any] = {"variants": None, "method_settings": {}}
     if path:
-        content = read_yaml(path, parser)
+        try:
+            content = read_settings(path, config_kinds(parser))
+        except ValueError as error:
+            parser.error(str(error))
         own |= {name: content.pop(name) for name in own if name in content}
-        known = {action.dest for action in parser._actions} - {"help", "config"}
-        unknown = sorted(set(content) - known)
-        if unknown:
-            parser.error(f"{path}: unknown arguments {', '.join(unknown)}. `--help` lists them.")
         parser.set_defaults(**content)
-    return parser.parse_args(argv, argparse.Namespace(**own))
+    args = parser.parse_args(argv, Namespace(**own))
+    without_effect = {
+        "tables": {*named} - {"tables", "report", "config"},
+        "quick": {*named} & {*QUICK_SETS},
+        "variants": {*named} & {"variant"},
+    }
+    for name, idle in without_effect.items():
+        if idle and getattr(args, name):
+            raise ValueError(f"--{min(idle)} has no effect beside {name}: leave one of them out.")
+    if args.root and args.suite in ("own", "toy"):
+        raise ValueError(
+            f"--root has no effect with --suite {args.suite}: its data sets do not lie there. Leave it out."
+        )
+    check_places({"root": args.root, "model_name_or_path": args.model_name_or_path})
+    return args
 
 
-def read_yaml(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Reads a YAML file that must hold names and values."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        parser.error(f"{path} cannot be read: {error}")
-    if not isinstance(content, dict):
-        parser.error(f"{path} holds {content!r}, not names and values.")
-    return content
+def config_kinds(parser: Parser) -> dict[str, Any]:
+    """Returns the types of the values that a YAML file may hold."""
+    kinds: dict[str, Any] = {action.dest: str | None for action in parser._actions}
+    kinds |= dict.fromkeys(LISTS, str | list[str | int] | None)
+    kinds |= {"limit": int | None, "workers": int, "list": bool, "quick": bool, "settings": str | dict | None}
+    kinds |= {"variants": dict | None, "method_settings": dict}
+    return {name: kind for name, kind in kinds.items() if name not in ("help", "config")}
 
 
-def read_settings(given: Any) -> dict[str, Any]:
+# every setting that a run may have, with its type
+KINDS = {**get_type_hints(CaptConfig), **get_type_hints(ScriptArguments), **get_type_hints(CaptTrainingArguments)}
+# those that belong to one run, which a benchmark sets itself
+OF_A_RUN = ({f.name for f in fields(ScriptArguments)} | {"output_dir", "seed"}) - {f.name for f in fields(CaptConfig)}
+OF_A_RUN -= {"teacher", "model_name_or_path"}
+
+
+def settings_of(given: Any) -> dict[str, Any]:
     """Reads settings: a mapping, `name=value,name=value`, or a YAML file of examples/train.py, without what names its run."""
     if given is None or isinstance(given, dict):
-        return given or {}
+        return fit_settings("settings", given, KINDS, "settings")
     if "=" in given:
-        return {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in names(given))}
-    parser = build_parser()
-    content = read_yaml(given, parser)
-    used = {field.name for kind in (CaptTrainingArguments, CaptConfig) for field in fields(kind)}
-    used = (used | {"teacher", "model_name_or_path"}) - {"output_dir", "seed"}
-    unknown = sorted(set(content) - used - {field.name for field in fields(ScriptArguments)} - {"output_dir", "seed"})
-    if unknown:
-        parser.error(f"{given}: unknown settings {', '.join(unknown)}.")
-    return {name: value for name, value in content.items() if name in used}
+        pairs = (pair.partition("=") for pair in names(given))
+        return fit_settings("--settings", {name: load_yaml(value) for name, _, value in pairs}, KINDS, "settings")
+    content = read_settings(given, KINDS)
+    return {name: value for name, value in content.items() if name not in OF_A_RUN}
 
 
 def own_suite(tasks: str | None) -> Suite:
     """Returns a suite of data sets given as name=path; the first one is the source of cross-dataset."""
     pairs = [pair.partition("=") for pair in names(tasks or "")]
     if not pairs or not all(name and path for name, _, path in pairs):
-        raise SystemExit(f"--suite own needs --tasks name=path,name=path; given: {tasks}.")
+        raise ValueError(f"--suite own needs --tasks name=path,name=path; given: {tasks}.")
+    for name, _, path in pairs:
+        if is_path(path) and not os.path.exists(os.path.expanduser(path)):
+            raise ValueError(f"There is no folder or file {path} (--tasks {name}=...).")
     found = tuple(name for name, _, _ in pairs)
     return Suite("own", found, source=found[0], shifts=())
 
 
-def places(args: argparse.Namespace) -> str | dict[str, str] | None:
+def places(args: Namespace) -> str | dict[str, str] | None:
     """Returns where the data sets lie."""
     if args.suite != "own":
         return args.root
     return {name: path for name, _, path in (pair.partition("=") for pair in names(args.tasks))}
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: Namespace) -> Plan:
     """Returns what the arguments ask for."""
     suite = own_suite(args.tasks) if args.suite == "own" else get_suite(args.suite)
-    settings, variants = read_settings(args.settings), args.variants or {args.variant or "": {}}
+    settings, variants = settings_of(args.settings), args.variants or {args.variant or "": {}}
+    changed = {
+        what: {name: fit_settings(f"{what}: {name}", values, KINDS, "settings") for name, values in mapping.items()}
+        for what, mapping in (("variants", variants), ("method_settings", args.method_settings))
+    }
     model, attack = settings.pop("model_name_or_path", None), settings.pop("eval_attack", None)
-    model = args.model_name_or_path or (os.path.relpath(TINY_CLIP) if args.suite == "toy" else model)
+    model = args.model_name_or_path or model or (os.path.relpath(TINY_CLIP) if args.suite == "toy" else None)
     if model is None:
-        raise SystemExit(f"--suite {args.suite} needs --model_name_or_path, the folder or Hub id of a CLIP.")
+        raise ValueError(f"--suite {args.suite} needs --model_name_or_path, the folder or Hub id of a CLIP.")
     plan: dict[str, Any] = {
         "methods": names(args.methods),
         "protocols": names(args.protocols),
@@ -147,14 +185,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
         "attacks": names(args.attacks or attack or "") or None,
         "limit": args.limit,
         "settings": settings,
-        "method_settings": args.method_settings,
-        "variants": {name: values or {} for name, values in variants.items()},
+        **changed,
         "split": args.split,
         "transfer_shots": int(args.transfer_shots) if str(args.transfer_shots).isdecimal() else args.transfer_shots,
     }
     if args.quick:
         plan |= {"tasks": list(suite.tasks[:2]), "shots": [1], "seeds": [0], "limit": 20, "transfer_shots": 1}
-        plan |= {"attacks": ["pgd-5"], "settings": settings | QUICK}
+        plan |= {"attacks": ["pgd-5"], "settings": QUICK | settings}
     return Plan(suite, model, **plan)
 
 
@@ -194,4 +231,4 @@ def report(lines: list[Any], folder: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

