@@ -10,20 +10,35 @@ A killed evaluation goes on where it was when the same command is given again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from command import Parser, check_early, check_installed, check_places, given, loading, run
+
+if __name__ == "__main__":
+    check_early(__file__)
+
 import torch
 from accelerate import PartialState
-from transformers import HfArgumentParser
+from peft import PeftModel
 
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
 from capt_peft.card import EVALUATION, RESULTS, write_card
+from capt_peft.data.task import check_template
 from capt_peft.evaluation.curve import robustness_curves
+from capt_peft.evaluation.subject import TARGETS
+from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
+from capt_peft.versions import versions
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -38,6 +53,10 @@ class Arguments:
         default="digits", metadata={"help": "A task's name, a Hub id, or a folder or file of images."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    root: str | None = field(default=None, metadata={"help": "Where a data set of the catalog lies here."})
+    train_split: str | None = field(default=None, metadata={"help": "Split for training, if its name does not tell."})
+    validation_split: str | None = field(default=None, metadata={"help": "Likewise, for choosing settings."})
+    test_split: str | None = field(default=None, metadata={"help": "Likewise, for measuring accuracy."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the labels."})
@@ -66,7 +85,12 @@ class Arguments:
         default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
     )
     signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
-    output: str = field(default="outputs/evaluation/results.json", metadata={"help": "JSON file for the results."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file for the results; by default one for these settings, in ADAPTER/evaluations or outputs/evaluation."
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace results of other settings."})
     update_card: bool = field(
         default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
@@ -78,55 +102,120 @@ class Arguments:
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
 
 
+def parse_args(argv: list[str]) -> Arguments:
+    """Reads the command line, and refuses what cannot work or would have no effect before anything is loaded."""
+    (args,) = Parser(Arguments).into_dataclasses(argv)
+    named = given(argv)
+    if args.adapter is None and args.base is None:
+        raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
+    check_places(asdict(args))
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    if args.attack_target not in TARGETS:
+        raise ValueError(f"attack_target={args.attack_target!r} is unknown. Allowed: {', '.join(TARGETS)}.")
+    for name in ("limit", "batch_size", "seed"):
+        value, least = getattr(args, name), 0 if name == "seed" else 1
+        if value is not None and value < least:
+            why = "there would be no images to evaluate; it" if value == 0 else "it"
+            raise ValueError(f"{name}={value}: {why} must be at least {least}.")
+    for template in filter(None, (args.template, args.attack_template)):
+        check_template(template)
+    attacks = parse_attacks(args)
+    idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
+    if idle:
+        raise ValueError(f"--{idle[0]} has no effect on clean accuracy, and --attacks names no attack.")
+    if args.adapter is None and args.attack_target == "frozen":
+        raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
+    if args.update_card and not (args.adapter and Path(args.adapter, RESULTS).is_file()):
+        raise ValueError(f"--update_card needs a local --adapter with its {RESULTS}, as examples/train.py writes it.")
+    if args.curve:
+        check_installed("matplotlib", "capt-peft[plot]", "--curve")
+    return args
+
+
 def parse_attacks(args: Arguments) -> list[Attack]:
     """Returns every attack at every epsilon."""
-    names = [name.strip() for name in args.attacks.split(",") if name.strip() and name.strip() != "clean"]
+    names = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"attacks={args.attacks!r} names nothing; --attacks clean measures clean accuracy alone.")
     threats = [ThreatModel(args.norm, epsilon.strip()) for epsilon in args.epsilon.split(",")]
+    for name, values in (("attacks", names), ("epsilon", threats)):
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None:
+            raise ValueError(f"--{name} names {twice} twice.")
     for threat in threats:
         if args.norm == "linf" and threat.epsilon == 1:
             logging.warning("epsilon=1 is the whole range of a pixel; one level of 255 is written 1/255.")
-    return [parse_attack(name, threat) for threat in threats for name in names]
+    return [parse_attack(name, threat) for threat in threats for name in names if name != "clean"]
 
 
 def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroShotClassifier:
     """Returns the classifier over the task's classes."""
-    if args.adapter is None and args.base is None:
-        raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={args.dtype!r} must be float32, bfloat16 or float16.")
-    classifier = ZeroShotClassifier.from_pretrained(
-        args.adapter or args.base,
-        class_names=task.class_names,
-        template=args.template or (None if args.adapter else task.template),
-        dtype=getattr(torch, args.dtype),
-        **({"base": args.base} if args.adapter and args.base else {}),
-    )
+    name = args.adapter or args.base
+    with loading(name):
+        classifier = ZeroShotClassifier.from_pretrained(
+            name,
+            class_names=task.class_names,
+            template=args.template or (None if args.adapter else task.template),
+            dtype=getattr(torch, args.dtype),
+            **({"base": args.base} if args.adapter and args.base else {}),
+        )
+    adapted = isinstance(classifier.model, PeftModel)
+    if adapted and not args.adapter:
+        raise ValueError(
+            f"--base {name} is an adapter. Measure it with --adapter, or give the CLIP that it was tuned on."
+        )
+    if args.adapter and not adapted:
+        raise ValueError(f"--adapter {name} is a CLIP without an adapter. Measure it with --base.")
     return classifier.to(device)
+
+
+def default_output(args: Arguments, model: torch.nn.Module) -> Path:
+    """Returns a file of its own for these settings and weights, beside the adapter where that is a folder here."""
+    name = args.adapter or args.base
+    own = {k: v for k, v in asdict(args).items() if k not in ("adapter", "output", "overwrite", "update_card", "curve")}
+    places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
+    own |= places | {"versions": versions()}
+    own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    epsilons = [] if args.attacks == "clean" else [args.norm, args.epsilon.replace("/", "of")]
+    few = [] if args.limit is None else [str(args.limit)]
+    words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
+    readable = "-".join(slug(word)[:40] for word in words)
+    folder = Path("outputs", "evaluation", slug(name)[-80:])
+    if args.adapter and os.path.isdir(args.adapter) and os.access(args.adapter, os.W_OK):
+        folder = Path(args.adapter, "evaluations")
+    return folder / f"{readable}-{digest}.json"
+
+
+def slug(text: str) -> str:
+    """Returns a text with nothing in it that a file's name could not have."""
+    return re.sub(r"[^\w.+-]+", "_", text.replace(",", "+").replace(" ", ""), flags=re.ASCII).strip("._")
 
 
 def main(argv: list[str] | None = None) -> Evaluation:
     """Measures, saves and shows."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = HfArgumentParser(Arguments, allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     attacks = parse_attacks(args)
-    if args.update_card and not (args.adapter and Path(args.adapter, RESULTS).is_file()):
-        raise ValueError(f"--update_card needs a local --adapter with its {RESULTS}, as examples/train.py writes it.")
     state = PartialState(cpu=args.use_cpu, timeout=timedelta(days=7))
     task = load_task(
         args.dataset_name,
+        root=args.root,
         name=args.dataset_config,
         image_column=args.image_column,
         label_column=args.label_column,
         class_names=args.class_names,
         template=args.template,
+        train_split=args.train_split,
+        validation_split=args.validation_split,
+        test_split=args.test_split,
     )
     data = task[args.split]
-    if args.limit is not None and args.limit < 0:
-        raise ValueError(f"limit={args.limit} must be a number of images.")
     if args.limit is not None:
         data = data.shuffle(seed=0).select(range(min(args.limit, len(data))))
     classifier = load_classifier(args, task, state.device)
+    args.output = args.output or str(default_output(args, classifier.model))
     details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
     common = {"batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite, "details": details}
     evaluation = evaluate(
@@ -178,4 +267,4 @@ def draw(classifier: ZeroShotClassifier, data: torch.utils.data.Dataset, args: A
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from evaluate import main
 from helpers import TINY_CLIP, shake
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, load_task
@@ -67,6 +69,30 @@ def test_an_adapter_is_measured_at_every_epsilon(adapter, tmp_path, capsys):
     assert content["configuration"]["model"]["adapter"]["fingerprint"]
     with pytest.raises(ValueError, match="attacks has 2 entries now and had 4"):
         main(["--adapter", adapter, *QUICK, "--attacks", "pgd-4", "--output", str(output)])
+
+
+def test_every_evaluation_has_a_file_of_its_own_beside_the_adapter(adapter, tmp_path):
+    one, other = (Path(shutil.copytree(adapter, tmp_path / name)) for name in ("one", "other"))
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, other / "adapter_model.safetensors")
+    clean = ["--attacks", "clean", "--use_cpu", "--limit", "4"]
+    main(["--adapter", str(other), *clean])
+    for settings in ([], ["--limit", "5"], ["--split", "validation"], ["--seed", "1"], ["--template", "the digit {}."]):
+        main(["--adapter", str(one), *clean, *settings])
+    found = sorted(path.name for path in (one / "evaluations").glob("*.json"))
+    assert len(found) == 5 and all(name.startswith(("digits-test-", "digits-validation-4-clean-")) for name in found)
+    shutil.copy(other / "adapter_model.safetensors", one)  # tuned again into the same folder
+    main(["--adapter", str(one), *clean])
+    assert len(list((one / "evaluations").glob("*.json"))) == 6
+    main(["--adapter", str(one), *clean, "--epsilon", "2/255,4/255", "--attacks", "clean,pgd-1"])
+    assert list((one / "evaluations").glob("digits-test-4-linf-2of255+4of255-clean+pgd-1-*.json"))
+
+
+def test_without_a_folder_of_its_own_a_model_has_one_in_outputs(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["--base", TINY_CLIP, "--attacks", "clean", "--limit", "4", "--use_cpu"])
+    (found,) = (tmp_path / "outputs" / "evaluation").glob("*/*.json")
+    assert found.parent.name.endswith("tiny_clip") and found.name.startswith("digits-test-4-clean-")
 
 
 def test_a_base_is_measured_zero_shot(tmp_path, capsys):
@@ -145,12 +171,27 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
         (["--limit", "-3"], "limit=-3"),
         (["--attack_target", "clip"], "attack_target='clip' is unknown"),
         (["--attack_template", "a photo"], r"must hold exactly one \{\}"),
+        (["--attack_target", "frozen"], "--attack_target frozen needs --adapter"),
+        (["--attacks", "clean", "--save_images"], "--save_images has no effect on clean accuracy"),
+        (["--attacks", ","], "names nothing"),
+        (["--attacks", "pgd-2,pgd-2"], "names pgd-2 twice"),
+        (["--epsilon", "4/255, 4/255"], "names L-inf 4/255 twice"),
+        (["--batch_size", "0"], "batch_size=0"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_writes_nothing(tmp_path, arguments, message):
     with pytest.raises((ValueError, KeyError), match=message):
         main(["--base", TINY_CLIP, *QUICK, "--output", str(tmp_path / "r.json"), *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_not_measured_as_a_base_nor_a_base_as_an_adapter(adapter, tmp_path):
+    few = ["--attacks", "clean", "--limit", "4", "--use_cpu", "--output", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match=r"is an adapter\. Measure it with --adapter"):
+        main(["--base", adapter, *few])
+    with pytest.raises(ValueError, match="is a CLIP without an adapter"):
+        main(["--adapter", TINY_CLIP, *few])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_must_be_named(tmp_path):
