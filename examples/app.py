@@ -6,15 +6,21 @@ python examples/app.py --adapter you/your-adapter       # any CAPT adapter, on i
 
 from __future__ import annotations
 
-import argparse
 import html
 import logging
 import os
+import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
+from command import Parser, check_early, check_places, loading, run
+
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: nothing is sent anywhere
+
+if __name__ == "__main__":
+    check_early(__file__, needs={"gradio": "capt-peft[app]"})
 
 import gradio as gr
 from attack_page import (
@@ -23,6 +29,7 @@ from attack_page import (
     MAX_BYTES,
     MAX_SIDE,
     MAX_STEPS,
+    Cancelled,
     Outcome,
     Page,
     Refused,
@@ -30,6 +37,8 @@ from attack_page import (
     read_class_names,
 )
 from PIL import Image
+from starlette.middleware import Middleware
+from visitors import Visitors
 
 DEMO = Path("outputs/demo")
 logger = logging.getLogger(__name__)
@@ -60,15 +69,20 @@ def refuse(message: str) -> gr.Error:
     return gr.Error(html.escape(message, quote=False), title="Not done", duration=15, print_exception=False)
 
 
-def build(page: Page, examples: list[list[str]]) -> gr.Blocks:
+def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Blocks:
     """Returns the page."""
 
-    def attack(image: Any, names: Any, template: Any, epsilon: Any, steps: Any, true_class: Any) -> list[Any]:
+    def attack(
+        image: Any, names: Any, template: Any, epsilon: Any, steps: Any, true_class: Any, request: gr.Request
+    ) -> list[Any]:
         """Attacks each model; epsilon is in levels of 255, true_class may be empty."""
         try:
-            outcomes, description = page.run(
-                uploaded(image, inputs[0].GRADIO_CACHE), names, template, epsilon, steps, true_class
-            )
+            with visitors.request(request) as cancelled:
+                outcomes, description = page.run(
+                    uploaded(image, inputs[0].GRADIO_CACHE), names, template, epsilon, steps, true_class, cancelled
+                )
+        except Cancelled:
+            return [gr.skip()] * (1 + len(outputs))
         except Refused as error:
             raise refuse(str(error)) from None
         except Exception:
@@ -88,7 +102,7 @@ def build(page: Page, examples: list[list[str]]) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 inputs = input_components(page)
-                button = gr.Button("Attack", variant="primary", elem_id="attack")
+                button = gr.Button("Attack", variant="primary", elem_id="attack", interactive=False)
             with gr.Column(scale=3):
                 outputs = [
                     component for name in page.models for component in output_components(name, page.called(name))
@@ -104,7 +118,19 @@ def build(page: Page, examples: list[list[str]]) -> gr.Blocks:
                 elem_id="examples",
             )
         # preprocess=False: what is given is checked here, and nobody opens an image before its size is known
-        button.click(attack, inputs, [description, *outputs], preprocess=False, api_name="attack")
+        button.click(
+            attack,
+            inputs,
+            [description, *outputs],
+            preprocess=False,
+            api_name="attack",
+            trigger_mode="multiple",
+            show_progress_on=[description],  # an error is shown there, not on each of a dozen components
+        )
+        inputs[0].change(
+            lambda image: gr.Button(interactive=image is not None), inputs[0], button, preprocess=False, queue=False,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     demo.preprocess_data = in_a_sentence(demo.preprocess_data)
     return demo
 
@@ -204,21 +230,21 @@ def update_choices(names: Any, true_class: Any) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """Loads the models and serves the page until it is stopped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser([], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default=os.environ.get("CAPT_ADAPTER"), help="CAPT adapter: folder or Hub id")
     parser.add_argument("--base", default=os.environ.get("CAPT_BASE"), help="CLIP, if not the adapter's own")
     parser.add_argument("--host", default=None, help="address to listen at; by default only this machine's")
     parser.add_argument("--port", type=int, default=None, help="by default the first free one from 7860")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    check_places({"adapter": args.adapter, "base": args.base})
     logging.basicConfig(level=logging.WARNING)
     Image.MAX_IMAGE_PIXELS = MAX_SIDE**2  # anything in this process that opens an image refuses twice as many
     adapter = args.adapter or (str(DEMO) if (DEMO / "adapter_config.json").exists() else None)
-    try:
+    with loading(adapter or args.base or "tiny CLIP"):
         page = Page(adapter, args.base)
-    except (OSError, ValueError) as error:
-        parser.error(f"{adapter or args.base} cannot be loaded: {error}")
+    visitors = Visitors()
     with tempfile.TemporaryDirectory() as folder:
-        demo = build(page, example_files(folder))
+        demo = build(page, example_files(folder), visitors)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         demo.queue(default_concurrency_limit=2, max_size=100)
         demo.launch(
@@ -230,8 +256,9 @@ def main(argv: list[str] | None = None) -> None:
             show_error=True,
             share=False,
             footer_links=["api"],
+            app_kwargs={"middleware": [Middleware(visitors.watch)]},
         )
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 
@@ -35,6 +35,10 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 class Refused(ValueError):
     """Input that is not accepted; the message is one or two sentences for the user."""
+
+
+class Cancelled(Exception):
+    """Nobody waits for the answer any more."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ class Page:
         self.class_text = separator.join(self.class_names)
         self.base = base or TINY_CLIP
         self.models = {CLIP: load_model(self.base, revision=revision)}
+        if isinstance(self.models[CLIP][0], PeftModel):
+            raise ValueError(
+                f"{self.base} is an adapter. Give it as the adapter, and as the base the CLIP that it was tuned on."
+            )
         if adapter is not None:
             self.models[CAPT] = load_model(adapter, base=self.base if revision is None else None)
         for model, _ in self.models.values():
@@ -112,7 +120,14 @@ class Page:
         return name.replace("CLIP", "Tiny CLIP") if tiny else name
 
     def run(
-        self, image: Any, class_names: Any, template: Any, epsilon_levels: Any, steps: Any, true_class: Any = None
+        self,
+        image: Any,
+        class_names: Any,
+        template: Any,
+        epsilon_levels: Any,
+        steps: Any,
+        true_class: Any = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> tuple[list[Outcome], str]:
         """Attacks each model itself.
 
@@ -123,19 +138,23 @@ class Page:
             epsilon_levels: L-inf epsilon in levels of 255, 0 to 255.
             steps: Steps of the attack, 1 to 200.
             true_class: The class to lead away from; by default each model's own clean answer.
+            cancelled: Asked before every step; True ends the attack.
 
         Returns:
             The outcome for each model, and sentences on what was done.
 
         Raises:
             Refused: Anything is not as described, or too large.
+            Cancelled: `cancelled` said so.
         """
+        if cancelled():
+            raise Cancelled
         names, template = read_class_names(class_names), read_template(template)
         true_class = read_true_class(true_class, names)
         attack = PGD(ThreatModel("linf", read_epsilon(epsilon_levels)), steps=read_steps(steps))
         picture = read_image(image)
         classifiers = list(self._classifiers(names, template))
-        outcomes = [attack_one(name, c, picture, attack, true_class) for name, c in classifiers]
+        outcomes = [attack_one(name, c, picture, attack, true_class, cancelled) for name, c in classifiers]
         return outcomes, describe(attack, true_class, len(outcomes))
 
     def _classifiers(self, names: list[str], template: str) -> Iterator[tuple[str, ZeroShotClassifier]]:
@@ -154,15 +173,26 @@ def is_lost_tiny_clip(name: str | None) -> bool:
 
 
 def attack_one(
-    name: str, classifier: ZeroShotClassifier, picture: Image.Image, attack: PGD, true_class: str | None
+    name: str,
+    classifier: ZeroShotClassifier,
+    picture: Image.Image,
+    attack: PGD,
+    true_class: str | None,
+    cancelled: Callable[[], bool],
 ) -> Outcome:
     """Attacks one model with one image; without a true class, away from the model's own answer."""
     pixels = classifier.transform(picture)[None]  # (1, 3, H, W)
     logits_fn = classifier.with_fixed_texts()
+
+    def while_awaited(images: Tensor) -> Tensor:
+        if cancelled():
+            raise Cancelled
+        return logits_fn(images)
+
     with torch.no_grad():
         clean = logits_fn(pixels).softmax(-1)[0]  # (N,)
     label = int(clean.argmax()) if true_class is None else classifier.class_names.index(true_class)
-    adversarial = attack(logits_fn, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
+    adversarial = attack(while_awaited, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
     with torch.no_grad():
         attacked = logits_fn(adversarial).softmax(-1)[0]
     noise = 0.5 + magnification(attack) * (adversarial - pixels)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Page, Refused, example_files
+from attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
 from helpers import TINY_CLIP
 from PIL import Image
 from train import main as train
@@ -210,7 +210,7 @@ def test_bad_images_are_refused_with_a_sentence(page, tmp_path, case):
 
 
 @pytest.mark.parametrize("image", [None, "/no/such/file.png", "/", 3, "\x00", b"png"])
-def test_what_is_no_file_is_refused(page, image):
+def test_what_is_not_a_file_is_refused(page, image):
     with pytest.raises(Refused, match="There is no image"):
         page.run(image, **GOOD)
 
@@ -223,6 +223,17 @@ def test_every_cut_of_a_jpeg_is_shown_or_refused(page, tmp_path):
         path.write_bytes(content[:end])
         with pytest.raises(Refused):
             page.run(str(path), **GOOD)
+
+
+def test_an_attack_ends_when_it_is_cancelled(page, digits):
+    asked = iter([False] * 5)
+    with pytest.raises(Cancelled):
+        page.run(digits[0], NAMES, DIGITS_TEMPLATE, 10, 200, "0", lambda: next(asked, True))
+
+
+def test_an_adapter_is_not_shown_as_clip(adapter):
+    with pytest.raises(ValueError, match="is an adapter"):
+        Page(base=adapter)
 
 
 def user(i, digits):
@@ -355,6 +366,21 @@ def test_the_api_refuses_too_few_values_with_a_sentence(api):
     check_sentence(data["error"])
 
 
+def test_requests_that_nobody_waits_for_do_not_hold_the_page(api, digits):
+    slow = json.dumps({"data": [api.upload(digits[0]), *{**GOOD, "steps": 200}.values()]})
+    alone = timed(api, digits)
+    for _ in range(30):
+        assert api.http.post("/call/attack", content=slow, headers={"content-type": "application/json"}).is_success
+    assert timed(api, digits) < alone + 8  # all of them would take a minute
+
+
+def timed(api, digits):
+    start = time.monotonic()
+    event, _ = api.attack(api.upload(digits[0]), *GOOD.values())
+    assert event == "complete"
+    return time.monotonic() - start
+
+
 def test_20_users_of_the_api_at_once_get_their_own_results(app, api, page, digits):
     def ask(i):
         path, *settings = user(i, digits)
@@ -431,6 +457,32 @@ def test_a_browser_shows_names_as_they_were_written_and_errors_as_sentences(brow
     assert f"“{name}” is there twice; class names must differ." in toast.inner_text()
     assert "Traceback" not in browser.inner_text("body")
     assert browser.strange == []
+
+
+def test_a_browser_attacks_once_there_is_an_image_and_shows_an_error_once(browser, tmp_path):
+    button = browser.locator("#attack")
+    assert button.is_disabled()
+    browser.locator("#examples img").nth(3).click()
+    browser.wait_for_function("!document.querySelector('#attack').disabled")
+    browser.fill("#names textarea", "alone")
+    button.click()
+    browser.wait_for_selector(".toast-body")
+    browser.wait_for_timeout(500)
+    assert browser.locator(".toast-body").count() == 1
+    assert browser.locator(".wrap span.error").count() == 1  # Gradio's stamp on an output
+    browser.click("#upload button[aria-label='Remove Image']")
+    browser.wait_for_function("document.querySelector('#attack').disabled")
+
+
+def test_a_browser_that_leaves_cancels_its_attack(app, browser, api, digits):
+    browser.locator("#examples img").nth(3).click()
+    browser.locator("#steps input[type=number]").fill("200")
+    browser.locator("#steps input[type=number]").press("Tab")
+    for _ in range(3):
+        browser.click("#attack")
+    browser.wait_for_timeout(300)
+    browser.goto("about:blank")
+    assert timed(api, digits) < 15
 
 
 def test_a_browser_refuses_a_broken_upload_with_a_sentence(browser, tmp_path):
