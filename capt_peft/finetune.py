@@ -19,6 +19,7 @@ from .randomness import example_generators
 from .training import CaptTrainer
 from .training.arguments import CaptTrainingArguments
 from .training.batch import Batch
+from .training.settings import one_processor
 
 IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
@@ -68,6 +69,7 @@ class FareTrainer(CaptTrainer):
         args: As of `CaptTrainer`; `attack_loss` has no say and stays "ce".
         task: As of `CaptTrainer`.
         processor: The model's processor.
+        processing_class: Another name of `processor`.
         attack: The training attack; by default PGD with the arguments' settings.
         kwargs: Further arguments of `transformers.Trainer`.
 
@@ -83,7 +85,8 @@ class FareTrainer(CaptTrainer):
         args: CaptTrainingArguments,
         *,
         task: Task,
-        processor: Any,
+        processor: Any = None,
+        processing_class: Any = None,
         attack: Attack | None = None,
         **kwargs: Any,
     ) -> None:
@@ -91,6 +94,7 @@ class FareTrainer(CaptTrainer):
             raise ValueError(
                 f"attack_loss={args.attack_loss!r}: FARE's attack climbs the distance of the features. Leave it at 'ce'."
             )
+        processor = one_processor(processor, processing_class)
         original = ZeroShotClassifier(copy.deepcopy(model), processor, task.class_names, task.template)
         super().__init__(
             model,

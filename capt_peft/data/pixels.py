@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
@@ -34,14 +35,22 @@ class PixelDataset(Dataset[dict[str, Any]]):
         dataset: A split of a task: columns `image` and `label`.
         transform: Turns an image into pixels.
         seed: Seed of the augmentation.
+        labels: The (n,) labels, where they are not to be those of the column `label`; see `labels_by_name`.
     """
 
-    def __init__(self, dataset: datasets.Dataset, transform: PixelTransform, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        transform: PixelTransform,
+        seed: int = 0,
+        *,
+        labels: np.ndarray | None = None,
+    ) -> None:
         self.dataset = encoded_images(dataset)
         self.transform = transform
         self.seed = seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
-        self.labels: list[int] = column_values(dataset, "label").tolist()
+        self.labels: list[int] = (column_values(dataset, "label") if labels is None else labels).tolist()
         height, width = transform.size
         fits = len(dataset) * 3 * height * width * 4 <= CACHE_BYTES
         self._cache: dict[int, torch.Tensor] | None = {} if fits and not transform.augment else None

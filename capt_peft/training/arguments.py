@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
 from .processes import refuse_sharding
 from .schedule import LR_SCHEDULES
+from .settings import refuse_arguments
+
+BEST_METRIC = "eval_robust_accuracy"
 
 
 @dataclass
@@ -49,7 +53,9 @@ class CaptTrainingArguments(TrainingArguments):
     Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.1`,
     `lr_scheduler_type="cosine"`, `num_train_epochs=50`, `per_device_train_batch_size=32`,
     `per_device_eval_batch_size=128`, `logging_steps=10`, `report_to="none"`, `remove_unused_columns=False`,
-    `label_names=["labels"]`, `average_tokens_across_devices=True`.
+    `label_names=["labels"]`, `average_tokens_across_devices=True`; `metric_for_best_model="eval_robust_accuracy"` where a best
+    checkpoint is asked for. Arguments that would have no effect, or a wrong one, are refused by name: `training.settings` has
+    the list.
     """
 
     epsilon: str = field(
@@ -111,6 +117,7 @@ class CaptTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         refuse_sharding(self)
+        refuse_arguments(self)
         self.threat_model  # noqa: B018  (bad values are refused before anything is set up)
         self.train_attack  # noqa: B018
         self.evaluation_attack  # noqa: B018
@@ -130,10 +137,12 @@ class CaptTrainingArguments(TrainingArguments):
                 raise ValueError("image_chunk_size does not work with ddp_find_unused_parameters=True. Leave it out.")
             # with it DDP makes one graph of both towers' features, and the first chunk would free that of the texts
             self.ddp_find_unused_parameters = False
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop the pixels. Leave it at False.")
+        metric, greater = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
         self._check_published()
+        if metric is None and (self.metric_for_best_model is not None or self.save_strategy == SaveStrategy.BEST):
+            self.metric_for_best_model = BEST_METRIC  # instead of a loss, which is not evaluated
+            self.greater_is_better = True if greater is None else greater
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16=True would train in float32 on a CPU: Accelerate has no fp16 there. Use bf16=True.")
         checkpointing: Any = self.activation_checkpointing_kwargs or {}  # a dict by now, whatever it was given as

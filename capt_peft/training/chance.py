@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.pixels import PixelDataset
 from ..data.task import Task
 from ..evaluation import Accuracy
+from ..tuner.fingerprint import base_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class WarnAtChance(TrainerCallback):
         trainer = self.trainer
         if state.global_step or not isinstance(trainer.classifier.model, PeftModel):
             return
+        if any(p.requires_grad for _, p in base_parameters(trainer.classifier.model)):
+            return  # switching the adapter off does not give the base model
         trainer.at_chance = at_chance(self._accuracy(), trainer.task.num_classes)
         if trainer.at_chance and state.is_world_process_zero:
             logger.warning(
@@ -75,7 +77,7 @@ class WarnAtChance(TrainerCallback):
         try:
             with classifier.frozen() as frozen, trainer._eager():
                 for data in _looked_at(trainer.task):
-                    images = PixelDataset(data, classifier.transform)
+                    images = trainer._pixels(data)
                     for start in range(0, len(images), BATCH):
                         batch = [images[i] for i in range(start, min(start + BATCH, len(images)))]
                         predicted = frozen(torch.stack([one["pixels"] for one in batch]).to(device)).argmax(-1).tolist()

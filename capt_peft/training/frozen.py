@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..files import written_whole
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within it, layers that are random or keep statistics in training are in eval mode; the others stay as compiled."""
+    changed = [module for module in model.modules() if module.training and _differs_in_training(module)]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+def _differs_in_training(module: nn.Module) -> bool:
+    rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (isinstance(rate, float) and rate > 0.0)
 
 
 class FrozenOutputs:

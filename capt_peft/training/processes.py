@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 COUNTED = "counted"  # key of a batch: how many of its images the loss is of
 
-SHARDING_ARGUMENTS = ("fsdp", "deepspeed", "parallelism_config")
+SHARDING_ARGUMENTS = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
 SHARDING_ENVIRONMENT = (
     "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG",
 )  # fmt: skip

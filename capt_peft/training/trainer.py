@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,25 +13,35 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..activations import lean_activations
 from ..attacks import Attack, AttackResult
 from ..classifier import ZeroShotClassifier, normalize, pooled
 from ..data.pixels import PixelDataset
-from ..data.task import Task
+from ..data.task import Task, labels_by_name
 from ..data.transforms import PixelTransform
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
+from ..tuner.fingerprint import base_parameters
 from .arguments import CaptTrainingArguments
 from .batch import Batch, split_batch
 from .chance import WarnAtChance
 from .compilation import compiled_towers, fill_batch, leave_compiling_to_us
-from .frozen import FrozenOutputs
+from .frozen import FrozenOutputs, without_dropout
 from .guards import GuardedTrainer
 from .memory import sum_of_losses
 from .monitor import Monitor
 from .processes import COUNTED, check_processes, without_repeats
 from .schedule import epoch_cosine
+from .settings import one_processor, refuse_arguments, refuse_attack_settings, refuse_trainer_arguments
+
+logger = logging.getLogger(__name__)
+
+MEASURED = (
+    *(f"{name}{end}" for name in ("clean_accuracy", "robust_accuracy") for end in ("", "_low", "_high")),
+    "n", "runtime", "samples_per_second", "steps_per_second",
+)  # fmt: skip
 
 
 class _SetEpoch(TrainerCallback):
@@ -58,15 +69,20 @@ class CaptTrainer(GuardedTrainer):
         args: The arguments.
         task: What is classified: training images in `train`, evaluation images in `validation`, or in `test` if there is none.
         processor: The model's processor (`AutoProcessor.from_pretrained`).
+        processing_class: Another name of `processor`.
         objective: Maps a step's views to a loss; by default CAPT's, with the arguments' `consistency` and `weighting`.
         attack: The training attack: a `PGD`, or an object with its `run`; by default PGD with the arguments' settings.
         teacher: Another CLIP whose predictions on clean images guide the tuning: a classifier over the same class names, or the
             folder or Hub id of a model. By default the base model itself, with the adapter off.
-        kwargs: Further arguments of `transformers.Trainer` (`callbacks`, `optimizers`).
+        eval_dataset: What `evaluate` measures, as of its own `eval_dataset`; by default the task's `validation` split, or `test`
+            if there is none.
+        kwargs: Further arguments of `transformers.Trainer`: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`.
 
     Raises:
-        ValueError: No training images, a teacher with other classes or another image size, FSDP or DeepSpeed, or processes that
-            do not know of each other.
+        TypeError: `args` of another kind.
+        ValueError: A setting without effect, which is named; no training images; splits with classes that the task does not have;
+            a teacher with other classes or another image size, or that moves with the model; no teacher for a base model that
+            is tuned itself; FSDP or DeepSpeed; or processes that do not know of each other.
     """
 
     args: CaptTrainingArguments
@@ -77,13 +93,16 @@ class CaptTrainer(GuardedTrainer):
         args: CaptTrainingArguments,
         *,
         task: Task,
-        processor: Any,
+        processor: Any = None,
+        processing_class: Any = None,
         objective: Objective | None = None,
         attack: Attack | None = None,
         teacher: ZeroShotClassifier | str | None = None,
+        eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_processes(args)
+        self._check_arguments(args, kwargs, attack)
+        processor = one_processor(processor, processing_class)
         self.task = task
         # checks the texts before any long work
         self.classifier = ZeroShotClassifier(
@@ -94,18 +113,23 @@ class CaptTrainer(GuardedTrainer):
         self.attack = attack or args.train_attack
         self.teacher = self._load_teacher(teacher)
         transform = PixelTransform(processor, augment=args.augment, squash=args.squash)
-        train = PixelDataset(task["train"], transform, args.seed)
-        held_out = task.splits.get("validation", task.splits.get("test"))
+        self._check_frozen()
+        labels = labels_by_name(task["train"], task.class_names, "The split 'train'")
+        train = PixelDataset(task["train"], transform, args.seed, labels=labels)
+        self.eval_dataset = None
+        held_out = task.splits.get("validation", task.splits.get("test")) if eval_dataset is None else eval_dataset
+        held_out = self._pixels(held_out, "eval_dataset" if eval_dataset is not None else "The held-out split")
         super().__init__(
             model=model,
             args=args,
             train_dataset=train,
-            eval_dataset=None if held_out is None else PixelDataset(held_out, self.classifier.transform),
+            eval_dataset=held_out,
             compute_metrics=self._metrics,
             **kwargs,
         )
         if args.torch_compile:
             leave_compiling_to_us(self.accelerator)
+        self._check_best_metric(from_test=eval_dataset is None and "validation" not in task.splits)
         self.add_callback(_SetEpoch(train))
         self.at_chance: str | None = None
         self.add_callback(WarnAtChance(self))
@@ -117,6 +141,50 @@ class CaptTrainer(GuardedTrainer):
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
+
+    @staticmethod
+    def _check_arguments(args: CaptTrainingArguments, others: dict[str, Any], attack: Attack | None) -> None:
+        """Raises before any work if the arguments hold what cannot work or has no effect."""
+        if not isinstance(args, CaptTrainingArguments):
+            raise TypeError(
+                f"args must be CaptTrainingArguments, not {type(args).__name__}: they hold the threat model too."
+            )
+        refuse_trainer_arguments(others)
+        refuse_arguments(args)  # again: they may have been changed since they were made
+        check_processes(args)
+        if attack is not None:
+            refuse_attack_settings(args)
+
+    def _check_frozen(self) -> None:
+        """Raises if the objective compares with a frozen model that would be tuned itself, or has no use for a teacher."""
+        if not self.objective.needs_frozen and self.teacher is not None:
+            raise ValueError("teacher= has no effect: the objective has no use for a frozen model. Leave it out.")
+        if not self.objective.needs_frozen or self.teacher is not None:
+            return
+        moving = next((name for name, p in base_parameters(self.classifier.model) if p.requires_grad), None)
+        if moving is not None:
+            raise ValueError(
+                f"The objective compares with the frozen base model, but the base is tuned itself ({moving}) and would take the "
+                "frozen model along. Freeze it, or give teacher= a model that stays."
+            )
+        with self.classifier.frozen():
+            pass  # it raises where switching the adapter off does not give the base model
+
+    def _check_best_metric(self, from_test: bool) -> None:
+        """Raises if no evaluation has the metric that chooses the best checkpoint; warns if the test images choose it."""
+        args, splits = self.args, self.eval_dataset
+        metric = args.metric_for_best_model
+        if metric is None or args.eval_strategy == IntervalStrategy.NO:
+            return
+        prefixes = [f"eval_{name}" for name in splits] if isinstance(splits, dict) else ["eval"]
+        known = [f"{prefix}_{name}" for prefix in prefixes for name in MEASURED]
+        if metric not in known and f"eval_{metric}" not in known:
+            choice = ", ".join(f"{prefix}_robust_accuracy" for prefix in prefixes[:4])
+            raise ValueError(
+                f"metric_for_best_model={metric[:80]!r} is not evaluated. Give {choice}, or another accuracy."
+            )
+        if from_test:
+            logger.warning("The best checkpoint is chosen on the test images, whose accuracy it then overstates.")
 
     def _load_teacher(self, teacher: ZeroShotClassifier | str | None) -> ZeroShotClassifier | None:
         if teacher is None:
@@ -133,7 +201,23 @@ class CaptTrainer(GuardedTrainer):
             raise ValueError(
                 f"The teacher takes {teacher.transform.size} pixels, the model {self.classifier.transform.size}."
             )
+        tuned = {p.data_ptr() for p in self.classifier.model.parameters() if p.requires_grad and p.numel()}
+        if any(p.data_ptr() in tuned for p in teacher.parameters()):
+            raise ValueError(
+                "The teacher shares parameters with the model that is tuned (get_peft_model puts the adapter into the base that "
+                "it is given), and would move along. Load it again, or leave teacher= out: the frozen model is then the base."
+            )
         return teacher.eval().requires_grad_(False)
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Returns the checkpoint that `train` would go on from, or None; raises as `train` would, before long work."""
+        self._check_frozen()
+        if not any(p.requires_grad for p in self.classifier.model.parameters()):
+            raise ValueError(
+                "No parameter is trainable. To tune a saved adapter further, load it with is_trainable=True: "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True)."
+            )
+        return super().find_checkpoint(resume_from_checkpoint)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Tunes the adapter; arguments and result as of `transformers.Trainer.train`."""
@@ -325,7 +409,7 @@ class CaptTrainer(GuardedTrainer):
     def _run_frozen(self, pixels: Tensor) -> Tensor:
         if self.teacher is not None:
             return self.teacher.to(pixels.device)(pixels)
-        with self.classifier.frozen() as frozen:
+        with self.classifier.frozen() as frozen, without_dropout(self.classifier.model):
             if self._frozen_texts is None:
                 with self._eager():
                     self._frozen_texts = frozen.encode_texts()
