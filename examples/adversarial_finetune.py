@@ -39,8 +39,9 @@ from capt_peft import (
     load_task,
 )
 from capt_peft.data.task import task_features
-from capt_peft.files import write_json, written_whole
+from capt_peft.files import write_json
 from capt_peft.finetune import FareTrainer, train_image_tower_alone
+from capt_peft.outputs import save_somewhere
 from capt_peft.runs import count_parameters, results_table
 from capt_peft.toy.images import FACTS, Facts, draw
 from capt_peft.versions import describe_machine, versions
@@ -164,10 +165,13 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, dtype: str)
     """Writes a plain CLIP with its processor, whole or not at all; it loads as float32, whatever `dtype` the file has."""
     for name in ("is_local", "local_files_only"):  # how the tokenizer was found, which transformers would write down
         processor.tokenizer.init_kwargs.pop(name, None)
-    with written_whole(folder) as temporary:
+
+    def write(temporary: Path) -> None:
         state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
         model.save_pretrained(temporary, state_dict=state)
         processor.save_pretrained(temporary)
+
+    save_somewhere(folder, write)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -201,6 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = record(trainer, script, measured, before, after, seconds)
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "results.json", results)
+        trainer.unlock()
         print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of fine-tuning.")
     return results
 

@@ -195,6 +195,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results["configuration"]["script"] = asdict(script)
     if trainer.is_world_process_zero():
         save_run(model, results, args.output_dir, trainer.hub_model_id if args.push_to_hub else args.output_dir)
+        trainer.unlock()
         print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
         if args.push_to_hub:
             print(f"Uploaded to {trainer.push_to_hub().commit_url}")

@@ -257,7 +257,9 @@ class Plan:
 
 _PROMPTS = PROMPT_FIELDS - {"class_names", "template_token_ids"}
 _FLOATS = {f.name for kind in (CaptTrainingArguments, CaptConfig) for f in fields(kind) if f.type in (float, "float")}
-_TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack"} | {"teacher"}
+_TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack", "hub_token"} | {
+    "teacher"
+}
 
 
 def _hash(content: Mapping[str, Any]) -> str:

@@ -83,14 +83,19 @@ class CheckpointTrainer(HubTrainer):
                 resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            if self._lock is not None and not locked:
-                self._lock.release()
-                self._lock = None
+            if not locked:
+                self.unlock()
+
+    def unlock(self) -> None:
+        """Lets other runs write into `args.output_dir` again, which `find_checkpoint` keeps from them; once all results are there."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Returns the checkpoint that `train` would go on from, or None; to be called before long work, whose end would be lost.
 
-        No other run writes into `args.output_dir` until this trainer goes away or its process ends.
+        No other run writes into `args.output_dir` until `unlock` is called, this trainer goes away, or its process ends.
 
         Args:
             resume_from_checkpoint: As of `train`.

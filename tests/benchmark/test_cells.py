@@ -276,6 +276,7 @@ def test_there_are_ablations():
         ({"transfer_shots": 1.5}, "shots=1.5"),
         ({"settings": {"learning_rat": 1, "eval_attack": "pgd-3"}}, "Unknown settings eval_attack, learning_rat: .*CaptConfig"),
         ({"variants": {"x": {"seed": 3}}}, "Unknown settings seed"),
+        ({"settings": {"hub_token": "hf_secret"}}, "Unknown settings hub_token"),  # lines of a benchmark are for others to read
         ({"settings": {"class_names": ["a", "b"]}}, "Unknown settings class_names"),
         ({"split": "holdout"}, "Unknown splits holdout. Allowed: train, validation, test"),
         ({"limit": -1}, "limit=-1"),

@@ -1,7 +1,6 @@
 """The folder that a run writes into: tried and locked before the run, without secrets after it, of any name."""
 
 import errno
-import gc
 import os
 import shutil
 import stat
@@ -63,8 +62,7 @@ def test_a_folder_whose_checkpoint_was_found_is_kept_for_the_run(tmp_path, proce
     assert run(str(tmp_path), save_strategy="no") == 1
     trainer.train()
     assert run(str(tmp_path), save_strategy="no") == 1  # its results are still to be written
-    del trainer
-    gc.collect()
+    trainer.unlock()
     assert run(str(tmp_path), save_strategy="no") == 0
 
 
