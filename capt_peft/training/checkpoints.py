@@ -87,7 +87,7 @@ class CheckpointTrainer(HubTrainer):
                 self.unlock()
 
     def unlock(self) -> None:
-        """Lets other runs write into `args.output_dir` again, which `find_checkpoint` keeps from them; once all results are there."""
+        """Lets other runs write into `args.output_dir`, from which `find_checkpoint` keeps them, once all results are there."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -32,7 +32,7 @@ def run(target, *arguments, kill_after=None, **settings):
     if kill_after is not None:
         process.join(kill_after)
         process.kill()
-    process.join(600)
+    process.join(1800)
     return process.exitcode
 
 
@@ -117,7 +117,7 @@ def test_twenty_of_twenty_killed_runs_end_where_the_uninterrupted_one_does(tmp_p
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(14400)
 def test_twenty_of_twenty_killed_runs_that_compile_and_read_with_workers_end_there_too(tmp_path):
     settings = {
         "torch_compile": True,
