@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
-from .attacks import ThreatModel
+from .attacks import PGD, ThreatModel
+from .attacks.names import known_attack
+from .card_details import MARK, CardDetails, is_hub_id, is_replaceable, kept_details
 from .files import write_text
+from .markup import Markdown, code, escape, plain, quoted
+from .records import EVALUATION, RESULTS, Records, read_records, readable, tied_records
+from .tuner import CaptConfig
+from .tuner import config as tuner_config
+from .tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
+
+__all__ = ["EVALUATION", "RESULTS", "CardDetails", "Row", "accuracy_rows", "card_data", "model_card", "write_card"]
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-RESULTS, EVALUATION = "results.json", "evaluation.json"
 _SHOWN_CLASSES = 30
-_STRONG = ("autoattack", "apgd", "worst case")
+_TASK = "zero-shot-image-classification"
 
 
 @dataclass(frozen=True)
@@ -50,92 +60,215 @@ class Row:
         return f"{100 * self.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def write_card(folder: str | Path, adapter: str | None = None) -> Path:
-    """Writes the card of an adapter from the results in its folder.
+# --------------------------------------------------------------------------------------------------------- writing cards
+
+
+def write_card(folder: str | Path, adapter: str | None = None, details: CardDetails | None = None) -> Path:
+    """Writes the card of an adapter, over whatever README.md there is.
+
+    Its figures are those of the `results.json` and `evaluation.json` in the folder; without any, the card says so.
 
     Args:
-        folder: Folder of the adapter, with `results.json` and, where it was measured again, `evaluation.json`.
-        adapter: Folder or Hub id by which people load it; by default the name in the card that is there, else the folder.
+        folder: Folder of the adapter, with its weights.
+        adapter: Folder or Hub id by which people load it; by default the name in the results, else the folder's.
+        details: What else the card says; by default what the card that is there says of it.
 
     Returns:
         The path of the card, README.md.
 
     Raises:
-        ValueError: The folder has no `results.json`, or the files are no results.
+        ValueError: There is no whole CAPT adapter in the folder, or a record in it is damaged or of other weights.
     """
     folder = Path(folder)
-    if not (folder / RESULTS).is_file():
-        raise ValueError(f"{folder} has no {RESULTS}, from which the card is made; examples/train.py writes it.")
-    results = _read(folder / RESULTS)
-    evaluation = _read(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
-    adapter = adapter or results.get("name") or str(folder)
-    write_text(folder / "README.md", model_card(results, adapter, evaluation))
+    write_text(folder / "README.md", card_of(folder, adapter, details=details)[0])
     return folder / "README.md"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no results.")
-    return content
+def card_of(
+    folder: Path, adapter: str | None = None, *, details: CardDetails | None = None, strict: bool = True
+) -> tuple[str, Records]:
+    """Returns the card of a saved adapter, and the records that are of its weights.
+
+    Args:
+        folder: As for `write_card`.
+        adapter: As for `write_card`.
+        details: As for `write_card`.
+        strict: False: records of other weights are left out, and the card says why, instead of raising.
+
+    Raises:
+        ValueError: As for `write_card`.
+    """
+    config = adapter_config(folder)
+    fingerprint = adapter_fingerprint(folder)
+    records = read_records(folder, fingerprint, config.base_model_fingerprint, strict=strict)
+    return _card(folder, config, fingerprint, records, adapter, details), records
 
 
-def model_card(results: Mapping[str, Any], adapter: str, evaluation: Mapping[str, Any] | None = None) -> str:
+def adapter_config(folder: Path) -> CaptConfig:
+    """Returns the configuration of a saved adapter; raises a ValueError unless it is whole and one of CAPT."""
+    if not (folder / SAFETENSORS_NAME).is_file():
+        raise ValueError(f"There is no adapter in {folder}: it has no {SAFETENSORS_NAME}. Save one: save_pretrained.")
+    return CaptConfig.from_pretrained(str(folder))  # refuses damaged files and other methods
+
+
+def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
+    """Writes the card of an adapter that is being saved, unless there is one that somebody has written.
+
+    `CaptConfig.save_pretrained` calls it, whoever saves. It never fails for a record: that of other weights is not shown.
+
+    Args:
+        folder: Where the adapter is saved.
+        config: Its configuration.
+        whole: Whether its weights are in the folder already; otherwise no record can be compared with them.
+    """
+    whole = whole and (folder / SAFETENSORS_NAME).is_file()
+    if is_replaceable(folder / "README.md"):
+        fingerprint = adapter_fingerprint(folder) if whole else None
+        records = read_records(folder, fingerprint, config.base_model_fingerprint, strict=False)
+        for reason in records.unshown:
+            logger.warning("%s: %s", folder, reason)
+        write_text(folder / "README.md", _card(folder, config, fingerprint, records))
+    if whole:
+        _put_right_above(folder)
+
+
+def _put_right_above(folder: Path) -> None:
+    """Replaces the blank card that PEFT leaves above an adapter with a name of its own, or the one of ours that it changed."""
+    above = folder.parent / "README.md"
+    if not above.is_file() or not is_replaceable(above):
+        return
+    if (above.parent / SAFETENSORS_NAME).is_file():
+        try:
+            text = card_of(above.parent, strict=False)[0]
+        except (OSError, ValueError):  # of another method: PEFT's card is its card
+            return
+        write_text(above, text)
+    elif not (above.parent / "adapter_config.json").is_file():
+        above.unlink()
+
+
+def _card(
+    folder: Path,
+    config: CaptConfig,
+    fingerprint: str | None,
+    records: Records,
+    adapter: str | None = None,
+    details: CardDetails | None = None,
+) -> str:
+    details = (details or CardDetails()).over(kept_details(folder / "README.md", fingerprint))
+    adapter = adapter or (records.results or {}).get("name") or shown_path(folder)
+    return _filled_in(records, str(adapter), config.to_dict(), fingerprint, details)
+
+
+tuner_config.write_saved_card = write_saved_card
+
+
+# -------------------------------------------------------------------------------------------------------------- the card
+
+
+def model_card(
+    results: Mapping[str, Any] | None,
+    adapter: str,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+    fingerprint: str | None = None,
+    details: CardDetails | None = None,
+) -> str:
     """Returns the card of an adapter.
 
     Args:
-        results: What `results.json` holds.
+        results: What `results.json` holds; None where no run was recorded.
         adapter: Folder or Hub id by which people load it.
         evaluation: What `evaluation.json` holds: figures of the same adapter under more attacks. They take the place of those in
             the results where they are of as many images or more.
+        config: The adapter's configuration; by default that in the results.
+        fingerprint: The adapter's (`adapter_fingerprint`); by default that in the results or the evaluation. Records without a
+            fingerprint are not shown, and the card says so.
+        details: What else the card says.
 
     Raises:
-        ValueError: The evaluation is not one of a CAPT adapter.
+        ValueError: A record is damaged or of other weights, the evaluation is not one of a CAPT adapter, or neither `results` nor
+            `config` is given.
     """
-    rows = accuracy_rows(results, evaluation)
-    robust = [row for row in rows if row.kind == "robust"]
-    values = {
-        "title": f"CAPT adapter for {results['task']['name']}",
-        "adapter": adapter,
-        "results": results,
-        "config": results["adapter"]["config"],
-        "base": _base_name(results),
-        "training": results["configuration"]["training"],
-        "training_threat": str(ThreatModel(**results["training"]["attack"]["threat_model"])),
-        "rows": rows,
-        "threat_models": list(dict.fromkeys(row.threat_model for row in robust)),
-        "strong": any(str(row.attack).startswith(_STRONG) for row in robust),
-        "signs": [] if evaluation is None else evaluation["signs"],
-        "evaluated": evaluation is not None,
-        "measured": _measured(results, evaluation),
-        "shown_classes": _shown(results["task"]["class_names"]),
-        "card_data": card_data(results, rows, adapter).to_yaml(),
-    }
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+    if config is None and results is None:
+        raise ValueError(
+            "Give the results of a run, or the adapter's configuration: config=model.peft_config[...].to_dict()."
+        )
+    with readable(RESULTS):
+        config = config or (results or {})["adapter"]["config"]
+        records = tied_records(results, evaluation, fingerprint, config.get("base_model_fingerprint"))
+    if fingerprint is None and (records.results or records.evaluation):
+        shown = records.results or (records.evaluation or {})["configuration"]["model"]
+        fingerprint = shown["adapter"]["fingerprint"]
+    return _filled_in(records, adapter, config, fingerprint, details or CardDetails())
 
 
-def accuracy_rows(results: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None) -> list[Row]:
+def _filled_in(
+    records: Records, adapter: str, config: Mapping[str, Any], fingerprint: str | None, details: CardDetails
+) -> str:
+    results, evaluation = records.results, records.evaluation
+    with readable("The record"):
+        rows = accuracy_rows(results, evaluation)
+        task = _task_name(records) or next(iter(details.datasets), None)
+        base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
+        values = {
+            "mark": Markdown(MARK),
+            "title": f"CAPT adapter for {shown_path(task or base)}",
+            "adapter": shown_path(adapter),
+            "results": results,
+            "config": config,
+            "fingerprint": fingerprint,
+            "base": shown_path(base, hub=True),
+            "datasets": [shown_path(name) + details.dataset_words for name in details.datasets],
+            "rows": rows,
+            "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.kind == "robust")),
+            "alone": _weak_alone(records),
+            "signs": [] if evaluation is None else evaluation["signs"],
+            "evaluated": evaluation is not None,
+            "unshown": records.unshown,
+            "measured": _measured(records),
+            "shown_classes": _shown(config.get("class_names") or []),
+            "card_data": Markdown(card_data(results, rows, adapter, config=config, details=details).to_yaml().strip()),
+        }
+        if results is not None:
+            values["training"] = results["configuration"]["training"]
+            values["training_threat"] = str(ThreatModel(**results["training"]["attack"]["threat_model"]))
+            values["source"] = shown_path(results["task"]["source"] or results["task"]["name"])
+        try:
+            return _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+        except jinja2.UndefinedError as error:
+            raise KeyError(str(error)) from error
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=escape
+    )
+    environment.filters |= {"code": code, "quoted": quoted, "markdown": Markdown}
+    return environment
+
+
+def accuracy_rows(results: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None = None) -> list[Row]:
     """Returns the accuracies of results and evaluation, zero-shot first."""
-    attack = results["evaluation"]["attack"]
-    before = _trainer_rows("zero-shot", results["evaluation"]["before"], attack)
-    after = _trainer_rows(results["method"], results["evaluation"]["after"], attack)
+    before: list[Row] = []
+    after: list[Row] = []
+    method = "this adapter"
+    if results is not None:
+        attack, method = results["evaluation"]["attack"], results["method"]
+        before = _trainer_rows("zero-shot", results["evaluation"]["before"], attack)
+        after = _trainer_rows(method, results["evaluation"]["after"], attack)
     if evaluation is None:
         return [*before, *after]
-    if evaluation.get("kind") != "evaluation" or not evaluation["configuration"]["model"].get("adapter"):
-        raise ValueError("The evaluation is not one of a CAPT adapter: measure it with examples/evaluate.py --adapter.")
-    rows = [_row(results["method"], "clean", evaluation["clean"])]
+    rows = [_row(method, "clean", evaluation["clean"])]
     for outcome in evaluation["attacks"]:
         if outcome["kind"] == "robust":
             threat = str(ThreatModel(**outcome["attack"]["threat_model"]))
-            rows.append(_row(results["method"], "robust", outcome, threat, outcome["attack"]["name"]))
+            rows.append(_row(method, "robust", outcome, threat, outcome["attack"]["name"]))
     for worst in evaluation["worst_case"]:
         threat = str(ThreatModel(**worst["threat_model"]))
         if sum(row.threat_model == threat for row in rows) > 1:
-            rows.append(_row(results["method"], "robust", worst, threat, "worst case"))
+            rows.append(_row(method, "robust", worst, threat, "worst case"))
     # figures of more images are never hidden behind figures of fewer
     measured = {(row.kind, row.threat_model, row.attack): row.n for row in rows}
     kept = [row for row in after if measured.get((row.kind, row.threat_model, row.attack), 0) < row.n]
@@ -157,63 +290,111 @@ def _row(
     return Row(model, kind, accuracy["accuracy"], (low, high), accuracy["n"], threat, attack)
 
 
-def _measured(results: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+def _weak_alone(records: Records) -> list[str]:
+    """Returns what the robust accuracies were measured with, if it was neither AutoAttack nor a part of it."""
+    attacks = [] if records.results is None else [records.results["evaluation"]["attack"]]
+    if records.evaluation is not None:
+        attacks += [outcome["attack"] for outcome in records.evaluation["attacks"] if outcome["kind"] == "robust"]
+    known = [(known_attack(settings), settings["name"]) for settings in attacks]
+    if any(attack is not None and attack.strong for attack, _ in known):
+        return []
+    return list(dict.fromkeys("PGD" if isinstance(attack, PGD) else name for attack, name in known))
+
+
+def _task_name(records: Records) -> str | None:
+    if records.results is not None:
+        return str(records.results["task"]["name"])
+    task = {} if records.evaluation is None else records.evaluation["configuration"].get("task") or {}
+    return task.get("name")
+
+
+def _measured(records: Records) -> str:
     """Says which images the figures are of."""
-    split = results["evaluation"]["split"]
-    images = f"{results['evaluation']['after']['clean']['n']} images of the {split} split of {results['task']['name']}"
-    if evaluation is None:
-        return images
-    task = evaluation["configuration"].get("task", {})
-    n = evaluation["clean"]["n"]
-    own = f"{n} images of the {task.get('split', '?')} split of {task.get('name', '?')}"
-    return own if own == images else f"{images}, and on {own}"
+    said = []
+    if (results := records.results) is not None:
+        n = results["evaluation"]["after"]["clean"]["n"]
+        said.append(f"{n} images of the {results['evaluation']['split']} split of {results['task']['name']}")
+    if records.evaluation is not None:
+        n, task = records.evaluation["clean"]["n"], records.evaluation["configuration"].get("task") or {}
+        where = f" of the {task.get('split', '?')} split of {task.get('name', '?')}" if task else ""
+        said.append(f"{n} images{where}")
+    return ", and on ".join(dict.fromkeys(said))
 
 
-def _base_name(results: Mapping[str, Any]) -> str:
-    """Returns the Hub id of the base model, or the name of its folder: other machines have other paths."""
-    name = str(results["adapter"]["config"]["base_model_name_or_path"])
-    return name if _is_hub_id(name) else Path(name).name
+def shown_path(name: str | Path, *, hub: bool = False) -> str:
+    """Returns a name as a card shows it: of a folder of this machine only the last part.
 
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).is_dir()
+    Args:
+        name: A Hub id, a name, or a path.
+        hub: A relative path is shown only if it can be a Hub id, which a folder that exists is not.
+    """
+    text = str(name)
+    if text.startswith(("http://", "https://")):
+        return text
+    local = Path(text).is_absolute() or PureWindowsPath(text).drive or text.startswith(("~", "..", "file:", "\\"))
+    if local or (hub and not is_hub_id(text)):
+        return Path(text).resolve().name if set(Path(text).name) <= {"."} else PureWindowsPath(text).name
+    return text
 
 
 def _shown(names: Sequence[str]) -> str:
     more = f", and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
-    return ", ".join(names[:_SHOWN_CLASSES]) + more
+    return Markdown(", ".join(escape(name, 100) for name in names[:_SHOWN_CLASSES]) + more)
 
 
-def card_data(results: Mapping[str, Any], rows: Sequence[Row], adapter: str) -> ModelCardData:
+def card_data(
+    results: Mapping[str, Any] | None,
+    rows: Sequence[Row],
+    adapter: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    details: CardDetails | None = None,
+) -> ModelCardData:
     """Returns the metadata of a card, with clean and robust accuracy of the adapter as its model-index.
 
     Args:
-        results: What `results.json` holds.
+        results: What `results.json` holds, or None.
         rows: What `accuracy_rows` returned.
         adapter: Folder or Hub id of the adapter.
+        config: The adapter's configuration; by default that in the results.
+        details: What else the card says.
     """
-    task, base = results["task"], str(results["adapter"]["config"]["base_model_name_or_path"])
+    details = details or CardDetails()
+    config = config or (results or {})["adapter"]["config"]
+    base = str(details.finetuned_from or config.get("base_model_name_or_path") or "")
+    task = {} if results is None else results["task"]
+    dataset = str(task.get("name") or next(iter(details.datasets), "unknown"))
     metrics = [
         EvalResult(
-            task_type="zero-shot-image-classification",
-            dataset_type=str(task["source"] or task["name"]),
-            dataset_name=task["name"],
-            dataset_split=results["evaluation"]["split"],
+            task_type=_TASK,
+            dataset_type=_metadata(shown_path(task.get("source") or dataset)),
+            dataset_name=_metadata(shown_path(dataset)),
+            dataset_split=None if results is None else _metadata(results["evaluation"]["split"]),
             metric_type="accuracy",
-            metric_name="clean accuracy"
-            if row.kind == "clean"
-            else f"robust accuracy ({row.attack}, {row.threat_model})",
+            metric_name=_metadata(
+                "clean accuracy" if row.kind == "clean" else f"robust accuracy ({row.attack}, {row.threat_model})"
+            ),
             metric_value=round(row.accuracy, 6),
             metric_args={"n": row.n, "interval_95": [round(value, 6) for value in row.interval]},
         )
         for row in rows
         if row.model != "zero-shot"
     ]
+    tags = ["capt", "adversarial-robustness", "clip", "peft", *details.all_tags]
     return ModelCardData(
-        base_model=base if _is_hub_id(base) else None,  # the Hub refuses anything else
+        base_model=base if is_hub_id(base) else None,  # the Hub refuses anything else
+        language=[_metadata(name) for name in details.language] or None,
+        license=_metadata(details.license) if details.license else None,
+        datasets=[name for name in details.datasets if is_hub_id(name)] or None,
         library_name="peft",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["capt", "adversarial-robustness", "clip", "peft"],
-        model_name=Path(adapter).name,
-        eval_results=metrics,
+        pipeline_tag=_TASK,
+        tags=list(dict.fromkeys(map(_metadata, tags))),
+        # the Hub wants a name for a model-index, and takes neither without the other
+        model_name=_metadata(details.model_name or PureWindowsPath(adapter).name) if metrics else None,
+        eval_results=metrics or None,
     )
+
+
+def _metadata(text: Any) -> str:
+    """Returns a text for the front matter, which some readers render as Markdown: one line without HTML and code."""
+    return re.sub(r"[<>`]", lambda match: {"<": "‹", ">": "›", "`": "'"}[match[0]], plain(text, 200))

@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
 from torch import nn
 
 from .attacks.threat import ThreatModel
-from .card import EVALUATION, RESULTS, model_card
-from .files import write_json, write_text
+from .card import write_card
+from .files import write_json
+from .markup import Markdown, escape, table_row
 from .outputs import save_somewhere
+from .records import EVALUATION, RESULTS, check_record, readable
+from .tuner.fingerprint import SAFETENSORS_NAME, active_adapter, adapter_fingerprint
 from .versions import describe_machine, versions
 
 if TYPE_CHECKING:
     from .training import CaptTrainer
 
-# the files of an adapter; the Trainer's checkpoints and its pickled arguments are none of them
+# the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
 UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", RESULTS, EVALUATION]
 
 
@@ -46,6 +50,7 @@ def run_results(
     method: str,
     split: str,
     seconds: float,
+    shots: int | str | None = None,
 ) -> dict[str, Any]:
     """Returns the record of a run, with its whole configuration: what `results.json` holds.
 
@@ -56,8 +61,13 @@ def run_results(
         method: Name of the method.
         split: Name of the split that was evaluated.
         seconds: Wall time of the training.
+        shots: Training images per class, or "all"; None: the record does not say.
+
+    Raises:
+        ValueError: The model was trained further since `after` was measured.
     """
     task, args, model = trainer.task, trainer.args, trainer.classifier.model
+    _check_measured_last(trainer, after)
     return {
         "method": method,
         "seed": args.seed,
@@ -66,6 +76,7 @@ def run_results(
             "source": task.source,
             "class_names": list(task.class_names),
             "template": task.template,
+            "shots": shots,
             "training_images": len(task["train"]),
         },
         "evaluation": {
@@ -83,7 +94,8 @@ def run_results(
         },
         "adapter": {
             "parameters": count_parameters(model),
-            "config": model.peft_config[model.active_adapter].to_dict(),
+            "fingerprint": adapter_fingerprint(model),
+            "config": model.peft_config[active_adapter(model)].to_dict(),
         },
         "configuration": {"training": args.to_sanitized_dict()},
         "versions": versions(),
@@ -91,29 +103,59 @@ def run_results(
     }
 
 
+def _check_measured_last(trainer: CaptTrainer, after: Mapping[str, Any]) -> None:
+    key = "after_clean_accuracy"
+    measured = [entry["step"] for entry in trainer.state.log_history if key in entry and entry[key] == after.get(key)]
+    if measured and measured[-1] != trainer.state.global_step:
+        raise ValueError(
+            f"The accuracies were measured after step {measured[-1]}, but the model was trained to step "
+            f"{trainer.state.global_step} since: they are of other weights. Evaluate it again."
+        )
+
+
 def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str) -> None:
-    """Writes the adapter, its results and its card into a folder, each whole or not at all.
+    """Writes the active adapter, its results and its card into a folder, each whole or not at all.
 
     Args:
         model: A `PeftModel`.
-        results: The record of the run; the size of the adapter is added.
+        results: The record of the run, of the model's very weights; the size of the adapter is added.
         folder: Where to write.
         name: Folder or Hub id by which people load it, for the card.
 
     Raises:
         OSError: It could not be written there; the message says where it is instead.
+        ValueError: The results are of other weights, or one of their accuracies cannot be one. Nothing is written.
     """
     folder = Path(folder)
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
-        results["adapter"]["bytes"] = (temporary / "adapter_model.safetensors").stat().st_size
-        results["name"] = name
-        write_json(temporary / RESULTS, results)
-        write_text(temporary / "README.md", model_card(results, name))
+        with readable(RESULTS):
+            save_active_adapter(model, temporary)
+            size = (temporary / SAFETENSORS_NAME).stat().st_size
+            results["adapter"]["bytes"], results["name"] = size, name
+            write_json(temporary / RESULTS, results)
+            write_card(temporary, name)
 
     save_somewhere(folder, write)
     (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
+
+
+def save_active_adapter(model: Any, folder: Path) -> None:
+    """Writes the active adapter of a model into a folder, without a folder of its own where it has a name.
+
+    Args:
+        model: A `PeftModel`, or a model of transformers with an adapter.
+        folder: An empty folder.
+    """
+    name = active_adapter(model)
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    if name != "default":  # PEFT's layout
+        for path in Path(folder, name).iterdir():
+            path.replace(folder / path.name)
+        Path(folder, name).rmdir()
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -127,17 +169,19 @@ def results_table(results: Mapping[str, Any]) -> str:
 
     Args:
         results: What `results.json` holds.
+
+    Raises:
+        ValueError: An accuracy cannot be one.
     """
+    check_record(results)
     attack = results["evaluation"]["attack"]["name"]
     threat = ThreatModel(**results["evaluation"]["attack"]["threat_model"])
-    lines = [f"| | clean | robust ({attack}, {threat}) |", "|---|---|---|"]
+    lines = [table_row(["", "clean", f"robust ({attack}, {threat})"]), "|---|---|---|"]
     for name, key in (("zero-shot", "before"), (results["method"].upper(), "after")):
         cells = [_percent(results["evaluation"][key][kind]) for kind in ("clean", "robust")]
-        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
-    n = results["evaluation"]["after"]["clean"]["n"]
-    return "\n".join(
-        [*lines, "", f"n = {n} images of the {results['evaluation']['split']} split; in brackets the 95% interval."]
-    )
+        lines.append(table_row([name, *cells]))
+    n, split = results["evaluation"]["after"]["clean"]["n"], escape(results["evaluation"]["split"])
+    return Markdown("\n".join([*lines, "", f"n = {n} images of the {split} split; in brackets the 95% interval."]))
 
 
 def _percent(accuracy: Mapping[str, Any]) -> str:

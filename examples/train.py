@@ -190,8 +190,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     after = trainer.evaluate(measured, metric_key_prefix="after")
 
-    results = run_results(trainer, before, after, method=script.method, split=script.eval_split, seconds=seconds)
-    results["task"] |= {"shots": script.shots}
+    results = run_results(
+        trainer,
+        before,
+        after,
+        method=script.method,
+        split=script.eval_split,
+        seconds=seconds,
+        shots=script.shots,
+    )
     results["configuration"]["script"] = asdict(script)
     if trainer.is_world_process_zero():
         save_run(model, results, args.output_dir, trainer.hub_model_id if args.push_to_hub else args.output_dir)

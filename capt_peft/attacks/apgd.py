@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class APGD(SearchAttack):
         ValueError: a setting is out of range.
     """
 
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     loss: str = "ce"

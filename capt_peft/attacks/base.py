@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,9 +60,11 @@ class Attack(ABC):
 
     Attributes:
         threat_model: The ball that the attack stays in.
+        strong: Whether it is AutoAttack or one of its parts, whose figures say more than those of PGD.
     """
 
     threat_model: ThreatModel
+    strong: ClassVar[bool] = False
 
     @property
     @abstractmethod

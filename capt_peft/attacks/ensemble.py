@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class AutoAttack(Attack):
         ValueError: an unknown version.
     """
 
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     version: str = "standard"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class FAB(SearchAttack):
         ValueError: a setting is out of range.
     """
 
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     targets: int = 9

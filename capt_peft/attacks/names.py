@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
 from .apgd import APGD
 from .base import Attack
@@ -70,3 +72,22 @@ def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str
             return build(match, threat_model)
     known = "; ".join(f"{shape} ({what})" for shape, what in KNOWN.items())
     raise ValueError(f"unknown attack {name!r}. Known: {known}")
+
+
+def known_attack(settings: Mapping[str, Any]) -> Attack | None:
+    """Return the attack of this package that has exactly these settings, or None: it is another attack, whatever its name.
+
+    Args:
+        settings: what `Attack.to_dict` returned, as results hold it.
+    """
+    kinds: tuple[Callable[..., Attack], ...] = (PGD, APGD, FAB, Square, AutoAttack)
+    for kind in kinds:
+        names = {field.name for field in fields(kind)} - {"threat_model"}  # type: ignore[arg-type]
+        try:
+            given = {name: settings[name] for name in names & settings.keys()}
+            attack = kind(ThreatModel(**settings["threat_model"]), **given)
+        except (KeyError, TypeError, ValueError):
+            continue
+        if attack.to_dict() == dict(settings):
+            return attack
+    return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class Square(SearchAttack):
         ValueError: a setting is out of range.
     """
 
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     queries: int = 5000

@@ -113,6 +113,7 @@ class CaptTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: batches hold pixels and places."}
     )
+    hub_strategy: str = field(default="end", metadata={"help": "Must be end: checkpoints are never uploaded."})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Keys of the labels."})
 
     def __post_init__(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -19,6 +21,9 @@ INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
 MAX_BYTES = 1 << 24  # of a configuration file: class names by the hundred thousand
+# set by `capt_peft.card`: writes the model card of an adapter that is being saved (folder, configuration, whether its weights
+# are in the folder already)
+write_saved_card: Callable[[Path, CaptConfig, bool], None] | None = None
 MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 
 
@@ -213,6 +218,18 @@ class CaptConfig(PeftConfig):
         if self.coupling == "none":
             return None
         return "vision" if self.coupling == "vision_to_text" and index > 0 else "text"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the configuration, and the adapter's model card: every way to save an adapter calls this.
+
+        Args:
+            save_directory: Folder of the adapter.
+            kwargs: As for `peft.PeftConfig.save_pretrained`.
+        """
+        after_weights = "auto_mapping_dict" in kwargs  # PEFT's way; transformers writes the weights afterwards
+        super().save_pretrained(save_directory, **kwargs)
+        if write_saved_card is not None:
+            write_saved_card(Path(save_directory), self, after_weights)
 
     @classmethod
     def from_pretrained(

@@ -72,7 +72,7 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
     config: Any
     if isinstance(adapter, nn.Module):
         model: Any = adapter
-        name = adapter_name or _active_adapter(model)
+        name = adapter_name or active_adapter(model)
         config, tensors = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
     else:
         config, tensors = PeftConfig.from_pretrained(str(adapter)), load_file(Path(adapter, SAFETENSORS_NAME))
@@ -84,7 +84,8 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
     return hashlib.sha256(f"{weights}{text}".encode()).hexdigest()[:16]
 
 
-def _active_adapter(model: Any) -> str:
+def active_adapter(model: Any) -> str:
+    """Returns the name of the active adapter of a `PeftModel` or of a model of transformers with an adapter."""
     active = model.active_adapters
     return str((active() if callable(active) else active)[0])  # a method in transformers, a property in PEFT
 

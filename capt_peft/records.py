@@ -1,0 +1,184 @@
+"""Records of accuracies beside an adapter: read, checked, and tied to the weights that they are of."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .markup import plain
+
+RESULTS, EVALUATION = "results.json", "evaluation.json"
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of an adapter that are of its very weights.
+
+    Attributes:
+        results: What `results.json` holds; None if there is none, or it is not shown.
+        evaluation: What `evaluation.json` holds; None as above.
+        unshown: For each record that is there but not shown, a sentence that says why.
+    """
+
+    results: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    unshown: tuple[str, ...] = ()
+
+
+def read_records(
+    folder: str | Path, fingerprint: str | None, base: str | None = None, *, strict: bool = True
+) -> Records:
+    """Reads the records in an adapter's folder that are of its weights.
+
+    Args:
+        folder: Folder of the adapter.
+        fingerprint: The adapter's (`adapter_fingerprint`); None: unknown, so that no record is shown.
+        base: The base model's fingerprint, as the adapter's configuration names it; None: not compared.
+        strict: Raise for records of other weights; False: leave them out and say why, as for those that cannot be tied.
+
+    Raises:
+        ValueError: A record is damaged or of other weights, and `strict` is True.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    unshown = []
+    for name in (RESULTS, EVALUATION):
+        if not Path(folder, name).is_file():
+            continue
+        try:
+            content = _read(Path(folder, name))
+            reason = _why_not(content, name, fingerprint, base)
+        except ValueError as error:
+            if strict:
+                raise
+            reason = str(error)
+        if reason is None:
+            found[name] = content
+        else:
+            unshown.append(reason)
+    return Records(found.get(RESULTS), found.get(EVALUATION), tuple(unshown))
+
+
+def tied_records(
+    results: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+    fingerprint: str | None = None,
+    base: str | None = None,
+) -> Records:
+    """Returns the records that are of one adapter's weights.
+
+    Args:
+        results: What `results.json` holds, or None.
+        evaluation: What `evaluation.json` holds, or None.
+        fingerprint: The adapter's; by default that of the results or, without any, of the evaluation.
+        base: As for `read_records`.
+
+    Raises:
+        ValueError: A record is damaged or of other weights.
+    """
+    records = {name: record for name, record in ((RESULTS, results), (EVALUATION, evaluation)) if record is not None}
+    known = fingerprint or next((own for name, r in records.items() if (own := _fingerprint_of(r, name))), None)
+    reasons = {name: _why_not(record, name, known, base) for name, record in records.items()}
+    shown = {name: record for name, record in records.items() if reasons[name] is None}
+    return Records(shown.get(RESULTS), shown.get(EVALUATION), tuple(why for why in reasons.values() if why))
+
+
+def _why_not(record: Mapping[str, Any], name: str, fingerprint: str | None, base: str | None) -> str | None:
+    """Returns why a record cannot be tied to the weights, None if it is of them; raises if it is damaged or of others."""
+    own = _fingerprint_of(record, name)
+    with readable(name):
+        check_record(record, name)
+        measured = record["configuration"]["model"]["base"]["fingerprint"] if name == EVALUATION else None
+    if own is None:
+        return (
+            f"{name} does not say which weights its figures are of: it has no fingerprint of the adapter, so they are not shown. "
+            "Measure again."
+        )
+    if fingerprint is None:
+        return f"{name} was there before these weights and was not compared with them, so its figures are not shown."
+    if own != fingerprint:
+        raise ValueError(
+            f"{name} has the figures of other weights: their fingerprint is {plain(own, 40)}, that of this adapter is "
+            f"{fingerprint}. Measure again, or remove {name}."
+        )
+    if base is not None and measured is not None and measured != base:
+        raise ValueError(
+            f"{name} was measured on another base model: its fingerprint is {plain(measured, 40)}, the adapter is for {base}. "
+            f"Measure in float32 on the base that the adapter was tuned on, or remove {name}."
+        )
+    return None
+
+
+def _fingerprint_of(record: Mapping[str, Any], name: str) -> str | None:
+    with readable(name):
+        if name == RESULTS:
+            return record["adapter"].get("fingerprint")  # type: ignore[no-any-return]
+        adapter = record["configuration"]["model"].get("adapter") if record.get("kind") == "evaluation" else None
+        if not adapter:
+            raise ValueError(
+                "The evaluation is not one of a CAPT adapter: measure it with examples/evaluate.py --adapter."
+            )
+        return adapter.get("fingerprint")  # type: ignore[no-any-return]
+
+
+def check_record(record: Mapping[str, Any], name: str = RESULTS) -> None:
+    """Raises a ValueError unless every accuracy of a record can be one."""
+    with readable(name):
+        if name == RESULTS:
+            measured = record["evaluation"]
+            accuracies = [measured[when][kind] for when in ("before", "after") for kind in ("clean", "robust")]
+        else:
+            accuracies = [record["clean"], *record["attacks"], *record["worst_case"]]
+        for accuracy in accuracies:
+            _check_accuracy(accuracy, name)
+
+
+def _check_accuracy(accuracy: Mapping[str, Any], name: str) -> None:
+    value, n = accuracy["accuracy"], accuracy["n"]
+    low, high = accuracy["interval_95"]
+    numbers = all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in (value, low, high)
+    )
+    counted = isinstance(n, int) and not isinstance(n, bool) and n >= 1
+    if not numbers or not counted or not 0 <= value <= 1:
+        raise ValueError(
+            f"{name} says accuracy {plain(value, 40)} of {plain(n, 40)} images with the interval {plain([low, high], 80)}; an "
+            "accuracy is a share from 0 to 1, of at least one image. Measure again."
+        )
+    if not -_ROUNDING <= low <= value + _ROUNDING or not value - _ROUNDING <= high <= 1 + _ROUNDING:
+        raise ValueError(
+            f"{name} says accuracy {value} with the interval {low} to {high}, which must lie in 0 to 1 and hold the accuracy. "
+            "Measure again."
+        )
+    correct = accuracy.get("correct", value * n)
+    if not isinstance(correct, int | float) or abs(correct - value * n) > 1e-6 * n:
+        raise ValueError(
+            f"{name} says {plain(correct, 40)} correct of {n} images and accuracy {value}; they must agree. Measure again."
+        )
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turns what a record of another shape raises into a ValueError that names it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        detail = f"{type(error).__name__}: {plain(error, 200)}"
+        raise ValueError(f"{name} is not a record of this package, or is damaged ({detail}). Measure again.") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON, or damaged: {plain(error, 200)}. Measure again, or remove it."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a record of this package but a {type(content).__name__}. Remove it.")
+    return content
