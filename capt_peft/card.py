@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -14,10 +14,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .attacks import PGD, ThreatModel
 from .attacks.names import known_attack
-from .card_details import MARK, CardDetails, is_hub_id, is_replaceable, kept_details
+from .card_details import MARK, CardDetails, is_hub_id, is_replaceable, kept_details, without_local_paths
 from .files import write_text
 from .markup import Markdown, code, escape, plain, quoted
-from .records import EVALUATION, RESULTS, Records, read_records, readable, tied_records
+from .records import EVALUATION, RESULTS, RecordError, Records, read_records, readable, tied_records
 from .tuner import CaptConfig
 from .tuner import config as tuner_config
 from .tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
@@ -101,7 +101,7 @@ def card_of(
     config = adapter_config(folder)
     fingerprint = adapter_fingerprint(folder)
     records = read_records(folder, fingerprint, config.base_model_fingerprint, strict=strict)
-    return _card(folder, config, fingerprint, records, adapter, details), records
+    return _card(folder, config, fingerprint, records, adapter, details, strict)
 
 
 def adapter_config(folder: Path) -> CaptConfig:
@@ -125,17 +125,30 @@ def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
     if is_replaceable(folder / "README.md"):
         fingerprint = adapter_fingerprint(folder) if whole else None
         records = read_records(folder, fingerprint, config.base_model_fingerprint, strict=False)
+        card, records = _card(folder, config, fingerprint, records)
         for reason in records.unshown:
             logger.warning("%s: %s", folder, reason)
-        write_text(folder / "README.md", _card(folder, config, fingerprint, records))
+        write_text(folder / "README.md", card)
+    else:
+        _tidy(folder / "README.md")
     if whole:
         _put_right_above(folder)
+
+
+def _tidy(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8", errors="surrogateescape")
+    tidied = without_local_paths(text)
+    if tidied != text:
+        write_text(readme, tidied)
 
 
 def _put_right_above(folder: Path) -> None:
     """Replaces the blank card that PEFT leaves above an adapter with a name of its own, or the one of ours that it changed."""
     above = folder.parent / "README.md"
-    if not above.is_file() or not is_replaceable(above):
+    if not above.is_file():
+        return
+    if not is_replaceable(above):
+        _tidy(above)
         return
     if (above.parent / SAFETENSORS_NAME).is_file():
         try:
@@ -154,10 +167,17 @@ def _card(
     records: Records,
     adapter: str | None = None,
     details: CardDetails | None = None,
-) -> str:
+    strict: bool = False,
+) -> tuple[str, Records]:
     details = (details or CardDetails()).over(kept_details(folder / "README.md", fingerprint))
-    adapter = adapter or (records.results or {}).get("name") or shown_path(folder)
-    return _filled_in(records, str(adapter), config.to_dict(), fingerprint, details)
+    adapter = str(adapter or (records.results or {}).get("name") or shown_path(folder))
+    try:
+        return _filled_in(records, adapter, config.to_dict(), fingerprint, details), records
+    except RecordError as error:
+        if strict:
+            raise
+        records = Records(unshown=(*records.unshown, str(error)))
+        return _filled_in(records, adapter, config.to_dict(), fingerprint, details), records
 
 
 tuner_config.write_saved_card = write_saved_card
@@ -208,7 +228,7 @@ def _filled_in(
     records: Records, adapter: str, config: Mapping[str, Any], fingerprint: str | None, details: CardDetails
 ) -> str:
     results, evaluation = records.results, records.evaluation
-    with readable("The record"):
+    with readable("The record of the adapter"):
         rows = accuracy_rows(results, evaluation)
         task = _task_name(records) or next(iter(details.datasets), None)
         base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
@@ -235,8 +255,9 @@ def _filled_in(
             values["training"] = results["configuration"]["training"]
             values["training_threat"] = str(ThreatModel(**results["training"]["attack"]["threat_model"]))
             values["source"] = shown_path(results["task"]["source"] or results["task"]["name"])
+        template = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
         try:
-            return _environment().from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+            return template.render(values)
         except jinja2.UndefinedError as error:
             raise KeyError(str(error)) from error
 

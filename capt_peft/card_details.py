@@ -111,6 +111,21 @@ def _is_blank(text: str) -> bool:
     return all(not line or line in template or _BY_PEFT.fullmatch(line) for line in lines)
 
 
+def without_local_paths(text: str) -> str:
+    """Returns somebody's card without the folder of the base model that PEFT writes into its header; the Hub refuses it there."""
+    try:
+        card = ModelCard(text)
+        base, tags = card.data.base_model, card.data.tags or []
+        local = [tag for tag in tags if tag.startswith("base_model:") and not is_hub_id(tag.split(":")[-1])]
+        if not local and (not isinstance(base, str) or is_hub_id(base)):
+            return text
+        card.data.tags = [tag for tag in tags if tag not in local] or None
+        card.data.base_model = base if isinstance(base, str) and is_hub_id(base) else None
+        return str(card)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        return text  # a header that cannot be read is the person's own: PEFT would not have written into it
+
+
 def kept_details(path: Path, fingerprint: str | None) -> CardDetails:
     """Returns what a person added to the card that is there, which shall stay when it is written again.
 

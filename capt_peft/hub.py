@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
@@ -20,7 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushToHubMixin
 
 from .card import CardDetails, adapter_config, card_of, write_card
-from .card_details import is_hub_id, is_replaceable, kept_details
+from .card_details import is_hub_id, is_replaceable, kept_details, without_local_paths
 from .files import write_text
 from .records import EVALUATION, RESULTS, Records
 from .runs import UPLOADED, save_active_adapter
@@ -33,6 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+# the arguments of transformers' `create_model_card`, in their order
+_TRANSFORMERS_ORDER = (
+    "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args",
+)  # fmt: skip
 
 
 def prepare_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
@@ -161,7 +164,9 @@ def _commit(
     contents: dict[str, Path | bytes] = {name: folder / name for name in UPLOADED if (folder / name).is_file()}
     if is_replaceable(folder / CARD):
         contents[CARD] = card_of(folder, repo_id, details=details, strict=strict)[0].encode()
-    elif details != CardDetails():
+    else:
+        contents[CARD] = without_local_paths((folder / CARD).read_text(encoding="utf-8")).encode()
+    if details != CardDetails() and not is_replaceable(folder / CARD):
         logger.warning("%s was written by a person and stays as it is: what was given for the card is not in it.", CARD)
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
@@ -255,18 +260,7 @@ class HubTrainer(Trainer):
             TypeError: A word for the card that it has no place for.
             ValueError: A record in the folder is damaged or of other weights.
         """
-        names = (
-            "language",
-            "license",
-            "tags",
-            "model_name",
-            "finetuned_from",
-            "tasks",
-            "dataset_tags",
-            "dataset",
-            "dataset_args",
-        )
-        details = CardDetails.of({**dict(zip(names, args, strict=False)), **kwargs})
+        details = CardDetails.of({**dict(zip(_TRANSFORMERS_ORDER, args, strict=False)), **kwargs})
         if not self.is_world_process_zero():
             return
         home, model = Path(str(self.args.output_dir)), self.classifier.model

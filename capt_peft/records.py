@@ -16,6 +16,10 @@ RESULTS, EVALUATION = "results.json", "evaluation.json"
 _ROUNDING = 1e-9
 
 
+class RecordError(ValueError):
+    """A record that is damaged, of other weights, or that cannot be true."""
+
+
 @dataclass(frozen=True)
 class Records:
     """The records of an adapter that are of its very weights.
@@ -102,12 +106,12 @@ def _why_not(record: Mapping[str, Any], name: str, fingerprint: str | None, base
     if fingerprint is None:
         return f"{name} was there before these weights and was not compared with them, so its figures are not shown."
     if own != fingerprint:
-        raise ValueError(
+        raise RecordError(
             f"{name} has the figures of other weights: their fingerprint is {plain(own, 40)}, that of this adapter is "
             f"{fingerprint}. Measure again, or remove {name}."
         )
     if base is not None and measured is not None and measured != base:
-        raise ValueError(
+        raise RecordError(
             f"{name} was measured on another base model: its fingerprint is {plain(measured, 40)}, the adapter is for {base}. "
             f"Measure in float32 on the base that the adapter was tuned on, or remove {name}."
         )
@@ -120,8 +124,12 @@ def _fingerprint_of(record: Mapping[str, Any], name: str) -> str | None:
             return record["adapter"].get("fingerprint")  # type: ignore[no-any-return]
         adapter = record["configuration"]["model"].get("adapter") if record.get("kind") == "evaluation" else None
         if not adapter:
-            raise ValueError(
+            raise RecordError(
                 "The evaluation is not one of a CAPT adapter: measure it with examples/evaluate.py --adapter."
+            )
+        if len(record["configuration"]["model"].get("adapters", [])) > 1:
+            raise RecordError(
+                f"{name} was measured with several adapters at once: its figures are of none of them alone."
             )
         return adapter.get("fingerprint")  # type: ignore[no-any-return]
 
@@ -146,39 +154,43 @@ def _check_accuracy(accuracy: Mapping[str, Any], name: str) -> None:
     )
     counted = isinstance(n, int) and not isinstance(n, bool) and n >= 1
     if not numbers or not counted or not 0 <= value <= 1:
-        raise ValueError(
+        raise RecordError(
             f"{name} says accuracy {plain(value, 40)} of {plain(n, 40)} images with the interval {plain([low, high], 80)}; an "
             "accuracy is a share from 0 to 1, of at least one image. Measure again."
         )
     if not -_ROUNDING <= low <= value + _ROUNDING or not value - _ROUNDING <= high <= 1 + _ROUNDING:
-        raise ValueError(
+        raise RecordError(
             f"{name} says accuracy {value} with the interval {low} to {high}, which must lie in 0 to 1 and hold the accuracy. "
             "Measure again."
         )
     correct = accuracy.get("correct", value * n)
     if not isinstance(correct, int | float) or abs(correct - value * n) > 1e-6 * n:
-        raise ValueError(
+        raise RecordError(
             f"{name} says {plain(correct, 40)} correct of {n} images and accuracy {value}; they must agree. Measure again."
         )
 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Turns what a record of another shape raises into a ValueError that names it."""
+    """Turns what a record of another shape raises into an error that names it."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except RecordError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         detail = f"{type(error).__name__}: {plain(error, 200)}"
-        raise ValueError(f"{name} is not a record of this package, or is damaged ({detail}). Measure again.") from error
+        raise RecordError(
+            f"{name} is not a record of this package, or is damaged ({detail}). Measure again."
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise RecordError(
             f"{path} is not JSON, or damaged: {plain(error, 200)}. Measure again, or remove it."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a record of this package but a {type(content).__name__}. Remove it.")
+        raise RecordError(f"{path} is not a record of this package but a {type(content).__name__}. Remove it.")
     return content

@@ -150,7 +150,11 @@ def test_an_adapter_is_uploaded_in_one_commit_and_nothing_beside_it(client, hub,
     client("push_adapter", str(folder / "a"), "someone/whole")
     assert set(files(hub, "someone/whole")) == set(UPLOADED)
     for name, content in files(hub, "someone/whole").items():
-        assert content == (folder / "a" / name).read_bytes()
+        if name == "README.md":
+            assert b"| capt | robust | L-inf 4/255 | pgd-2 | 43.6 (" in content
+            assert b'from_pretrained("someone/whole")' in content
+        else:
+            assert content == (folder / "a" / name).read_bytes()
     assert len(hub.repos["someone/whole"].commits) == 2  # the Hub's own first one, and ours
 
 
@@ -166,7 +170,7 @@ def test_results_of_other_weights_do_not_stay(client, hub, folder):
     client("push_adapter", str(folder / "a"), "someone/moving")
     logits = client("push_adapter_model", BASE, 7, "someone/moving")
     assert set(files(hub, "someone/moving")) == SAVED_BY_PEFT
-    assert b"Our card" not in files(hub, "someone/moving")["README.md"]
+    assert b"**Not known.**" in files(hub, "someone/moving")["README.md"]
     assert load(client, "ZeroShotClassifier", "someone/moving") == logits
 
 
@@ -174,6 +178,10 @@ def test_pefts_own_push_to_hub_works(client, hub):
     logits = client("push_model", BASE, 8, "someone/by-peft", private=True)
     assert set(files(hub, "someone/by-peft")) == SAVED_BY_PEFT
     assert hub.repos["someone/by-peft"].private
+    card = files(hub, "someone/by-peft")["README.md"].decode()
+    assert "**Not known.**" in card and 'from_pretrained("someone/by-peft")' in card
+    client("push_model", BASE, 8, "someone/by-peft", tags=["mine"])
+    assert b"- mine\n" in files(hub, "someone/by-peft")["README.md"]
     assert load(client, "ZeroShotClassifier", "someone/by-peft") == logits
 
 
@@ -187,6 +195,8 @@ def test_the_trainer_pushes_the_adapter_but_no_checkpoints_and_no_pickles(client
     assert len(repo.commits) == 2
     client("set_token", TOKEN)
     assert load(client, "ZeroShotClassifier", "someone/trained") == logits
+    card = files(hub, "someone/trained")["README.md"].decode()
+    assert "**Not known.**" in card and 'from_pretrained("someone/trained")' in card and TINY_CLIP not in card
 
 
 def test_the_script_pushes_its_adapter_with_our_card(client, hub, tmp_path):
