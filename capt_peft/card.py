@@ -404,6 +404,7 @@ def card_data(
     tags = ["capt", "adversarial-robustness", "clip", "peft", *details.all_tags]
     return ModelCardData(
         base_model=base if is_hub_id(base) else None,  # the Hub refuses anything else
+        base_model_relation="adapter",
         language=[_metadata(name) for name in details.language] or None,
         license=_metadata(details.license) if details.license else None,
         datasets=[name for name in details.datasets if is_hub_id(name)] or None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from .markup import plain
+
 MARK = "<!-- Written by capt-peft, which writes it again with the adapter. To keep words of your own, delete this line. -->"
 _BY_PEFT = re.compile(r"### Framework versions|- PEFT [\w.@+]+|This is the model card of a 🤗 transformers model .*")
 _OWN_TAGS = {"capt", "adversarial-robustness", "clip", "peft", "transformers"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
-Names = str | Sequence[str] | None
+Names = Any  # a string, a sequence of strings, or None; a tuple once it is checked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,10 @@ class CardDetails:
             if field.default == ():
                 names = () if value is None else (value,) if isinstance(value, str) else value
                 if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
-                    raise TypeError(f"{field.name}={str(value)[:100]!r} must be a string or a list of strings.")
+                    raise TypeError(f"{field.name}={plain(repr(value), 100)} must be a string or a list of strings.")
                 object.__setattr__(self, field.name, tuple(names))
             elif value is not None and not isinstance(value, str):
-                raise TypeError(f"{field.name}={str(value)[:100]!r} must be a string.")
+                raise TypeError(f"{field.name}={plain(repr(value), 100)} must be a string.")
 
     @classmethod
     def of(cls, arguments: dict[str, Any]) -> CardDetails:
@@ -114,7 +115,7 @@ def _is_blank(text: str) -> bool:
 def without_local_paths(text: str) -> str:
     """Returns somebody's card without the folder of the base model that PEFT writes into its header; the Hub refuses it there."""
     try:
-        card = ModelCard(text)
+        card: Any = ModelCard(text)
         base, tags = card.data.base_model, card.data.tags or []
         local = [tag for tag in tags if tag.startswith("base_model:") and not is_hub_id(tag.split(":")[-1])]
         if not local and (not isinstance(base, str) or is_hub_id(base)):

@@ -161,22 +161,28 @@ def _commit(
     repo_id = prepare_repo(repo_id, token=token, private=private)
     if revision is not None and not revision.startswith("refs/"):
         api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    contents: dict[str, Path | bytes] = {name: folder / name for name in UPLOADED if (folder / name).is_file()}
+    with tempfile.TemporaryDirectory() as temporary:
+        contents = {name: folder / name for name in UPLOADED if (folder / name).is_file()}
+        contents[CARD] = Path(temporary, CARD)
+        contents[CARD].write_text(_card_to_send(folder, repo_id, details, strict), encoding="utf-8")
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
+            if record is None:
+                contents.pop(name, None)
+                if api.file_exists(repo_id, name, revision=revision, token=token):
+                    operations.append(CommitOperationDelete(name))
+        operations += [CommitOperationAdd(name, path) for name, path in contents.items()]
+        # not upload_folder, which may spread the files over several commits
+        return api.create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
+
+
+def _card_to_send(folder: Path, repo_id: str, details: CardDetails, strict: bool) -> str:
+    """Returns the card for a repository: ours or, where a person wrote one, theirs."""
     if is_replaceable(folder / CARD):
-        contents[CARD] = card_of(folder, repo_id, details=details, strict=strict)[0].encode()
-    else:
-        contents[CARD] = without_local_paths((folder / CARD).read_text(encoding="utf-8")).encode()
-    if details != CardDetails() and not is_replaceable(folder / CARD):
+        return card_of(folder, repo_id, details=details, strict=strict)[0]
+    if details != CardDetails():
         logger.warning("%s was written by a person and stays as it is: what was given for the card is not in it.", CARD)
-    operations: list[CommitOperationAdd | CommitOperationDelete] = []
-    for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
-        if record is None:
-            contents.pop(name, None)
-            if api.file_exists(repo_id, name, revision=revision, token=token):
-                operations.append(CommitOperationDelete(name))
-    operations += [CommitOperationAdd(name, content) for name, content in contents.items()]
-    # not upload_folder, which may spread the files over several commits
-    return api.create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
+    return without_local_paths((folder / CARD).read_text(encoding="utf-8", errors="replace"))
 
 
 class HubTrainer(Trainer):
@@ -191,10 +197,11 @@ class HubTrainer(Trainer):
         Raises:
             ValueError: `args.hub_strategy` asks for uploads while it trains.
         """
-        if self.args.hub_strategy != HubStrategy.END:
+        strategy = HubStrategy(self.args.hub_strategy)
+        if strategy != HubStrategy.END:
             raise ValueError(
-                f"hub_strategy={str(self.args.hub_strategy.value)!r} has no effect here: checkpoints are never uploaded, and the "
-                "adapter when push_to_hub or save_model is called. Leave it out, or set hub_strategy='end'."
+                f"hub_strategy={strategy.value!r} has no effect here: checkpoints are never uploaded, and the adapter when "
+                "push_to_hub or save_model is called. Leave it out, or set hub_strategy='end'."
             )
         if self.is_world_process_zero():
             private = private if private is not None else self.args.hub_private_repo
@@ -319,4 +326,4 @@ def _is_capt(folder: Path) -> bool:
 
 # `PeftModel` and `PreTrainedModel` have no other place where the card of an adapter could be made
 if not hasattr(PushToHubMixin._upload_modified_files, "_capt_peft"):
-    PushToHubMixin._upload_modified_files = _with_our_card(PushToHubMixin._upload_modified_files)
+    PushToHubMixin._upload_modified_files = _with_our_card(PushToHubMixin._upload_modified_files)  # type: ignore[method-assign]

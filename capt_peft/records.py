@@ -57,9 +57,9 @@ def read_records(
         try:
             content = _read(Path(folder, name))
             reason = _why_not(content, name, fingerprint, base)
-        except ValueError as error:
+        except RecordError as error:
             if strict:
-                raise
+                raise RecordError(f"In {folder}: {error}") from error
             reason = str(error)
         if reason is None:
             found[name] = content
@@ -121,7 +121,7 @@ def _why_not(record: Mapping[str, Any], name: str, fingerprint: str | None, base
 def _fingerprint_of(record: Mapping[str, Any], name: str) -> str | None:
     with readable(name):
         if name == RESULTS:
-            return record["adapter"].get("fingerprint")  # type: ignore[no-any-return]
+            return record["adapter"].get("fingerprint")
         adapter = record["configuration"]["model"].get("adapter") if record.get("kind") == "evaluation" else None
         if not adapter:
             raise RecordError(
@@ -131,7 +131,7 @@ def _fingerprint_of(record: Mapping[str, Any], name: str) -> str | None:
             raise RecordError(
                 f"{name} was measured with several adapters at once: its figures are of none of them alone."
             )
-        return adapter.get("fingerprint")  # type: ignore[no-any-return]
+        return adapter.get("fingerprint")
 
 
 def check_record(record: Mapping[str, Any], name: str = RESULTS) -> None:
@@ -189,8 +189,8 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise RecordError(
-            f"{path} is not JSON, or damaged: {plain(error, 200)}. Measure again, or remove it."
+            f"{path.name} is not JSON, or damaged: {plain(error, 200)}. Measure again, or remove it."
         ) from error
     if not isinstance(content, dict):
-        raise RecordError(f"{path} is not a record of this package but a {type(content).__name__}. Remove it.")
+        raise RecordError(f"{path.name} is not a record of this package but a {type(content).__name__}. Remove it.")
     return content
