@@ -219,18 +219,6 @@ class CaptConfig(PeftConfig):
             return None
         return "vision" if self.coupling == "vision_to_text" and index > 0 else "text"
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes the configuration, and the adapter's model card: every way to save an adapter calls this.
-
-        Args:
-            save_directory: Folder of the adapter.
-            kwargs: As for `peft.PeftConfig.save_pretrained`.
-        """
-        after_weights = "auto_mapping_dict" in kwargs  # PEFT's way; transformers writes the weights afterwards
-        super().save_pretrained(save_directory, **kwargs)
-        if write_saved_card is not None:
-            write_saved_card(Path(save_directory), self, after_weights)
-
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
@@ -282,7 +270,7 @@ class CaptConfig(PeftConfig):
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes the configuration, as PEFT does after an adapter's weights.
+        """Writes the configuration, as PEFT does after an adapter's weights, and the model card: whoever saves calls this.
 
         PEFT does not tell an adapter of `safe_serialization=False` before it has written the weights; they are left there,
         without a configuration.
@@ -295,4 +283,7 @@ class CaptConfig(PeftConfig):
             raise ValueError(
                 f"{pickled} is a pickle, which capt_peft does not load. Leave out safe_serialization=False, or remove the file."
             )
+        after_weights = "auto_mapping_dict" in kwargs  # PEFT's way; transformers writes the weights afterwards
         super().save_pretrained(save_directory, **kwargs)
+        if write_saved_card is not None:
+            write_saved_card(Path(save_directory), self, after_weights)
