@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import jinja2
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from .attacks import PGD, ThreatModel
@@ -17,7 +17,7 @@ from .attacks.names import known_attack
 from .card_details import MARK, CardDetails, is_hub_id, is_replaceable, kept_details, without_local_paths
 from .files import write_text
 from .markup import Markdown, code, escape, plain, quoted
-from .records import EVALUATION, RESULTS, RecordError, Records, read_records, readable, tied_records
+from .records import EVALUATION, RESULTS, RecordError, Records, Row, accuracy_rows, read_records, readable, tied_records
 from .tuner import CaptConfig
 from .tuner import config as tuner_config
 from .tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
@@ -29,35 +29,6 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("model_card.md")
 _SHOWN_CLASSES = 30
 _TASK = "zero-shot-image-classification"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table of accuracies.
-
-    Attributes:
-        model: "zero-shot" or the method's name.
-        kind: "clean" or "robust".
-        accuracy: In [0, 1].
-        interval: The 95% interval, in [0, 1].
-        n: Number of images.
-        threat_model: As people write it; None for clean accuracy.
-        attack: The attack's name; None for clean accuracy.
-    """
-
-    model: str
-    kind: str
-    accuracy: float
-    interval: tuple[float, float]
-    n: int
-    threat_model: str | None = None
-    attack: str | None = None
-
-    @property
-    def percent(self) -> str:
-        """The accuracy and its interval in percent."""
-        low, high = self.interval
-        return f"{100 * self.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 # --------------------------------------------------------------------------------------------------------- writing cards
@@ -84,8 +55,47 @@ def write_card(folder: str | Path, adapter: str | None = None, details: CardDeta
     return folder / "README.md"
 
 
+def write_cards_for(temporary: Path, home: Path, adapter: str | None = None) -> None:
+    """Writes the cards of adapters that lie in a temporary folder and will be moved to another, where a person's card stays.
+
+    Args:
+        temporary: Where the adapters are; what was measured with them, if they are not of the run that is there already.
+        home: Where they will be.
+        adapter: As for `write_card`.
+
+    Raises:
+        ValueError: A record in the temporary folder is damaged or of other weights.
+    """
+    for weights in temporary.rglob(SAFETENSORS_NAME):
+        folder, to = weights.parent, home / weights.parent.relative_to(temporary)
+        if not is_capt(folder):
+            continue
+        (folder / "README.md").unlink(missing_ok=True)
+        if not is_replaceable(to / "README.md"):
+            continue
+        measured = (folder / RESULTS).is_file()
+        card, records = card_of(folder, adapter, strict=measured, home=to, records_in=folder if measured else to)
+        for reason in records.unshown:
+            logger.warning("%s: %s", to, reason)
+        write_text(folder / "README.md", card)
+
+
+def is_capt(folder: Path) -> bool:
+    """Tells whether a folder has a whole CAPT adapter."""
+    try:
+        return bool(adapter_config(folder))
+    except (OSError, ValueError):
+        return False
+
+
 def card_of(
-    folder: Path, adapter: str | None = None, *, details: CardDetails | None = None, strict: bool = True
+    folder: Path,
+    adapter: str | None = None,
+    *,
+    details: CardDetails | None = None,
+    strict: bool = True,
+    home: Path | None = None,
+    records_in: Path | None = None,
 ) -> tuple[str, Records]:
     """Returns the card of a saved adapter, and the records that are of its weights.
 
@@ -94,14 +104,16 @@ def card_of(
         adapter: As for `write_card`.
         details: As for `write_card`.
         strict: False: records of other weights are left out, and the card says why, instead of raising.
+        home: Where the folder will be, and the card is that it takes the place of; by default the folder.
+        records_in: Where the records are; by default the folder.
 
     Raises:
         ValueError: As for `write_card`.
     """
     config = adapter_config(folder)
     fingerprint = adapter_fingerprint(folder)
-    records = read_records(folder, fingerprint, config.base_model_fingerprint, strict=strict)
-    return _card(folder, config, fingerprint, records, adapter, details, strict)
+    records = read_records(records_in or folder, fingerprint, config.base_model_fingerprint, strict=strict)
+    return _card(home or folder, config, fingerprint, records, adapter, details, strict)
 
 
 def adapter_config(folder: Path) -> CaptConfig:
@@ -156,7 +168,11 @@ def _put_right_above(folder: Path) -> None:
         except (OSError, ValueError):  # of another method: PEFT's card is its card
             return
         write_text(above, text)
-    elif not (above.parent / "adapter_config.json").is_file():
+    elif (above.parent / "adapter_config.json").is_file():
+        return
+    elif MARK in above.read_text(encoding="utf-8", errors="replace"):
+        _tidy(above)
+    else:
         above.unlink()
 
 
@@ -249,7 +265,7 @@ def _filled_in(
             "unshown": records.unshown,
             "measured": _measured(records),
             "shown_classes": _shown(config.get("class_names") or []),
-            "card_data": Markdown(card_data(results, rows, adapter, config=config, details=details).to_yaml().strip()),
+            "card_data": _yaml(card_data(results, rows, adapter, config=config, details=details)),
         }
         if results is not None:
             values["training"] = results["configuration"]["training"]
@@ -268,47 +284,6 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {"code": code, "quoted": quoted, "markdown": Markdown}
     return environment
-
-
-def accuracy_rows(results: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None = None) -> list[Row]:
-    """Returns the accuracies of results and evaluation, zero-shot first."""
-    before: list[Row] = []
-    after: list[Row] = []
-    method = "this adapter"
-    if results is not None:
-        attack, method = results["evaluation"]["attack"], results["method"]
-        before = _trainer_rows("zero-shot", results["evaluation"]["before"], attack)
-        after = _trainer_rows(method, results["evaluation"]["after"], attack)
-    if evaluation is None:
-        return [*before, *after]
-    rows = [_row(method, "clean", evaluation["clean"])]
-    for outcome in evaluation["attacks"]:
-        if outcome["kind"] == "robust":
-            threat = str(ThreatModel(**outcome["attack"]["threat_model"]))
-            rows.append(_row(method, "robust", outcome, threat, outcome["attack"]["name"]))
-    for worst in evaluation["worst_case"]:
-        threat = str(ThreatModel(**worst["threat_model"]))
-        if sum(row.threat_model == threat for row in rows) > 1:
-            rows.append(_row(method, "robust", worst, threat, "worst case"))
-    # figures of more images are never hidden behind figures of fewer
-    measured = {(row.kind, row.threat_model, row.attack): row.n for row in rows}
-    kept = [row for row in after if measured.get((row.kind, row.threat_model, row.attack), 0) < row.n]
-    return [*before, *kept, *rows]
-
-
-def _trainer_rows(model: str, accuracies: Mapping[str, Any], attack: Mapping[str, Any]) -> list[Row]:
-    threat = str(ThreatModel(**attack["threat_model"]))
-    return [
-        _row(model, "clean", accuracies["clean"]),
-        _row(model, "robust", accuracies["robust"], threat, attack["name"]),
-    ]
-
-
-def _row(
-    model: str, kind: str, accuracy: Mapping[str, Any], threat: str | None = None, attack: str | None = None
-) -> Row:
-    low, high = accuracy["interval_95"]
-    return Row(model, kind, accuracy["accuracy"], (low, high), accuracy["n"], threat, attack)
 
 
 def _weak_alone(records: Records) -> list[str]:
@@ -418,5 +393,9 @@ def card_data(
 
 
 def _metadata(text: Any) -> str:
-    """Returns a text for the front matter, which some readers render as Markdown: one line without HTML and code."""
-    return re.sub(r"[<>`]", lambda match: {"<": "‹", ">": "›", "`": "'"}[match[0]], plain(text, 200))
+    """Returns a text for the front matter, which some readers render as Markdown: one line without HTML, code and its own end."""
+    return re.sub(r"[<>`]|-{3,}", lambda match: {"<": "‹", ">": "›", "`": "'"}.get(match[0], "—"), plain(text, 200))
+
+
+def _yaml(data: ModelCardData) -> Markdown:
+    return Markdown(yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True, width=100_000).strip())

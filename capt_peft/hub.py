@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushToHubMixin
 
-from .card import CardDetails, adapter_config, card_of, write_card
+from .card import CardDetails, adapter_config, card_of, is_capt, write_card
 from .card_details import is_hub_id, is_replaceable, kept_details, without_local_paths
 from .files import write_text
 from .records import EVALUATION, RESULTS, Records
@@ -306,22 +306,15 @@ def _with_our_card(upload: Callable[..., Any]) -> Callable[..., Any]:
     def upload_with_our_card(self: Any, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         readme = Path(working_dir, CARD)
         if is_replaceable(readme):
-            if isinstance(self, nn.Module) and _is_capt(Path(working_dir)):
+            if isinstance(self, nn.Module) and is_capt(Path(working_dir)):
                 details = CardDetails(tags=kept_details(readme, None).tags)
                 readme.write_text(card_of(Path(working_dir), repo_id, details=details)[0], encoding="utf-8")
-            elif readme.is_file() and any(map(_is_capt, Path(working_dir).glob("*/"))):
+            elif readme.is_file() and any(map(is_capt, Path(working_dir).glob("*/"))):
                 readme.unlink()  # each adapter with a name has its card beside it
         return upload(self, working_dir, repo_id, *args, **kwargs)
 
     upload_with_our_card._capt_peft = True  # type: ignore[attr-defined]
     return upload_with_our_card
-
-
-def _is_capt(folder: Path) -> bool:
-    try:
-        return bool(adapter_config(folder))
-    except (OSError, ValueError):
-        return False
 
 
 # `PeftModel` and `PreTrainedModel` have no other place where the card of an adapter could be made

@@ -10,10 +10,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .attacks import ThreatModel
 from .markup import plain
 
 RESULTS, EVALUATION = "results.json", "evaluation.json"
 _ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of accuracies.
+
+    Attributes:
+        model: "zero-shot" or the method's name.
+        kind: "clean" or "robust".
+        accuracy: In [0, 1].
+        interval: The 95% interval, in [0, 1].
+        n: Number of images.
+        threat_model: As people write it; None for clean accuracy.
+        attack: The attack's name; None for clean accuracy.
+    """
+
+    model: str
+    kind: str
+    accuracy: float
+    interval: tuple[float, float]
+    n: int
+    threat_model: str | None = None
+    attack: str | None = None
+
+    @property
+    def percent(self) -> str:
+        """The accuracy and its interval in percent."""
+        low, high = self.interval
+        return f"{100 * self.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 class RecordError(ValueError):
@@ -132,6 +162,47 @@ def _fingerprint_of(record: Mapping[str, Any], name: str) -> str | None:
                 f"{name} was measured with several adapters at once: its figures are of none of them alone."
             )
         return adapter.get("fingerprint")
+
+
+def accuracy_rows(results: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None = None) -> list[Row]:
+    """Returns the accuracies of results and evaluation, zero-shot first."""
+    before: list[Row] = []
+    after: list[Row] = []
+    method = "this adapter"
+    if results is not None:
+        attack, method = results["evaluation"]["attack"], results["method"]
+        before = _trainer_rows("zero-shot", results["evaluation"]["before"], attack)
+        after = _trainer_rows(method, results["evaluation"]["after"], attack)
+    if evaluation is None:
+        return [*before, *after]
+    rows = [_row(method, "clean", evaluation["clean"])]
+    for outcome in evaluation["attacks"]:
+        if outcome["kind"] == "robust":
+            threat = str(ThreatModel(**outcome["attack"]["threat_model"]))
+            rows.append(_row(method, "robust", outcome, threat, outcome["attack"]["name"]))
+    for worst in evaluation["worst_case"]:
+        threat = str(ThreatModel(**worst["threat_model"]))
+        if sum(row.threat_model == threat for row in rows) > 1:
+            rows.append(_row(method, "robust", worst, threat, "worst case"))
+    # figures of more images are never hidden behind figures of fewer
+    measured = {(row.kind, row.threat_model, row.attack): row.n for row in rows}
+    kept = [row for row in after if measured.get((row.kind, row.threat_model, row.attack), 0) < row.n]
+    return [*before, *kept, *rows]
+
+
+def _trainer_rows(model: str, accuracies: Mapping[str, Any], attack: Mapping[str, Any]) -> list[Row]:
+    threat = str(ThreatModel(**attack["threat_model"]))
+    return [
+        _row(model, "clean", accuracies["clean"]),
+        _row(model, "robust", accuracies["robust"], threat, attack["name"]),
+    ]
+
+
+def _row(
+    model: str, kind: str, accuracy: Mapping[str, Any], threat: str | None = None, attack: str | None = None
+) -> Row:
+    low, high = accuracy["interval_95"]
+    return Row(model, kind, accuracy["accuracy"], (low, high), accuracy["n"], threat, attack)
 
 
 def check_record(record: Mapping[str, Any], name: str = RESULTS) -> None:

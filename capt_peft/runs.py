@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from .attacks.threat import ThreatModel
-from .card import write_card
+from .card import write_cards_for
 from .files import write_json
 from .markup import Markdown, escape, table_row
 from .outputs import save_somewhere
@@ -134,7 +134,7 @@ def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str)
             size = (temporary / SAFETENSORS_NAME).stat().st_size
             results["adapter"]["bytes"], results["name"] = size, name
             write_json(temporary / RESULTS, results)
-            write_card(temporary, name)
+            write_cards_for(temporary, folder, name)
 
     save_somewhere(folder, write)
     (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before

@@ -130,6 +130,13 @@ def test_every_way_to_save_writes_our_card(model, trainer, tmp_path):
     trainer.save_model()
     trainer.save_model(str(tmp_path / "elsewhere"))
     assert is_ours(tmp_path / "run") and is_ours(tmp_path / "elsewhere")
+    assert 'from_pretrained("elsewhere")' in (tmp_path / "elsewhere" / "README.md").read_text()
+    put_results(tmp_path / "elsewhere", adapter_fingerprint(model))
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert is_ours(tmp_path / "elsewhere", figures=True)
+    (tmp_path / "elsewhere" / "README.md").write_text("# Mine\n\nMy words.\n")
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "README.md").read_text() == "# Mine\n\nMy words.\n"
 
 
 def test_adapters_with_names_have_their_own_cards_and_no_blank_one_lies_above(model, tmp_path):

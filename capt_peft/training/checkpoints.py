@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from ..card import write_cards_for
 from ..files import make_writable, unwritable, written_whole
 from ..hub import HubTrainer
 from ..outputs import OutputLock, free_space, is_failed_write, main_process_says, save_somewhere
@@ -179,14 +180,15 @@ class CheckpointTrainer(HubTrainer):
             super()._save(folder, state_dict)
         elif self._staging:
             with written_whole(folder) as temporary:
-                self._write_model(temporary, state_dict)
+                self._write_model(temporary, state_dict, Path(folder))
         else:
-            save_somewhere(folder, lambda temporary: self._write_model(temporary, state_dict))
+            save_somewhere(folder, lambda temporary: self._write_model(temporary, state_dict, Path(folder)))
 
-    def _write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+    def _write_model(self, folder: Path, state_dict: dict[str, Any] | None, home: Path) -> None:
         args, self.args = self.args, _without_tokens(self.args)
         try:
             super()._save(str(folder), state_dict)
+            write_cards_for(folder, home)
         finally:
             self.args = args
 
