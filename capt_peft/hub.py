@@ -15,7 +15,6 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushToHubMixin
 
 from .card import CardDetails, adapter_config, card_of, is_capt, write_card
@@ -192,17 +191,7 @@ class HubTrainer(Trainer):
     hub_model_id: Any  # the Trainer starts with None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repository of `args.hub_model_id` before any long work; arguments as for `prepare_repo`.
-
-        Raises:
-            ValueError: `args.hub_strategy` asks for uploads while it trains.
-        """
-        strategy = HubStrategy(self.args.hub_strategy)
-        if strategy != HubStrategy.END:
-            raise ValueError(
-                f"hub_strategy={strategy.value!r} has no effect here: checkpoints are never uploaded, and the adapter when "
-                "push_to_hub or save_model is called. Leave it out, or set hub_strategy='end'."
-            )
+        """Creates the repository of `args.hub_model_id` before any long work; arguments as for `prepare_repo`."""
         if self.is_world_process_zero():
             private = private if private is not None else self.args.hub_private_repo
             self.hub_model_id = prepare_repo(self._repo_id(), token=token or self.args.hub_token, private=private)

@@ -314,10 +314,9 @@ def test_the_trainers_card_is_ours_and_keeps_what_was_said_for_it(trainer, model
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
-def test_uploads_while_training_are_refused_by_name(model, task, sent, tmp_path, strategy):
-    args = CaptTrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_strategy=strategy)
-    with pytest.raises(ValueError, match=f"hub_strategy='{strategy}' has no effect"):
-        CaptTrainer(model, args, task=task, processor=AutoProcessor.from_pretrained(TINY_CLIP))
+def test_uploads_while_training_are_refused_by_name(tmp_path, strategy):
+    with pytest.raises(ValueError, match=f"hub_strategy='{strategy}'"):
+        CaptTrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_strategy=strategy)
 
 
 # ------------------------------------------------------------------------------------------------------------ the record

@@ -38,7 +38,7 @@ REFUSED: dict[str, str] = {
 }
 # those of which some values do
 ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hub_strategy": (("every_save", "end"), "checkpoints are not uploaded"),
+    "hub_strategy": (("end",), "checkpoints are not uploaded"),
     "include_num_input_tokens_seen": (("no", False), NO_TOKENS),
     "train_sampling_strategy": (("random", "sequential"), NO_TOKENS),
 }
