@@ -91,7 +91,7 @@ class Arguments:
             "help": "JSON file for the results; by default one for these settings, in ADAPTER/evaluations or outputs/evaluation."
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace results of other settings."})
+    overwrite: bool = field(default=False, metadata={"help": "Measure again, and replace what is there."})
     update_card: bool = field(
         default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
     )

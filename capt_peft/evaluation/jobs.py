@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,11 @@ class Jobs:
     Args:
         folder: Where results are kept until all of the work is done; None keeps them in memory only.
         configuration: What the results depend on; JSON types.
-        overwrite: Throw away results of another configuration instead of refusing them.
+        overwrite: Throw away results of another configuration instead of setting them aside.
         stale: Folders that are removed when the work begins, and not when it goes on.
 
     Raises:
-        ValueError: The folder holds results of another configuration, whose differences are named; nothing can be written there;
-            or another evaluation does.
+        ValueError: Nothing can be written there, or another evaluation does.
     """
 
     def __init__(
@@ -50,8 +51,6 @@ class Jobs:
         state = PartialState()
         self._lock: OutputLock | None = None
         main_process_says(lambda: self._open(folder, configuration, overwrite, stale))
-        # the other processes check too: a refusal must end all of them
-        check_same(configuration, read_json(folder / "configuration.json"), folder)
         for path in sorted((folder / "jobs").glob("*.json")):
             try:
                 self.done[path.stem] = _unsealed(path)
@@ -73,7 +72,10 @@ class Jobs:
                 logger.warning("%s is missing. All pieces of work in %s are measured again.", path, folder)
         except DamagedFileError as error:  # nobody knows what these are results of
             logger.warning("%s All pieces of work in %s are measured again.", error, folder)
-        if found is None or (overwrite and differences(configuration, found)):
+        changed = [] if found is None else differences(configuration, found)
+        if changed and not overwrite:
+            set_aside(folder, (".partial", ".images"), changed)
+        if found is None or changed:
             for other in (path, jobs, *stale):
                 _remove(other)
             jobs.mkdir(parents=True)
@@ -134,15 +136,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_same(configuration: Mapping[str, Any], other: Mapping[str, Any], path: Path) -> None:
-    """Raises a ValueError that names what differs, unless two configurations are the same."""
-    found = differences(configuration, other)
-    if found:
-        raise ValueError(
-            f"{path} holds results of another configuration: {'; '.join(found[:5])}"
-            f"{f' and {len(found) - 5} more' if len(found) > 5 else ''}. Give the settings that it was begun with, another "
-            "output, or overwrite=True (--overwrite) to throw them away."
-        )
+def set_aside(path: Path, suffixes: Sequence[str], changed: Sequence[str]) -> None:
+    """Renames results of another configuration, which nobody asked to throw away, and says so in a warning.
+
+    Args:
+        path: One of their files or folders.
+        suffixes: Endings of all of them; those that are not there are left out.
+        changed: Sentences that say how the configurations differ.
+    """
+    found = [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).exists()]
+    number = next(n for n in count(1) if not any(path.parent.glob(f"{glob.escape(path.stem)}.old{n}.*")))
+    for old in found:
+        old.rename(old.with_name(f"{path.stem}.old{number}{old.suffix}"))
+    logger.warning(
+        "%s held results of another configuration: %s%s. They are kept as %s; this evaluation is measured for itself.",
+        path,
+        "; ".join(changed[:5]),
+        f" and {len(changed) - 5} more" if len(changed) > 5 else "",
+        path.with_name(f"{path.stem}.old{number}{path.suffix}"),
+    )
 
 
 def differences(new: Any, old: Any, path: str = "") -> list[str]:

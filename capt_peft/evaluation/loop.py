@@ -25,7 +25,7 @@ from ..files import make_writable, written_whole
 from ..outputs import main_process_says
 from ..versions import describe_machine, versions
 from .examples import Examples, warn_of_units
-from .jobs import DamagedFileError, Jobs, check_same, differences, read_json
+from .jobs import DamagedFileError, Jobs, differences, read_json, set_aside
 from .merging import black_box_needed, merge, standing
 from .outcomes import attack_batch
 from .record import Evaluation, examples_path
@@ -81,8 +81,8 @@ def evaluate(
         signs: Look for signs of masked gradients.
         output: JSON file for the figures; the examples go to a parquet file of that name, and unfinished work to a folder of that
             name with ".partial" at its end, which is removed in the end.
-        overwrite: Measure again and replace what is there, instead of refusing results of another configuration and returning
-            those of the same.
+        overwrite: Measure again and replace what is there, instead of returning results of the same configuration and keeping
+            those of another one under a name with ".old1" (".old2", ...) before its suffix.
         save_images: Keep the adversarial images, as float32 safetensors in a folder of that name with ".images" at its end.
         details: What else the figures depend on, for the record (JSON types).
         progress: Show a progress bar, in the main process.
@@ -92,8 +92,8 @@ def evaluate(
 
     Raises:
         TypeError: Data or classifier of the wrong kind.
-        ValueError: No images, labels that do not fit, two attacks alike, `save_images` without `output`, or an output that holds
-            results of another configuration.
+        ValueError: No images, labels that do not fit, two attacks alike, `save_images` without `output`, or an output that cannot
+            be written or holds something else than an evaluation.
     """
     attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
     output = None if output is None else Path(output)
@@ -187,19 +187,9 @@ def _beside(output: Path | None, suffix: str) -> Path | None:
 
 
 def _finished(output: Path | None, configuration: Mapping[str, Any], overwrite: bool) -> Evaluation | None:
-    """Returns what an earlier call has finished with the same configuration; None if it must be measured (again).
-
-    Raises:
-        ValueError: The file holds something else, which only `overwrite` replaces.
-    """
-    if output is None or overwrite or not output.exists():
+    """Returns what an earlier call has finished with the same configuration; None if it must be measured (again)."""
+    if output is None or overwrite or not main_process_says(lambda: _is_of(output, configuration)):
         return None
-    try:
-        found = read_json(output).get("configuration") or {}
-    except DamagedFileError as error:
-        logger.warning("%s The evaluation is measured again.", error)
-        return None
-    check_same(configuration, found, output)
     try:
         evaluation = Evaluation.load(output)
     except ValueError as error:
@@ -207,6 +197,23 @@ def _finished(output: Path | None, configuration: Mapping[str, Any], overwrite: 
         return None
     logger.info("%s holds this evaluation already.", output)
     return evaluation
+
+
+def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
+    """Whether a file holds results of a configuration; those of another one are set aside."""
+    if not output.exists():
+        return False
+    try:
+        content = read_json(output)
+    except DamagedFileError as error:
+        logger.warning("%s The evaluation is measured again.", error)
+        return False
+    if content.get("kind") != "evaluation":
+        raise ValueError(f"{output} holds something else than an evaluation. Give another output, or overwrite=True.")
+    changed = differences(configuration, content.get("configuration") or {})
+    if changed:
+        set_aside(output, (".json", ".parquet", ".images"), changed)
+    return not changed
 
 
 class _Work:
