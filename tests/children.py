@@ -33,7 +33,9 @@ def fork_server():
 def train(folder, resume=None, kill_at=None, result=None, **settings):
     """Trains in `folder`, dies at the n-th event of a save if told to, and leaves the adapter and the events' number."""
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as of a script; workers of a fork server outlive a killed run
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # as of a script; workers of a fork server outlive a killed run
     seen = count_events(kill_at)
     trainer = make_trainer(Path(folder), AutoProcessor.from_pretrained(TINY_CLIP), **{**SAVES, **settings})
     trainer.train(resume_from_checkpoint=resume)

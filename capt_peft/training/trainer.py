@@ -212,12 +212,18 @@ class CaptTrainer(GuardedTrainer):
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Returns the checkpoint that `train` would go on from, or None; raises as `train` would, before long work."""
         self._check_frozen()
-        if not any(p.requires_grad for p in self.classifier.model.parameters()):
-            raise ValueError(
-                "No parameter is trainable. To tune a saved adapter further, load it with is_trainable=True: "
-                "PeftModel.from_pretrained(base, folder, is_trainable=True)."
-            )
+        self._make_trainable()
         return super().find_checkpoint(resume_from_checkpoint)
+
+    def _make_trainable(self) -> None:
+        """Makes the active adapter trainable if nothing is, as PEFT loads adapters without `is_trainable=True`."""
+        model: Any = self.classifier.model
+        if any(p.requires_grad for p in model.parameters()):
+            return
+        if not isinstance(model, PeftModel):
+            raise ValueError("No parameter of the model is trainable. Set requires_grad of those that shall be tuned.")
+        logger.warning("The adapter %r was loaded for inference; it is made trainable now.", model.active_adapter)
+        model.set_adapter(model.active_adapter)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Tunes the adapter; arguments and result as of `transformers.Trainer.train`."""

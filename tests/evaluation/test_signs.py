@@ -260,7 +260,10 @@ class CastsInBackward(torch.autograd.Function):
         (lambda model: lambda pixels: _InNumpy.apply(pixels, WEIGHT, True), True, "float16"),
         (lambda model: lambda pixels: _InNumpy.apply(pixels, WEIGHT, False), None, "Not checked"),
     ],
-    ids=["module", "function", "float64", "autocast", "cast product", "cast pixels", "cast logits", "backward", "numpy half", "numpy"],
+    ids=[
+        "module", "function", "float64", "autocast",
+        "cast product", "cast pixels", "cast logits", "backward", "numpy half", "numpy",
+    ],
 )  # fmt: skip
 def test_half_precision_is_seen_wherever_a_model_hides_it(make, raised, says):
     sign = signs_of(make(Wrapped()), [PGD(THREAT, steps=2), Square(THREAT, queries=2)])["low_precision"]

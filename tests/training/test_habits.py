@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY_CLIP, shake
 from peft import LoraConfig, PeftModel, get_peft_model
-from training_helpers import NAMES, make_model, make_task, make_trainer
+from training_helpers import NAMES, adapter_of, make_model, make_task, make_trainer
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, CaptTrainer, Task, ZeroShotClassifier
@@ -186,16 +186,19 @@ def test_it_is_said_when_the_test_images_choose_the_best_checkpoint(tmp_path, pr
 # ----------------------------------------------------------------------------------------------------- what is tuned
 
 
-def test_an_adapter_that_is_not_trainable_is_refused_before_any_work_and_can_be_evaluated(tmp_path, processor):
+def test_an_adapter_loaded_for_inference_is_evaluated_as_it_is_and_tuned_further_as_a_trainable_one(
+    tmp_path, processor
+):
     make_model().save_pretrained(tmp_path / "adapter")
-    trainer = quick(tmp_path, processor, model=PeftModel.from_pretrained(base(), tmp_path / "adapter"))
-    trainer.training_step = None
-    for begin in (trainer.train, lambda: trainer.find_checkpoint(None)):
-        with pytest.raises(ValueError, match=r"No parameter is trainable.*is_trainable=True"):
-            begin()
-    assert trainer.evaluate()["eval_n"] == 12
-    again = PeftModel.from_pretrained(base(), tmp_path / "adapter", is_trainable=True)
-    quick(tmp_path, processor, model=again).train()
+    tuned = []
+    for options in ({}, {"is_trainable": True}):
+        trainer = quick(tmp_path, processor, model=PeftModel.from_pretrained(base(), tmp_path / "adapter", **options))
+        assert trainer.evaluate()["eval_n"] == 12
+        assert any(p.requires_grad for p in trainer.model.parameters()) is bool(options)
+        trainer.train()
+        tuned.append(adapter_of(trainer))
+    assert tuned[0].keys() == tuned[1].keys()
+    assert all(torch.equal(tensor, tuned[1][name]) for name, tensor in tuned[0].items())
 
 
 def lora(**config):
