@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     cells = plan.cells()
     output = Path(args.output or f"outputs/benchmark/{args.suite}{'-quick' if args.quick else ''}.jsonl")
     if args.list:
-        print(listing(cells, output, plan.model, args.workers))
+        print(listing(cells, output, plan.model, args.workers, root=places(args)))
         return
     executor = get_executor(args.executor, args.workers)
     lines = run_cells(cells, output, executor=executor, root=places(args))

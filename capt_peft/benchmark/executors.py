@@ -191,7 +191,7 @@ def collect(lines: Lines) -> dict[str, dict[str, Any]]:
             line = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:  # another call has just taken it
             continue
-        if found.get(line["key"], {}).get("status") != "finished":
+        if found.get(line["key"]) != line and (line["status"] == "finished" or line["key"] not in found):
             lines.append(line)
         path.unlink(missing_ok=True)
     return lines.read()

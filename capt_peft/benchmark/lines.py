@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .cells import ZERO_SHOT, Cell
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +45,7 @@ class Lines:
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(content):
                     raise ValueError(
-                        f"Line {number} of {self.path} is no line of a benchmark ({error}). Mend or remove it."
+                        f"Line {number} of {self.path} is not a line of a benchmark ({str(error)[:200]}). Fix or remove it."
                     ) from error
                 logger.warning("The last line of %s was cut short; its cell runs again.", self.path)
         return lines
@@ -80,6 +82,27 @@ class Lines:
                 return start + found + 1
             end = start
         return 0
+
+
+def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:
+    """Returns whether a line is finished and has every figure of its cell."""
+    try:
+        results = line["results"]
+        targets = [(target.task, target.classes) for target in cell.targets]
+        return (
+            line["status"] == "finished"
+            and line["cell"] == cell.to_dict()
+            and [(result["task"], result["classes"]) for result in results] == targets
+            and all(len(result["attacks"]) == len(set(cell.attacks)) for result in results)
+            and all(
+                isinstance(count["correct"], int) and 0 <= count["correct"] <= count["n"] and count["n"] > 0
+                for result in results
+                for count in (result["clean"], result["worst_case"], *result["attacks"].values())
+            )
+            and (cell.method == ZERO_SHOT or isinstance(line["training"], dict))
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def _is_json(text: bytes) -> bool:

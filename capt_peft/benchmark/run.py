@@ -7,37 +7,46 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from functools import lru_cache
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoProcessor, PrinterCallback, set_seed
+from transformers import PrinterCallback, set_seed
 
 from ..attacks import ThreatModel, parse_attack
 from ..classifier import ZeroShotClassifier
-from ..data.halves import half
-from ..data.loading import list_tasks, load_task
-from ..data.task import Task
 from ..evaluation import Evaluation, evaluate
 from ..files import write_json, written_whole
 from ..methods import METHODS
 from ..runs import count_parameters
 from ..training import CaptTrainer, CaptTrainingArguments
 from ..tuner import CaptConfig
-from ..tuner.fingerprint import base_fingerprint
+from ..tuner.fingerprint import adapter_fingerprint
 from ..versions import describe_machine, versions
 from .cells import ZERO_SHOT, Cell, Target
+from .inputs import (
+    TUNED_WITH,
+    Inputs,
+    Root,
+    _load_task,
+    drawn,
+    load_base,
+    model_digests,
+    read_task,
+    template_of,
+    training_task,
+)
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["Root", "_load_task", "drawn", "run_cell"]
+
 TRAINING = "training.json"
-Root = str | Mapping[str, str] | None
+ADAPTER = "adapter_fingerprint"
+TUNED_ON = "tuned_on"  # in an adapter's record: the digests of what it was tuned with
 
 
 def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = None) -> dict[str, Any]:
@@ -65,65 +74,59 @@ def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = Non
 
 
 def _run(cell: Cell, adapters: str | Path | None, root: Root) -> dict[str, Any]:
-    base, processor = _load_base(cell.model)
-    fingerprint = base_fingerprint(base)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(adapters or temporary) / cell.training_key
-        model, training = base, None
-        if cell.method != ZERO_SHOT:
-            model, training = _adapter(cell, base, processor, folder, root)
-        results = [_measure(cell, model, processor, target, root) for target in cell.targets]
-    return {"results": results, "training": training, "base_model_fingerprint": fingerprint}
-
-
-def _load_base(name: str) -> tuple[nn.Module, Any]:
-    # in float32, whatever precision it is stored in: pixel gradients vanish in less
-    model = AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-    return model.to(PartialState().device), AutoProcessor.from_pretrained(name)
-
-
-def _template(cell: Cell, task: Task) -> str:
-    """Returns the text of a class: the same for all data sets where the settings say so, or else the data set's own."""
-    return str(cell.prompts.get("template", task.template))
-
-
-def _task(name: str, classes: str, root: Root) -> Task:
-    """Returns a data set of the benchmark, or a half of its classes."""
-    place = root.get(name) if isinstance(root, Mapping) else root
-    in_catalog = name in list_tasks()
-    return _load_task(name if in_catalog or place is None else place, place if in_catalog else None, classes)
-
-
-@lru_cache(maxsize=32)
-def _load_task(name: str, root: str | None, classes: str) -> Task:
-    task = load_task(name, root=root)
-    return task if classes == "all" else half(task, classes)
+    base, processor = load_base(cell.model)
+    digests = Inputs(root).digests(cell) | model_digests(base, processor)
+    model, training, fingerprint = base, None, None
+    if cell.method != ZERO_SHOT:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(adapters or temporary) / cell.training_key
+            model, training = _adapter(cell, base, processor, folder, digests, root)
+        fingerprint = training.pop(ADAPTER)
+    results = [_measure(cell, model, processor, target, root) for target in cell.targets]
+    return {"results": results, "training": training, **digests, ADAPTER: fingerprint}
 
 
 # ------------------------------------------------------------------------------------------------------------- tuning
 
 
-def _adapter(cell: Cell, base: nn.Module, processor: Any, folder: Path, root: Root) -> tuple[PeftModel, dict[str, Any]]:
-    """Returns the base with the cell's adapter on it, and the record of its training."""
-    kept = (folder / TRAINING).exists()
+def _adapter(
+    cell: Cell, base: nn.Module, processor: Any, folder: Path, digests: Mapping[str, Any], root: Root
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Returns the base with the cell's adapter on it, and the record of its training with the adapter's fingerprint."""
+    needed = {name: digests[name] for name in TUNED_WITH}
+    training = _kept_training(folder, needed)
     PartialState().wait_for_everyone()  # or a process could find what another has just written
-    if kept:
-        training: dict[str, Any] = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    if training is not None:
         return PeftModel.from_pretrained(base, str(folder)), training
     model, training = _tune(cell, base, processor, root)
+    training[ADAPTER] = adapter_fingerprint(model)
     if PartialState().is_main_process:
         with written_whole(folder) as temporary:
             model.save_pretrained(str(temporary))
-            write_json(temporary / TRAINING, training)
+            write_json(temporary / TRAINING, training | {TUNED_ON: needed})
     PartialState().wait_for_everyone()
     return model, training
 
 
+def _kept_training(folder: Path, needed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the record of an adapter that was kept, if it is whole and was tuned on the same images and weights."""
+    if not (folder / TRAINING).exists():
+        return None
+    try:
+        training: dict[str, Any] = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        tuned_on = training.pop(TUNED_ON, {})
+        changed = [name for name in TUNED_WITH if tuned_on.get(name, "") != needed[name]]
+        if not changed and adapter_fingerprint(folder) == training[ADAPTER]:
+            return training
+        why = f"it was tuned with another {', '.join(changed)}" if changed else "its weights are not those recorded"
+    except Exception as error:  # however it is damaged: it is written again
+        why = f"it is damaged ({type(error).__name__}: {str(error)[:200]})"
+    logger.warning("The adapter kept in %s is not used, as %s. It is tuned again.", folder, why)
+    return None
+
+
 def _tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[PeftModel, dict[str, Any]]:
-    task = _task(cell.task, cell.train_classes, root)
-    if cell.shots != "all":
-        task = task.few_shot(int(cell.shots), cell.seed)
-    task = replace(task, template=_template(cell, task))
+    task = training_task(cell, root)
     with tempfile.TemporaryDirectory() as output:
         args = _training_arguments(cell, output)
         set_seed(cell.seed)
@@ -149,6 +152,7 @@ def _tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[Peft
         "images": len(task["train"]),
         "processes": args.world_size,
         "collapsed": trainer.collapsed,
+        "at_chance": trainer.at_chance,
         "parameters": count_parameters(model)["trainable"],
         "attack": trainer.attack.to_dict(),
         "arguments": non_default(args),
@@ -185,8 +189,8 @@ def non_default(args: CaptTrainingArguments) -> dict[str, Any]:
 
 def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root: Root) -> dict[str, Any]:
     """Returns clean and robust accuracy on one target, white box through the prompts."""
-    task = _task(target.task, target.classes, root)
-    template = _template(cell, task)
+    task = read_task(target.task, target.classes, root)
+    template = template_of(cell, task)
     classifier = ZeroShotClassifier(model, processor, task.class_names, template)
     threat = ThreatModel(cell.norm, cell.epsilon)
     attacks = []
@@ -196,11 +200,6 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     data = drawn(task[cell.split], cell.limit)
     evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, progress=False)
     return {"task": target.task, "classes": target.classes, "template": template, **_counts(evaluation)}
-
-
-def drawn(data: datasets.Dataset, limit: int | None) -> datasets.Dataset:
-    """Returns `limit` images of a split, drawn by seed 0, the same for all methods; all of them for None."""
-    return data if limit is None else data.shuffle(seed=0).select(range(min(limit, len(data))))
 
 
 def _counts(evaluation: Evaluation) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from ..outputs import main_process_says
 from .cells import Cell
 from .cost import duration, passes, seconds_a_pass
 from .executors import Executor, collect, run_here
-from .lines import Lines
-from .run import Root
+from .inputs import Inputs, Root, _load_task
+from .lines import Lines, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def run_cells(
         raise ValueError("Several processes run each cell together: use either `accelerate launch` or an executor.")
     main_process_says(lambda: make_writable(Path(output).parent, Path(output).name))
     found = collect(lines)
-    todo = _agreed([cell for cell in cells if not is_finished(found, cell)])
+    _load_task.cache_clear()  # a data set may have changed since an earlier call of this process
+    todo = _agreed(_unfinished(cells, found, root) if state.is_main_process else [])
     with tqdm(
         total=sum(map(passes, todo)), desc="benchmark", unit="pass", unit_scale=True,
         disable=not (progress and state.is_main_process), smoothing=0,
@@ -70,9 +71,43 @@ def run_cells(
     return {cell.key: found[cell.key] for cell in cells if cell.key in found}
 
 
-def is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell) -> bool:
-    """Returns whether the lines have the figures of a cell."""
-    return bool(lines.get(cell.key, {}).get("status") == "finished")
+def is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inputs) -> bool:
+    """Returns whether the lines have the figures of a cell: whole, and of the same images and weights as there are now.
+
+    Args:
+        lines: The lines by key.
+        cell: The cell.
+        inputs: Reads the images and weights.
+
+    Raises:
+        ValueError: There are figures, but the images or weights that they should belong to cannot be read.
+    """
+    line = lines.get(cell.key, {})
+    if not is_whole(line, cell) or "measured_data" not in line:
+        return False
+    try:
+        now = inputs.digests(cell)
+    except Exception as error:
+        raise ValueError(
+            f"Whether the finished line of {cell} still holds cannot be told, as its images or weights cannot be read: "
+            f"{str(error)[:500]} Make them readable, leave the cell out, or write to another output."
+        ) from error
+    return all(line.get(name) == value for name, value in now.items())
+
+
+def _unfinished(cells: Sequence[Cell], lines: Mapping[str, Mapping[str, Any]], root: Root) -> list[Cell]:
+    """Returns the cells that have to run, and says how many finished ones have to run again."""
+    inputs = Inputs(root)
+    todo = [cell for cell in cells if not is_finished(lines, cell, inputs)]
+    again = [cell for cell in todo if lines.get(cell.key, {}).get("status") == "finished"]
+    if again:
+        logger.warning(
+            "%d finished lines are damaged, of other images or weights than there are now, or do not say of which; their "
+            "cells run again, the first of them %s.",
+            len(again),
+            again[0],
+        )
+    return todo
 
 
 def _agreed(cells: list[Cell]) -> list[Cell]:
@@ -85,23 +120,28 @@ def _agreed(cells: list[Cell]) -> list[Cell]:
     return agreed
 
 
-def listing(cells: Sequence[Cell], output: str | Path, model: str, workers: int = 1) -> str:
-    """Returns what would run, a line a cell, and how long it should take.
+def listing(cells: Sequence[Cell], output: str | Path, model: str, workers: int = 1, *, root: Root = None) -> str:
+    """Returns what would run, a line for each cell, and how long it should take.
+
+    Cells whose line is damaged, of other images or weights, or of unknown ones are "changed", and would run again.
 
     Args:
         cells: All cells.
         output: The file of lines.
         model: Folder or Hub id of the CLIP.
         workers: Cells at a time.
+        root: As for `run_cells`.
     """
-    lines = Lines(output).read()
+    lines, inputs = Lines(output).read(), Inputs(root)
     pace = seconds_a_pass(cells, lines, model)
-    rows, left = [], 0.0
+    rows, left, finished = [], 0.0, 0
     for cell in cells:
         status = str(lines.get(cell.key, {}).get("status", "to run"))
+        if status == "finished" and not is_finished(lines, cell, inputs):
+            status = "changed"
+        finished += status == "finished"
         seconds = pace * passes(cell)
         left += 0 if status == "finished" else seconds
         rows.append(f"{cell.key}  {status:8}  {duration(seconds):>7}  {cell}")
-    finished = sum(is_finished(lines, cell) for cell in cells)
     total = f"{len(cells)} cells, {finished} finished; the others should take {duration(left / workers)}"
     return "\n".join([*rows, f"{total}{f' with {workers} workers' if workers > 1 else ''}."])

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 FEW_SHOT, BASE_TO_NEW, CROSS_DATASET, SHIFT = PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
 TRANSFERS = (CROSS_DATASET, SHIFT)  # trained on one task, measured on it and on others
 WORST = "worst of "  # the share of images that none of several attacks broke
+_INPUTS = ("training_data", "base_model_fingerprint", "teacher_fingerprint")
 Shots = int | str  # a number of images a class, or "all"
 
 
@@ -58,7 +59,8 @@ class Cell:
         split: The split that was measured.
         model: Name of the base model.
         threat: The threat model of the attacks, as in "L-inf 10/255".
-        settings: All that the training depends on; None where every line of the cell failed.
+        settings: All settings that the training depends on; None where every line of the cell failed.
+        inputs: Digests of the training images and of the weights of base and teacher, as far as the lines have them.
         results: What was measured; empty where every line of the cell failed.
         collapsed: How the training collapsed, if it did.
         failures: (attack, error) for every attack of a line that failed.
@@ -75,6 +77,7 @@ class Cell:
     model: str
     threat: str
     settings: str | None = field(default=None, repr=False)
+    inputs: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     results: tuple[Result, ...] = ()
     collapsed: str | None = None
     failures: tuple[tuple[str, str], ...] = ()
@@ -113,8 +116,14 @@ class Cell:
         """Returns the cell with another line of the same cell.
 
         Raises:
-            ValueError: The lines are of different settings.
+            ValueError: The lines are of different settings, images or weights.
         """
+        mixed = sorted(name for name, value in self.inputs.items() if other.inputs.get(name, value) != value)
+        if mixed:
+            raise ValueError(
+                f"{self} ({self.suite}, {self.protocol}, {self.split}) has lines with another {', '.join(mixed)} each, whose "
+                "figures do not belong in one table. Keep them in files, and reports, of their own."
+            )
         if None not in (self.settings, other.settings) and self.settings != other.settings:
             raise ValueError(
                 f"{self} ({self.suite}, {self.protocol}, {self.split}) was run with different settings, which are: "
@@ -127,6 +136,7 @@ class Cell:
         return replace(
             self,
             settings=other.settings if self.settings is None else self.settings,
+            inputs={**self.inputs, **other.inputs},
             results=tuple(results.values()),
             collapsed=self.collapsed or other.collapsed,
             failures=(*self.failures, *other.failures),
@@ -242,11 +252,11 @@ def _read_file(path: Path) -> Iterator[tuple[str, Cell]]:
             if number == len(lines):
                 logger.warning("%s: the last line (%d) is cut off and left out.", path, number)
                 return
-            raise ValueError(f"{path}, line {number}: this is no JSON ({error}).") from error
+            raise ValueError(f"{path}, line {number}: this is not JSON ({str(error)[:200]}).") from error
         try:
             yield parsed["key"], _cell(parsed)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}, line {number}: this is no benchmark line ({error!r}).") from error
+            raise ValueError(f"{path}, line {number}: this is not a benchmark line ({repr(error)[:200]}).") from error
 
 
 def _cell(line: Mapping[str, Any]) -> Cell:
@@ -265,6 +275,7 @@ def _cell(line: Mapping[str, Any]) -> Cell:
     return replace(
         place,
         settings=json.dumps(settings, sort_keys=True),
+        inputs={name: line[name] for name in _INPUTS if line.get(name)},
         results=tuple(_result(result) for result in line["results"]),
         collapsed=(line.get("training") or {}).get("collapsed"),
     )

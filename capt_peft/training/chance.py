@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,7 +48,7 @@ class WarnAtChance(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+        self.trainer: Any = weakref.proxy(trainer)  # a cycle would keep the trainer, and what it holds, alive
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

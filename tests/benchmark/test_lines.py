@@ -86,7 +86,7 @@ def test_empty_lines_are_passed_over(lines):
 def test_a_broken_line_in_the_middle_is_refused_with_its_number(lines, broken):
     content = filled(lines, A, B).split(b"\n")
     lines.path.write_bytes(b"\n".join([content[0], broken, content[1], b""]))
-    with pytest.raises(ValueError, match=r"Line 2 of .*lines\.jsonl is no line of a benchmark .*Mend or remove it"):
+    with pytest.raises(ValueError, match=r"Line 2 of .*lines\.jsonl is not a line of a benchmark .*Fix or remove it"):
         lines.read()
 
 

@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from capt_peft import (
     load_task,
 )
 from capt_peft.benchmark import Plan, get_suite, run, run_cell
+from capt_peft.benchmark.inputs import TUNED_WITH
 from capt_peft.objectives import CaptObjective
 from capt_peft.training.monitor import Monitor
+from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 
 MODEL = os.path.relpath(TINY_CLIP)
 SMALL = {"max_steps": 2, "attack_steps": 1}
@@ -85,7 +88,8 @@ def lasting(line):
 
 def test_a_finished_line_says_all_that_there_is_to_say(line):
     assert list(line) == [
-        "key", "status", "cell", "results", "training", "base_model_fingerprint", "seconds", "versions", "machine",
+        "key", "status", "cell", "results", "training", "measured_data", "training_data", "base_model_fingerprint", "processor",
+        "teacher_fingerprint", "adapter_fingerprint", "seconds", "versions", "machine",
     ]  # fmt: skip
     assert (line["key"], line["status"], line["cell"]) == (cell().key, "finished", cell().to_dict())
     (result,) = line["results"]
@@ -150,6 +154,53 @@ def test_zero_shot_tunes_nothing_and_keeps_nothing(tmp_path, monkeypatch):
     line = run_cell(cell("zero-shot"), adapters=tmp_path)
     assert line["status"] == "finished" and line["training"] is None
     assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------- what an adapter and a line belong to
+
+
+def test_a_line_names_the_adapter_the_images_and_the_weights_that_it_is_of(line, adapters, transfer):
+    folder = adapters / cell().training_key
+    assert line["adapter_fingerprint"] == adapter_fingerprint(folder)
+    assert line["base_model_fingerprint"] == base_fingerprint(CLIPModel.from_pretrained(TINY_CLIP))
+    other = transfer[0]
+    assert other["base_model_fingerprint"] == line["base_model_fingerprint"] and other["processor"] == line["processor"]
+    assert len(set(other["measured_data"])) == 3 and other["measured_data"][1] == line["measured_data"][0]
+    assert other["training_data"] not in (None, line["training_data"])
+    assert line["training"]["at_chance"] is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder, record: (folder / "adapter_model.safetensors").write_bytes(b"x"),
+        lambda folder, record: (folder / "adapter_model.safetensors").unlink(),
+        lambda folder, record: (folder / "adapter_config.json").write_text("{"),
+        lambda folder, record: record.pop("tuned_on"),
+        lambda folder, record: record.pop("adapter_fingerprint"),
+        lambda folder, record: record.update(adapter_fingerprint="of other weights"),
+        *(lambda folder, record, name=name: record["tuned_on"].update({name: "another"}) for name in TUNED_WITH),
+    ],
+)  # fmt: skip
+def test_a_kept_adapter_that_is_damaged_or_of_other_images_or_weights_is_tuned_again(
+    line, adapters, tmp_path, damage, monkeypatch, caplog
+):
+    folder = tmp_path / cell().training_key
+    shutil.copytree(adapters / folder.name, folder)
+    record = json.loads((folder / run.TRAINING).read_text())
+    damage(folder, record)
+    (folder / run.TRAINING).write_text(json.dumps(record))
+    forbid_training(monkeypatch)
+    assert run_cell(cell(), adapters=tmp_path)["error"]["message"] == "An adapter is tuned."
+    assert "It is tuned again" in caplog.text
+
+
+def test_an_adapter_that_was_tuned_again_takes_the_place_of_the_damaged_one(line, adapters, tmp_path):
+    folder = tmp_path / cell().training_key
+    shutil.copytree(adapters / folder.name, folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    assert lasting(run_cell(cell(), adapters=tmp_path)) == lasting(line)
+    assert adapter_fingerprint(folder) == line["adapter_fingerprint"]
 
 
 # ---------------------------------------------------------------------------------------------------------- protocols

@@ -1,5 +1,6 @@
 """A plan as a whole: what is finished stays, what failed runs again, and a run that was killed ends as if it was not."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from benchmark import main
 from helpers import TINY_CLIP
+from PIL import Image
 
-from capt_peft.benchmark import Lines, Plan, cost, get_suite, listing, run_cells
+from capt_peft.benchmark import Lines, Plan, Suite, Target, cost, get_suite, listing, run_cells
 from capt_peft.benchmark.executors import run_here
+from capt_peft.benchmark.inputs import Inputs
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
 KILLED = [
@@ -32,9 +35,20 @@ def make_cells(model=TINY_CLIP, seeds=(0, 1, 2)):
     return plan.cells()
 
 
+INPUTS = Inputs()
+
+
+def figures_of(cell):
+    """What a finished line of the cell has, with figures that were never measured."""
+    count = {"correct": 1, "n": 4}
+    row = {"clean": count, "attacks": dict.fromkeys(cell.attacks, count), "worst_case": count}
+    results = [{"task": target.task, "classes": target.classes, **row} for target in cell.targets]
+    return {"results": results, "training": {}, **INPUTS.digests(cell)}
+
+
 def line(cell, status="finished", **changes):
-    error = {"error": {"type": "ValueError", "message": "no"}} if status == "failed" else {}
-    return {"key": cell.key, "status": status, "cell": cell.to_dict(), "seconds": 2.0, **error, **changes}
+    end = {"error": {"type": "ValueError", "message": "no"}} if status == "failed" else figures_of(cell)
+    return {"key": cell.key, "status": status, "cell": cell.to_dict(), "seconds": 2.0, **end, **changes}
 
 
 class Engine:
@@ -73,6 +87,100 @@ def test_failed_cells_run_again_until_they_finish(output):
         assert go(cells, output, engine)[cells[1].key]["status"] == status
         assert engine.given == [cells[1]]
     assert go(cells, output, engine := Engine())[cells[1].key]["status"] == "finished" and engine.given == []
+
+
+def damaged(whole, *path, to=None):
+    """The line without what stands at this path, or with something else there."""
+    copy = json.loads(json.dumps(whole))
+    place = copy
+    for step in path[:-1]:
+        place = place[step]
+    if to is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    return copy
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("results",), ("results", 0), ("results", 0, "clean"), ("results", 0, "attacks", "pgd-1"), ("results", 0, "worst_case"),
+        ("results", 0, "clean", "n"), ("training",), ("measured_data",), ("base_model_fingerprint",), ("processor",),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_finished_line_that_is_not_whole_runs_again(output, damage, caplog):
+    (cell,) = make_cells(seeds=[0])
+    Lines(output).append(damaged(line(cell), *damage))
+    go([cell], output, engine := Engine())
+    assert engine.given == [cell] and "1 finished lines are damaged" in caplog.text
+    go([cell], output, engine := Engine())
+    assert engine.given == []
+
+
+@pytest.mark.parametrize(
+    ("path", "to"),
+    [
+        (("measured_data", 0), "other images"), (("training_data",), "other images"), (("processor",), "other pixels"),
+        (("base_model_fingerprint",), "other weights"), (("teacher_fingerprint",), "a teacher"), (("cell", "seed"), 9),
+        (("results", 0, "clean", "correct"), 5), (("results", 0, "task"), "shapes"),
+    ],
+)  # fmt: skip
+def test_a_line_of_other_images_weights_or_cells_is_not_reused(output, path, to):
+    (cell,) = make_cells(seeds=[0])
+    Lines(output).append(damaged(line(cell), *path, to=to))
+    assert "changed" in listing([cell], output, TINY_CLIP)
+    go([cell], output, engine := Engine())
+    assert engine.given == [cell]
+
+
+def test_a_finished_line_whose_images_cannot_be_read_is_neither_reused_nor_lost(output, tmp_path):
+    cell = replace(make_cells(seeds=[0])[0], task="mine", targets=(Target("mine"),))
+    Lines(output).append(
+        before := {**line(make_cells(seeds=[0])[0]), "key": cell.key, "cell": cell.to_dict()}
+        | {"results": [{**figures_of(make_cells(seeds=[0])[0])["results"][0], "task": "mine"}]}
+    )
+    with pytest.raises(ValueError, match=r"Whether the finished line of few-shot: capt on mine.* cannot be read"):
+        go([cell], output, Engine(), root={"mine": str(tmp_path / "gone")})
+    assert Lines(output).read() == {cell.key: before}
+
+
+def test_images_swapped_at_the_same_path_or_under_another_root_are_measured_again(output, tmp_path):
+    """Files of the same names, sizes and times: what is in them counts."""
+
+    def write(folder, colours):
+        for name, colour in colours.items():
+            (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
+            for i in range(10):
+                path = tmp_path / folder / name / f"{i}.bmp"
+                Image.new("RGB", (32, 32), (*colour, i)).save(path)
+                os.utime(path, (0, 0))
+
+    def run(folder="images"):
+        plan = Plan(
+            Suite("own", ("mine",), "mine", ()),
+            TINY_CLIP,
+            ["zero-shot"],
+            ["few-shot"],
+            [1],
+            [0],
+            attacks=["fgsm"],
+            limit=4,
+        )
+        (one,) = run_cells(plan.cells(), output, root={"mine": str(tmp_path / folder)}, progress=False).values()
+        return one
+
+    write("images", {"red": (255, 0), "green": (0, 255)})
+    first, again = run(), run()
+    assert again == first and first["status"] == "finished"
+    write("images", {"red": (0, 255), "green": (255, 0)})
+    swapped = run()
+    assert swapped["measured_data"] != first["measured_data"]
+    write("elsewhere", {"red": (255, 0), "green": (0, 255)})
+    back = run("elsewhere")
+    assert back["measured_data"] == first["measured_data"] and back["results"] == first["results"]
+    assert output.read_bytes().count(b"\n") == 3
 
 
 def test_each_line_is_on_the_disk_before_the_next_cell_runs(output):

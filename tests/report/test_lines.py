@@ -113,6 +113,15 @@ def test_different_settings_of_one_cell_are_refused_and_the_message_says_which(t
         read_lines(write(tmp_path / "lines.jsonl", lines))
 
 
+@pytest.mark.parametrize("name", ["training_data", "base_model_fingerprint", "teacher_fingerprint"])
+def test_lines_of_other_images_or_weights_do_not_share_a_row(tmp_path, name):
+    """Under two attacks they would be merged; lines from before these digests were written are read as they are."""
+    lines = [line() | {name: "a"}, line(attack="square") | {name: "b"}]
+    with pytest.raises(ValueError, match=f"lines with another {name} each"):
+        read_lines(write(tmp_path / "lines.jsonl", lines))
+    assert len(read_lines(write(tmp_path / "lines.jsonl", [line() | {name: "a"}, line(attack="square")]))) == 1
+
+
 def test_different_settings_are_fine_where_a_variant_or_another_number_of_shots_tells_them_apart(tmp_path):
     other = {"learning_rate": 0.1}
     lines = [line(), line(settings=other, variant="slow"), line(settings=other, shots=4)]
