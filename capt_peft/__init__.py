@@ -3,7 +3,7 @@
 from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from .backbones import convert_backbone
 from .classifier import ZeroShotClassifier
-from .data import Task, list_tasks, load_task
+from .data import Task, describe_task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
 from .finetune import FareTrainer
 from .hub import push_adapter
@@ -37,6 +37,7 @@ __all__ = [
     "Views",
     "ZeroShotClassifier",
     "convert_backbone",
+    "describe_task",
     "evaluate",
     "from_pretrained",
     "get_method",

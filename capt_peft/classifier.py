@@ -247,7 +247,8 @@ class ZeroShotClassifier(nn.Module):
             return other.predict(images, top_k=top_k, batch_size=batch_size)
         if batch_size < 1 or (top_k is not None and top_k < 1):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
-        images = list(images) if isinstance(images, list | tuple) else [images]
+        if isinstance(images, str) or not isinstance(images, Sequence):  # a column of `datasets` is a sequence
+            images = [images]
         with eval_mode(self):
             texts = self.text_features()
             scores = [self._scores(images[i : i + batch_size], texts) for i in range(0, len(images), batch_size)]

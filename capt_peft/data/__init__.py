@@ -5,7 +5,7 @@ from .images import load_image
 from .loading import list_tasks, load_task
 from .published import Entry
 from .sampling import sample_shots, split_classes
-from .task import Task
+from .task import Task, describe_task
 from .transforms import PixelTransform
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Entry",
     "PixelTransform",
     "Task",
+    "describe_task",
     "list_tasks",
     "load_image",
     "load_task",

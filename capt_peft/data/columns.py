@@ -6,82 +6,99 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import ClassLabel, Dataset, Image, Value, concatenate_datasets
 
-from .task import column_values, task_features
+from .names import ClassNames, check_apart, in_class_order, renamed
+from .parts import Part, Splits, placed_images
+from .task import column_values, is_string, labels_by_name, task_features
 
 
 def label_splits(
-    splits: Mapping[str, Dataset],
+    splits: Splits,
     image_column: str | None = None,
     label_column: str | None = None,
-    class_names: tuple[str, ...] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """Brings all splits to the columns of a task.
+    """Brings all splits to the columns of a task, each image under the name that its own part of the data gives it.
 
     Args:
-        splits: Datasets by split, with any columns; the first decides which are used and, of strings, the classes.
+        splits: Parts by split, with any columns; the first decides which are used, and over the order of the classes.
         image_column: Column of the images; found by its type if there is only one.
         label_column: Column of the labels: a `ClassLabel` (found by its type if there is only one), strings, or whole
             numbers.
-        class_names: Names to use instead of those in the data; needed for whole numbers.
+        class_names: The names of whole numbers, in their order; not used for labels that have names.
 
     Returns:
         The splits with the columns `image` and `label`, and the N class names.
 
     Raises:
-        ValueError: Columns that are missing, ambiguous or of another type; images without a label; classes that only a
-            later split has; class names that do not match the labels.
+        ValueError: Columns that are missing, ambiguous or of another type; images without a label; classes that the first
+            part does not have, or has twice; whole numbers without names.
     """
-    first_split, first = next(iter(splits.items()))
-    image_column = _find_column(first, image_column, "image", _is_image)
-    label_column = _find_column(first, label_column, "label", lambda feature: isinstance(feature, ClassLabel))
-    feature = first.features[label_column]
-    found = _classes(feature, label_column, first, class_names)
-    if class_names is not None:
-        check_number(class_names, len(found))
-    values: dict[str, np.ndarray] = {}
-    for split, dataset in splits.items():
-        for column in (image_column, label_column):
-            if dataset.features.get(column) != first.features[column]:
-                raise ValueError(
-                    f"Column {column!r} of the {split} split is {dataset.features.get(column)}, but {first_split} has "
-                    f"{first.features[column]}. All splits need the same columns and classes."
-                )
-        values[split] = column_values(dataset, label_column)
-        _check_labelled(values[split], split)
-        if _is_string(feature):
-            values[split] = _encode(values[split], found, split)
-    names = class_names or tuple(name.replace("_", " ").strip() for name in found)
-    return {split: with_labels(splits[split], image_column, values[split], names) for split in splits}, names
+    split, parts = next(iter(splits.items()))
+    first = parts[0]
+    image_column = _find_column(first.dataset, image_column, "image", _is_image)
+    label_column = _find_column(first.dataset, label_column, "label", lambda feature: isinstance(feature, ClassLabel))
+    found = _classes(parts, label_column, class_names)
+    check_apart(found, where=first.called(split))
+    names = tuple(found if found is class_names else (name.replace("_", " ").strip() for name in found))
+    labelled = {}
+    for split, parts in splits.items():
+        done = [_labelled(part, part.called(split), image_column, label_column, found, first) for part in parts]
+        labelled[split] = concatenate_datasets([_with_labels(images, labels, names) for images, labels in done])
+    return labelled, names
 
 
-def with_labels(dataset: Dataset, image_column: str, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset:
-    """Returns the images of a dataset, in the column `image`, with these (n,) labels beside them."""
-    dataset = dataset.select_columns([image_column])
-    if image_column != "image":
-        dataset = dataset.rename_column(image_column, "image")
-    # Not `cast`, which would write a copy of the images beside those of a saved dataset.
-    dataset = dataset.cast_column("image", Image())
-    return dataset.add_column("label", labels, feature=task_features(class_names)["label"])
+def _labelled(
+    part: Part, where: str, image_column: str, label_column: str, found: Sequence[str], first: Part
+) -> tuple[Dataset, np.ndarray]:
+    """Returns the images of a part and their labels, as places in the names `found`."""
+    for column, suits in ((image_column, _is_image), (label_column, _is_label)):
+        feature = part.dataset.features.get(column)
+        expected = first.dataset.features[column]
+        if not (suits(feature) or feature == expected) or _is_number(feature) != _is_number(expected):
+            raise ValueError(
+                f"Column {column!r} of {where[0].lower() + where[1:] if where.startswith('The ') else where} is {feature}, but "
+                f"elsewhere it is {expected}. All parts of the data need the same columns."
+            )
+    _check_labelled(column_values(part.dataset, label_column), where)
+    labels = labels_by_name(part.dataset, found, where, label_column)
+    return placed_images(part, image_column), labels
+
+
+def _with_labels(images: Dataset, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset:
+    return images.add_column("label", labels, feature=task_features(class_names)["label"])
+
+
+def named_as(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """Returns a split (`image`, `label`) whose labels count these class names, each image under the name that it had.
+
+    Raises:
+        ValueError: The split has images of a class that `class_names` lacks.
+    """
+    names = tuple(class_names)
+    return _relabelled(dataset, labels_by_name(dataset, names), names)
+
+
+def rename_classes(
+    splits: Mapping[str, Dataset], found: Sequence[str], given: ClassNames, *, ordered: bool = False
+) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+    """Returns labelled splits and their class names under the names given to `load_task`; arguments as for `renamed`."""
+    names, places = renamed(found, given, ordered=ordered)
+    lookup = np.array(places, dtype=np.int64)
+    return {split: relabelled(dataset, lookup, names) for split, dataset in splits.items()}, names
 
 
 def relabelled(dataset: Dataset, lookup: np.ndarray, names: tuple[str, ...]) -> Dataset:
     """Returns a dataset with `lookup[i]` for label i, of the classes `names`; images with the new label -1 are left out."""
-    labels = lookup[column_values(dataset, "label")]
+    return _relabelled(dataset, lookup[column_values(dataset, "label")], names)
+
+
+def _relabelled(dataset: Dataset, labels: np.ndarray, names: tuple[str, ...]) -> Dataset:
     # Added before the old column goes: `datasets` cannot add to a table whose part in memory has lost all its columns.
     dataset = dataset.add_column("relabelled", labels, feature=task_features(names)["label"])
     dataset = dataset.select_columns(["image", "relabelled"]).rename_column("relabelled", "label")
     return dataset if (labels >= 0).all() else dataset.select(np.flatnonzero(labels >= 0))
-
-
-def check_number(class_names: Sequence[str], num_classes: int) -> None:
-    """Raises a ValueError unless there is one class name for each class."""
-    if len(class_names) != num_classes:
-        raise ValueError(
-            f"The class names do not match the labels: {len(class_names)} names are given for {num_classes} classes. "
-            "Give one name for each label, in the order of the labels."
-        )
 
 
 def _find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable[[Any], bool]) -> str:
@@ -93,6 +110,9 @@ def _find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable
             raise ValueError(f"Column {given!r} has no images but {dataset.features[given]}. Columns: {columns}.")
         return given
     found = [str(column) for column, feature in dataset.features.items() if suits(feature)]
+    if kind == "image":  # bytes and structures are images only where no column says that it is
+        typed = [column for column in found if isinstance(dataset.features[column], Image)]
+        found = typed or found
     if len(found) > 1:
         raise ValueError(
             f"Several columns could be the {kind}: {', '.join(found)}. Set `{kind}_column` to one of them."
@@ -104,45 +124,52 @@ def _find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable
 
 
 def _is_image(feature: Any) -> bool:
-    """Whether a column holds images, or the bytes of images as other libraries write them into parquet files."""
-    return isinstance(feature, Image) or (isinstance(feature, dict) and "bytes" in feature and len(feature) <= 2)
+    """Whether a column holds images, or their bytes or paths as other libraries write them into parquet files."""
+    if isinstance(feature, Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, Image) or (
+        isinstance(feature, dict) and len(feature) > 0 and set(feature) <= {"bytes", "path"}
+    )
 
 
-def _check_labelled(labels: np.ndarray, split: str) -> None:
+def _is_label(feature: Any) -> bool:
+    return isinstance(feature, ClassLabel) or is_string(feature) or _is_number(feature)
+
+
+def _is_number(feature: Any) -> bool:
+    return isinstance(feature, Value) and "int" in feature.dtype
+
+
+def _check_labelled(labels: np.ndarray, where: str) -> None:
     # Arrow gives numbers with gaps as floats, and words with gaps as objects.
     numbers = labels.dtype.kind in "iuf"
     missing = int((np.isnan(labels) | (labels == -1)).sum()) if numbers else sum(label is None for label in labels)
     if missing:
         raise ValueError(
-            f"The {split} split has no labels for {missing} of its {len(labels)} images (label -1 or none). Set "
-            f"`{split}_split` to a labelled split; the test splits of some published data sets are unlabelled."
+            f"{where} has no labels for {missing} of its {len(labels)} images (label -1 or none). Set `train_split` or "
+            "`test_split` to a labelled split; the test splits of some published data sets are unlabelled."
         )
 
 
-def _is_string(feature: Any) -> bool:
-    return isinstance(feature, Value) and "string" in feature.dtype
-
-
-def _classes(feature: Any, column: str, first: Dataset, class_names: tuple[str, ...] | None) -> list[str]:
+def _classes(parts: Sequence[Part], column: str, class_names: Sequence[str] | None) -> Sequence[str]:
     """Returns the names of the classes as the data has them, in the order of the labels."""
+    feature = parts[0].dataset.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    if _is_string(feature):
-        return sorted(set(column_values(first, column)) - {None})
-    if not isinstance(feature, Value) or "int" not in feature.dtype:
+    if is_string(feature):
+        words = {word for part in parts for word in _words(part, column)}
+        return in_class_order(words)
+    if not _is_number(feature):
         raise ValueError(f"Column {column!r} is {feature}; labels are a ClassLabel, strings or whole numbers.")
     if class_names is None:
         raise ValueError(
             f"The labels in column {column!r} are numbers without names. Give `class_names` in their order."
         )
-    return list(class_names)
+    return class_names
 
 
-def _encode(words: np.ndarray, vocabulary: list[str], split: str) -> np.ndarray:
-    unseen = sorted(set(words) - set(vocabulary))
-    if unseen:
-        raise ValueError(
-            f"The {split} split has {len(unseen)} classes without training images: {', '.join(map(repr, unseen[:5]))}."
-        )
-    index = {name: label for label, name in enumerate(vocabulary)}
-    return np.array([index[word] for word in words], dtype=np.int64)
+def _words(part: Part, column: str) -> set[str]:
+    feature = part.dataset.features.get(column)
+    if isinstance(feature, ClassLabel):
+        return set(feature.names)
+    return set(column_values(part.dataset, column)) - {None} if is_string(feature) else set()

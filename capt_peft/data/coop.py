@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image
 
+from .names import check_apart
+
 Entries = dict[str, list[tuple[str, int, str]]]
 _PROBES = 20
 
@@ -69,7 +71,7 @@ def read_split_file(split_file: Path) -> Entries:
         raise ValueError(f"{split_file} is not valid JSON ({error}).") from error
     lists = isinstance(content, dict) and all(isinstance(entries, list) for entries in content.values())
     if not lists or not {"train", "test"} <= set(content):
-        raise ValueError(f"{split_file} is no split file of CoOp: it must have the keys `train`, `val` and `test`.")
+        raise ValueError(f"{split_file} is not a split file of CoOp: it must have the keys `train`, `val` and `test`.")
     for split, entries in content.items():
         wrong = next((entry for entry in entries if not _is_entry(entry)), None)
         if wrong is not None:
@@ -97,7 +99,9 @@ def _class_names(splits: Entries, split_file: Path) -> list[str]:
                 )
     if set(names) != set(range(len(names))):
         raise ValueError(f"{split_file} has the labels {_listed(sorted(names))}; they must be 0 to {len(names) - 1}.")
-    return [names[label] for label in range(len(names))]
+    ordered = [names[label] for label in range(len(names))]
+    check_apart(ordered, where=str(split_file))
+    return ordered
 
 
 def _image_folder(root: Path, splits: Entries) -> Path:

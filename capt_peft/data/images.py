@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,18 +15,24 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
-# Pillow also opens formats that run other programs (EPS) or are no photographs; those stay closed.
+IMAGE_SUFFIXES = frozenset((
+    ".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfi", ".jfif", ".jif", ".jp2", ".jpc", ".jpe", ".jpeg",
+    ".jpf", ".jpg", ".jpx", ".pbm", ".pgm", ".pjp", ".pjpeg", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+))  # fmt: skip
+MAX_ASPECT_RATIO = 1000
+# Pillow also opens formats that run other programs (EPS) or are not photographs; those stay closed.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"
+)  # fmt: skip
 
 
 def load_image(image: Any) -> Image.Image:
     """Reads an image, upright and in RGB.
 
     The EXIF rotation is applied. Transparency is laid over white, as the image processors of transformers do. 16-bit
-    grey becomes 8-bit by its range (65,535 is white), not by clipping. Of an animation the first frame is taken.
+    grey becomes 8-bit by its range (65,535 is white), not by clipping; 32-bit grey, whose range no file tells, counts as
+    8-bit up to 255 and as 16-bit up to 65,535. Of an animation the first frame is taken.
 
     Args:
         image: A PIL image, a path, a (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array that is uint8 or float in [0, 1],
@@ -36,12 +43,13 @@ def load_image(image: Any) -> Image.Image:
 
     Raises:
         FileNotFoundError: A path without a file.
-        ValueError: A damaged or truncated file, a web address, too many pixels, or an array of another shape or range;
-            the message names the file.
+        ValueError: A damaged or truncated file, something that is not a regular file (a pipe, a device), a web address,
+            too many pixels, one side more than 1,000 times the other, 16-bit grey so dark that 8 bits would lose it, or an
+            array of another shape or range; the message names the file.
         TypeError: Something else.
     """
     if isinstance(image, Image.Image):
-        return _to_rgb(image, getattr(image, "filename", "") or "The image")
+        return _to_rgb(image, image_name(image))
     if isinstance(image, np.ndarray):
         return _to_rgb(_from_array(image), "The array")
     with _open(image) as (opened, name):
@@ -53,9 +61,35 @@ def check_image(image: Any) -> None:
     if isinstance(image, (Image.Image, np.ndarray)):
         load_image(image)
         return
-    with _open(image) as (opened, name), _naming(name):
-        opened.draft("RGB", (1, 1))
-        opened.load()
+    with _open(image) as (opened, name):
+        with _naming(name):
+            opened.draft("RGB", (1, 1))
+            opened.load()
+        if opened.mode[0] in "IF":
+            _to_rgb(opened, name)  # the range of its values decides
+
+
+def image_name(image: Any) -> str:
+    """Returns what to call an image in a message: its file if it has one."""
+    if isinstance(image, Mapping):
+        image = image.get("path")
+    elif isinstance(image, Image.Image):
+        image = getattr(image, "filename", None)
+    return printable(image) if isinstance(image, (str, os.PathLike)) and os.fspath(image) else "The image"
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """Returns a path as text that can be printed, also where its bytes are not UTF-8."""
+    return os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def looks_like_image(path: str) -> bool:
+    """Whether a file begins like an image of a format that is read, whatever its name ends with."""
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start[:2] == b"BM":  # two letters alone could begin a text
+        return len(start) >= 6 and int.from_bytes(start[2:6], "little") == os.path.getsize(path)
+    return start.startswith(_SIGNATURES) or (start[:4], start[8:12]) == (b"RIFF", b"WEBP") or start[4:12] == b"ftypavif"
 
 
 @contextmanager
@@ -65,8 +99,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no image file {name}.") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{name} is a folder, not an image file.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} is refused: it claims more pixels than Pillow opens safely ({error}). Make it smaller first."
@@ -86,18 +118,42 @@ def _open(image: Any) -> Iterator[tuple[Image.Image, str]]:
         if source is None:
             raise ValueError("An image of the data set is empty: it has neither bytes nor a path.")
     elif isinstance(image, (str, os.PathLike)):
-        name, source = os.fspath(image), Path(image)
-        if "://" in name or name.startswith("data:"):
-            raise ValueError(f"{name[:80]!r} is an address, and nothing is downloaded here. Give a local file.")
+        name, source = printable(image), image
     else:
         raise TypeError(
             f"An image must be a PIL image, a path, or a (H, W, 3) array of uint8 or of floats in [0, 1]; got "
             f"{type(image).__name__}."
         )
+    if isinstance(source, (str, os.PathLike)):
+        source = _regular_file(source, name)
     with _naming(name):
         opened = Image.open(source, formats=_formats())
     with opened:
+        _check_sides(*opened.size, name)
         yield opened, name
+
+
+def _regular_file(path: str | os.PathLike[str], name: str) -> Path:
+    """Returns the path, if it may be opened: reading a pipe or a device need not end."""
+    if "://" in name or name.startswith("data:"):
+        raise ValueError(f"{name[:80]!r} is an address, and nothing is downloaded here. Give a local file.")
+    with _naming(name):
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = (
+            "a folder, not an image file" if stat.S_ISDIR(mode) else "a pipe, a device or a socket, not a regular file"
+        )
+        raise ValueError(f"{name} is {kind}. Give an image file.")
+    return Path(path)
+
+
+def _check_sides(width: int, height: int, name: str) -> None:
+    """Raises a ValueError if resizing by the shorter side would make the longer one take gigabytes."""
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"{name} is {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other, because the "
+            "shorter one is resized to the model's size. Crop it, or remove it."
+        )
 
 
 @cache
@@ -107,16 +163,46 @@ def _formats() -> tuple[str, ...]:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_sides(*image.size, name)
+    bits = _grey_bits(image)  # turning the image loses what the file says
     with _naming(name):
         image.load()
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        limit = 1.0 if image.mode == "F" else 65535.0
-        return Image.fromarray(_to_8_bit(np.asarray(image, dtype=np.float64), limit, name)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        return _from_deep_grey(image, bits, name)
+    with _naming(name):
+        if image.mode == "La":
+            image = image.convert("LA")  # Pillow has no way from here to RGB
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def _grey_bits(image: Image.Image) -> int | None:
+    """Returns how many bits stand for the grey values of an image, or None if nothing says so (32 bits hold anything)."""
+    bits = getattr(image, "tag_v2", {}).get(258, (32,))[0]  # TIFF's bits per sample
+    if bits in range(9, 17):
+        return int(bits)
+    return None if image.mode == "I" and image.format != "PPM" else 16  # Pillow scales other formats to 16
+
+
+def _from_deep_grey(image: Image.Image, bits: int | None, name: str) -> Image.Image:
+    """Returns grey of more than 8 bits as RGB; see `load_image`."""
+    values = np.asarray(image, dtype=np.float64)
+    brightest = values.max()
+    if bits is None:
+        bits = 8 if brightest <= 255 else 16
+    elif image.mode != "F" and 0 < brightest < 2 ** (bits - 8):
+        raise ValueError(
+            f"{name} has grey values up to {brightest:g} where {2**bits - 1} is white, so it would be all but black; perhaps "
+            "8-bit values were saved as 16-bit. Save it as 8-bit, or scale its values to the whole range."
+        )
+    grey = _to_8_bit(values, 1.0 if image.mode == "F" else 2.0**bits - 1, name)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import ClassLabel, Dataset, Value
 
 from ..toy.tasks import load_procedural_task, procedural_tasks
 from .catalog import CATALOG, recognize
-from .columns import check_number, label_splits, with_labels
+from .columns import label_splits, rename_classes
 from .images import check_image
+from .names import ClassNames, check_given
+from .parts import Opened, Splits
 from .published import Entry, to_catalog
 from .sampling import sample_shots, stratified_split
-from .sources import SPLIT_NAMES, open_hub, open_local, split_of
-from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_class_names, check_template, column_values, encoded_images
+from .sources import open_hub, open_local
+from .splits import choose_splits, first_part
+from .summary import one_line
+from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_template, column_values, encoded_images
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ def load_task(
     name: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     template: str | None = None,
     train_split: str | None = None,
     validation_split: str | None = None,
@@ -47,7 +51,11 @@ def load_task(
 ) -> Task:
     """Loads labelled images as a task.
 
-    Splits are found by their names (`train`/`training`, `validation`/`val`/`valid`/`dev`, `test`/`testing`/`eval`).
+    Labels go by name: every image keeps the class name that its own file or folder gives it, whatever order another file
+    lists the names in. What was read is logged, and what was left out (hidden files, other formats); `Task.summary` shows it.
+
+    Splits are found by their names (`train`/`training`, `validation`/`val`/`valid`/`dev`, `test`/`testing`/`eval`; case, digits
+    and words such as `set` do not count).
     What is missing is made up, and logged: without a test split the validation split is the test split; with training
     images alone they are split 50/20/30 as CoOp does; a missing validation split is a fifth of the training images of
     each class, at most 50. All of it is stratified and drawn by `seed`.
@@ -55,16 +63,18 @@ def load_task(
     Args:
         name_or_path: In this order: a name of `list_tasks()`; a local path (`./digits` is a path, `digits` a name);
             the id of a Hub dataset. A path is a folder of class folders, with or without split folders around them; a
-            parquet file, or a folder of them whose names begin with their split; what `save_to_disk` wrote; or a CoOp
-            root with its `split_zhou_*.json` (or that file). A name of `CATALOG` is loaded from its Hub dataset, with
-            its columns, splits, class names and template, which also serve CoOp's own folders (`docs/datasets.md`).
+            parquet file, or a folder of them, where their names or folders begin with their split; what `save_to_disk` wrote;
+            or a CoOp root with its `split_zhou_*.json` (or that file). A name of `CATALOG` is loaded from its Hub dataset,
+            with its columns, splits, class names and template, which also serve CoOp's own folders (`docs/datasets.md`).
         root: Where a data set of `CATALOG` lies locally: its folder, in CoOp's layout or another, or CoOp's `$DATA`.
         name: Configuration of a Hub dataset.
         image_column: Column of the images; needed if there are several.
         label_column: Column of the labels; needed if there is no or more than one `ClassLabel`. A column of strings
-            gives the class names itself, sorted; a column of whole numbers needs `class_names`.
-        class_names: The class names in the order of the labels, instead of those in the data. Names that come from the
-            data have their underscores turned into spaces; these stay as they are.
+            gives the class names itself, sorted (numbers by their value); a column of whole numbers needs `class_names`.
+        class_names: Class names instead of those in the data, in the order that the labels shall have. A list of the data's
+            own names is matched by name; a list of others is taken in order only where the labels are numbers, or where their
+            order is published; else give a mapping from old to new names. Names that come from the data have their
+            underscores turned into spaces; these stay as they are.
         template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one.
         train_split: Name of the split to train on, where its name does not tell.
         validation_split: Likewise, to choose settings on.
@@ -82,8 +92,7 @@ def load_task(
     if template is not None:
         check_template(template)
     if class_names is not None:
-        check_class_names(class_names)
-        class_names = tuple(class_names)
+        class_names = check_given(class_names)
     source, given = str(name_or_path), {"train": train_split, "validation": validation_split, "test": test_split}
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(name_or_path, str) and source in procedural_tasks():
@@ -92,14 +101,16 @@ def load_task(
     entry = CATALOG.get(source) if isinstance(name_or_path, str) else None
     path = _local_path(source, root, entry)
     if path is None:
-        kind, available = "hub", _open_hub(source, entry, name, revision)
+        opened = _open_hub(source, entry, name, revision)
     else:
         _refuse(str(path), name=name, revision=revision)
         entry = entry or recognize(path)
-        kind, available = open_local(entry.folder(path) if entry is not None else path)
-    if kind == "folder":
+        opened = open_local(
+            entry.folder(path) if entry is not None else path, [name for name in given.values() if name is not None]
+        )
+    if opened.kind == "folder":
         columns["label_column"] = label_column or "label"
-    splits, found_names = _labelled(entry, available, columns, given, class_names)
+    splits, found_names, left_out = _labelled(entry, opened, columns, given, class_names)
     origin = str(path) if root is not None else entry.hub_id if entry is not None and path is None else source
     task = Task(
         name=_task_name(source, path if root is None else None, name),
@@ -107,9 +118,13 @@ def load_task(
         splits=_complete(splits, seed),
         template=template or (entry.template if entry is not None else DEFAULT_TEMPLATE),
         source=f"{origin}@{revision}" if revision else str(origin),
+        left_out=tuple(left_out),
     )
-    if kind in ("folder", "coop") and sum(map(len, task.splits.values())) <= MAX_CHECKED_IMAGES:
+    if opened.kind in ("folder", "coop") and sum(map(len, task.splits.values())) <= MAX_CHECKED_IMAGES:
         check_images(task)
+    logger.info("Task %s: %s.", task.name, one_line(task.counts()))
+    if left_out:
+        logger.warning("Left out of task %s: %s.", task.name, "; ".join(left_out))
     return task
 
 
@@ -153,7 +168,7 @@ def _local_path(source: str, root: str | Path | None, entry: Entry | None) -> Pa
     """Returns what to open locally, or None for the Hub."""
     if root is not None and entry is None:
         raise ValueError(
-            f"`root` says where a data set of the catalog lies ({', '.join(CATALOG)}), and {source!r} is none. Give "
+            f"`root` says where a data set of the catalog lies ({', '.join(CATALOG)}), and {source!r} is not one of them. Give "
             "the path as the first argument."
         )
     if root is not None and not Path(root).expanduser().exists():
@@ -164,7 +179,7 @@ def _local_path(source: str, root: str | Path | None, entry: Entry | None) -> Pa
     return path if path.exists() else None
 
 
-def _open_hub(source: str, entry: Entry | None, name: str | None, revision: str | None) -> dict[str, Dataset]:
+def _open_hub(source: str, entry: Entry | None, name: str | None, revision: str | None) -> Opened:
     if entry is None:
         return open_hub(source, name, revision, list_tasks())
     if entry.hub_id is None:
@@ -182,26 +197,54 @@ def _open_hub(source: str, entry: Entry | None, name: str | None, revision: str 
 
 def _labelled(
     entry: Entry | None,
-    available: Mapping[str, Dataset],
+    opened: Opened,
     columns: Mapping[str, str | None],
     given: Mapping[str, str | None],
-    class_names: tuple[str, ...] | None,
-) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """Returns the task's splits and class names, by the settings given or else by the entry of the catalog."""
+    class_names: ClassNames | None,
+) -> tuple[dict[str, Dataset], tuple[str, ...], list[str]]:
+    """Returns the task's splits, class names and what was left out, by the settings given or else by the entry."""
     if entry is not None:
-        columns, given = _entry_settings(entry, available, columns, given)
-    splits = _choose_splits(available, given)
-    if entry is None or class_names is not None:
-        return label_splits(splits, **columns, class_names=class_names)
-    numbered = entry.labels_in_order and _has_numbers(splits, columns["label_column"])
-    return to_catalog(*label_splits(splits, **columns, class_names=entry.class_names if numbered else None), entry)
+        columns, given = _entry_settings(entry, opened.splits, columns, given)
+    chosen, unused = choose_splits(opened.splits, given)
+    left_out = [*opened.left_out, *unused]
+    numbered = _has_numbers(chosen, columns["label_column"])
+    if numbered and class_names is not None:
+        return *label_splits(chosen, **columns, class_names=_in_number_order(class_names)), left_out
+    if entry is None:
+        splits, names = label_splits(chosen, **columns)
+        ordered = False
+    else:
+        known = entry.class_names if numbered and entry.labels_in_order else None
+        splits, names = label_splits(chosen, **columns, class_names=known)
+        images = sum(map(len, splits.values()))
+        ordered = isinstance(first_part(chosen).dataset.features.get(columns["label_column"]), ClassLabel) or numbered
+        splits, names = to_catalog(splits, names, entry, ordered=ordered)
+        dropped = images - sum(map(len, splits.values()))
+        left_out += [f"{dropped:,} images of {', '.join(entry.left_out)}, which CoOp leaves out"] if dropped else []
+        ordered = names == entry.class_names
+    if class_names is not None:
+        splits, names = rename_classes(splits, names, class_names, ordered=ordered)
+    return splits, names, left_out
+
+
+def _in_number_order(class_names: ClassNames) -> tuple[str, ...]:
+    """Returns the names of whole numbers by number."""
+    if not isinstance(class_names, Mapping):
+        return tuple(class_names)
+    numbers = [str(number) for number in range(len(class_names))]
+    if set(class_names) != set(numbers):
+        raise ValueError(
+            f"The labels are whole numbers, so `class_names` needs a name for each of 0 to {len(numbers) - 1}; it has "
+            f"{', '.join(map(repr, list(class_names)[:5]))}."
+        )
+    return tuple(class_names[number] for number in numbers)
 
 
 def _entry_settings(
-    entry: Entry, available: Mapping[str, Dataset], columns: Mapping[str, str | None], given: Mapping[str, str | None]
+    entry: Entry, available: Splits, columns: Mapping[str, str | None], given: Mapping[str, str | None]
 ) -> tuple[dict[str, str | None], dict[str, str | None]]:
     """Returns the columns and splits to use: those given, or else the entry's, where the data has them."""
-    present = set(next(iter(available.values())).column_names)
+    present = set(first_part(available).dataset.column_names)
     chosen = dict(columns)
     for key, column in (("image_column", entry.image_column), ("label_column", entry.label_column)):
         if chosen[key] is None and column in present:
@@ -213,9 +256,9 @@ def _entry_settings(
     return chosen, {split: name for split, name in entry.splits.items() if name in available}
 
 
-def _has_numbers(splits: Mapping[str, Dataset], label_column: str | None) -> bool:
+def _has_numbers(splits: Splits, label_column: str | None) -> bool:
     """Whether the labels are numbers without names."""
-    feature = next(iter(splits.values())).features.get(label_column)
+    feature = first_part(splits).dataset.features.get(label_column)
     return isinstance(feature, Value) and "int" in feature.dtype
 
 
@@ -233,38 +276,12 @@ def _refuse(source: str, **settings: Any) -> None:
         raise ValueError(f"{source!r} is local or in the catalog and takes no {' or '.join(given)}. Leave it out.")
 
 
-def _customized(task: Task, class_names: tuple[str, ...] | None, template: str | None) -> Task:
+def _customized(task: Task, class_names: ClassNames | None, template: str | None) -> Task:
     """Returns the task with other class names or another template, where they are given."""
     if class_names is not None:
-        check_number(class_names, task.num_classes)
-        splits = {split: with_labels(task[split], "image", task.labels(split), class_names) for split in task.splits}
-        task = replace(task, class_names=class_names, splits=splits)
+        splits, names = rename_classes(task.splits, task.class_names, class_names, ordered=True)
+        task = replace(task, class_names=names, splits=splits)
     return replace(task, template=template) if template is not None else task
-
-
-def _choose_splits(available: Mapping[str, Dataset], given: Mapping[str, str | None]) -> dict[str, Dataset]:
-    """Returns which of the available splits is which, by the names given or else by alias."""
-    listed = ", ".join(available)
-    chosen = {split: name for split, name in given.items() if name is not None}
-    for split, name in chosen.items():
-        if name not in available:
-            raise ValueError(f"There is no split {name!r} for `{split}_split`. Available: {listed}.")
-    if len(set(chosen.values())) < len(chosen):
-        raise ValueError(f"One split cannot serve twice, got {chosen}: accuracy would be measured on training images.")
-    for split in SPLIT_NAMES:
-        names = [name for name in available if split_of(name) == split and name not in chosen.values()]
-        if split in chosen or not names:
-            continue
-        if len(names) > 1:
-            raise ValueError(f"Several splits could be the {split} split: {', '.join(names)}. Set `{split}_split`.")
-        chosen[split] = names[0]
-    if not chosen and len(available) > 1:
-        raise ValueError(f"The split names do not tell which is which: {listed}. Set `train_split` and `test_split`.")
-    chosen = chosen or {"train": next(iter(available))}
-    for name in chosen.values():
-        if not len(available[name]):
-            raise ValueError(f"Split {name!r} is empty. Give another one, or remove it.")
-    return {split: available[chosen[split]] for split in SPLITS if split in chosen}
 
 
 def _complete(splits: dict[str, Dataset], seed: int) -> dict[str, Dataset]:

@@ -104,7 +104,7 @@ def read_classes(name: str) -> tuple[tuple[str, ...], ...]:
 
 
 def to_catalog(
-    splits: Mapping[str, Dataset], found: tuple[str, ...], entry: Entry
+    splits: Mapping[str, Dataset], found: tuple[str, ...], entry: Entry, *, ordered: bool = True
 ) -> tuple[dict[str, Dataset], tuple[str, ...]]:
     """Brings labelled splits to the class names of an entry, and their order.
 
@@ -116,11 +116,12 @@ def to_catalog(
         splits: Datasets with the columns `image` and `label`.
         found: The class names of the data, in the order of its labels.
         entry: The entry of the catalog.
+        ordered: Whether the order of `found` is the data's own, and not that of the alphabet.
 
     Returns:
         The splits with the labels of the catalog, and their class names.
     """
-    places = _places(found, entry)
+    places = _places(found, entry, ordered)
     unknown = [name for name, place in zip(found, places, strict=True) if place is None]
     if unknown:
         logger.warning(
@@ -137,7 +138,7 @@ def to_catalog(
     return {split: relabelled(dataset, lookup, names) for split, dataset in splits.items()}, names
 
 
-def _places(found: tuple[str, ...], entry: Entry) -> list[int | None]:
+def _places(found: tuple[str, ...], entry: Entry, ordered: bool) -> list[int | None]:
     """Returns for each class of the data its label in the catalog, -1 if CoOp leaves it out, None if it has none."""
     index = {_words(name): place for place, names in enumerate(read_classes(entry.classes)) for name in names}
     index |= {_words(name): -1 for name in entry.left_out}
@@ -147,7 +148,8 @@ def _places(found: tuple[str, ...], entry: Entry) -> list[int | None]:
     matched = [place for place in places if place is not None and place >= 0]
     if len(set(matched)) < len(matched):
         places = [None] * len(found)
-    if None in places and entry.labels_in_order and len(found) == entry.num_classes:
+    agree = all(place is None or place == label for label, place in enumerate(places))
+    if None in places and agree and ordered and entry.labels_in_order and len(found) == entry.num_classes:
         return list(range(entry.num_classes))
     return places
 

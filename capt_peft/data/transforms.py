@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .images import load_image
+from .images import image_name, load_image
 
+MAX_RESIZED_PIXELS = 1 << 26
 _NO_NORMALIZATION = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -73,13 +74,18 @@ class PixelTransform:
 
         Returns:
             (3, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: What `load_image` refuses, or an image so long that it would have more than 67 million pixels when its
+                shorter side has the model's size.
         """
-        image = load_image(image)
+        name, image = image_name(image), load_image(image)
         height, width = self.size
         if self.squash:
             image = image.resize((width, height), Image.Resampling(self._settings["resample"]))
             return self._pixels(image, do_resize=False, do_center_crop=False)
         if not self.augment:
+            self._check_resized(image, name)
             return self._pixels(image)
         if generator is None:
             raise ValueError("Augmentation needs a `torch.Generator`: it never draws from the global random state.")
@@ -115,6 +121,14 @@ class PixelTransform:
             "augment": {"crop_scale": list(self.crop_scale), "flip": self.flip} if self.augment else None,
             **({"squash": True} if self.squash else {}),
         }
+
+    def _check_resized(self, image: Image.Image, name: str) -> None:
+        shorter = self._settings["size"].get("shortest_edge") if self._settings.get("do_resize") else None
+        if shorter and shorter**2 * max(image.size) > MAX_RESIZED_PIXELS * min(image.size):
+            raise ValueError(
+                f"{name} is {image.width} x {image.height} pixels; resized so that the shorter side has {shorter}, it would take "
+                f"more than {MAX_RESIZED_PIXELS:,} pixels. Crop it, or remove it."
+            )
 
     def _pixels(self, image: Image.Image, **settings: bool) -> torch.Tensor:
         processed = self.image_processor(images=image, do_normalize=False, return_tensors="pt", **settings)

@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 
 from capt_peft.data import CATALOG, Entry, list_tasks, load_task
 from capt_peft.data.catalog import recognize
-from capt_peft.data.published import read_classes
+from capt_peft.data.published import read_classes, to_catalog
 from capt_peft.data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +177,13 @@ def test_names_that_the_catalog_does_not_know_are_kept_with_a_warning(monkeypatc
     assert "1 of the 2 classes of this copy of DTD are not those of the catalog ('brand new')" in caplog.text
 
 
+def test_folders_that_the_catalog_does_not_know_are_never_taken_by_their_place_in_the_alphabet():
+    item = CATALOG["imagenet_sketch"]
+    names = sorted(f"{row[0]}, {row[1]}" for row in read_classes("imagenet"))
+    assert to_catalog({}, tuple(names), item, ordered=False)[1] == tuple(names)
+    assert to_catalog({}, tuple(f"{row[0]}, {row[1]}" for row in read_classes("imagenet")), item)[1] == item.class_names
+
+
 def test_a_data_set_that_no_source_has_on_the_hub_says_so():
     with pytest.raises(FileNotFoundError, match=r"no Hub dataset of UCF101\. .*Give `root`"):
         load_task("ucf101")
@@ -270,7 +277,7 @@ def test_a_root_that_is_not_there_or_of_no_data_set_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"root .*nowhere' of 'dtd' does not exist"):
         load_task("dtd", root=tmp_path / "nowhere")
     with pytest.raises(
-        ValueError, match=r"`root` says where a data set of the catalog lies \(imagenet, .*'pets' is none"
+        ValueError, match=r"`root` says where a data set of the catalog lies \(imagenet, .*'pets' is not one of them"
     ):
         load_task("pets", root=tmp_path)
     with pytest.raises(ValueError, match="takes no root"):

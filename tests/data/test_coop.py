@@ -53,9 +53,10 @@ def test_an_empty_validation_list_is_no_split(tmp_path):
     assert len(load_task(tmp_path)["validation"]) == 3
 
 
-def test_class_names_can_be_given_in_the_order_of_the_labels(tmp_path):
+def test_class_names_can_be_given_for_those_of_the_split_file(tmp_path):
     write_root(tmp_path)
-    assert load_task(tmp_path, class_names=["a_1", "b", "c"]).class_names == ("a_1", "b", "c")
+    new = {"eel": "c", "Barn_Owl": "a_1", "cat": "b"}
+    assert load_task(tmp_path, class_names=new).class_names == ("a_1", "b", "c")
     with pytest.raises(ValueError, match="do not match the labels: 2 names are given for 3 classes"):
         load_task(tmp_path, class_names=["a", "b"])
 
@@ -95,13 +96,14 @@ def test_several_split_files_are_listed(tmp_path):
     ("content", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "no split file of CoOp"),
-        ('{"train": []}', "no split file of CoOp"),
-        ('{"train": [], "test": 3}', "no split file of CoOp"),
+        ("[]", "not a split file of CoOp"),
+        ('{"train": []}', "not a split file of CoOp"),
+        ('{"train": [], "test": 3}', "not a split file of CoOp"),
         ('{"train": [["a.png", 0]], "test": []}', r"entry \['a.png', 0\] in 'train'"),
         ('{"train": [["a.png", "0", "cat"]], "test": []}', "an entry is"),
         ('{"train": [], "test": []}', "lists no images"),
         ('{"train": [["a.png", 0, "cat"]], "test": [["b.png", 0, "dog"]]}', "label 0 both 'cat' and 'dog'"),
+        ('{"train": [["a.png", 0, "cat"]], "test": [["b.png", 1, "Cat"]]}', r"split_zhou_Pets\.json .*'cat' and 'Cat'"),
         ('{"train": [["a.png", 0, "cat"]], "test": [["b.png", 2, "dog"]]}', "labels 0, 2; they must be 0 to 1"),
     ],
 )

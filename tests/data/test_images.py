@@ -1,12 +1,14 @@
 """load_image and check_image: every kind of image becomes upright RGB, and damage names the file."""
 
+import os
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import CLIPImageProcessor
 
-from capt_peft.data import load_image
+from capt_peft.data import PixelTransform, load_image
 from capt_peft.data.images import check_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -34,10 +36,15 @@ def test_a_file_is_read_by_string_path_or_row_of_a_dataset(tmp_path):
         np.testing.assert_array_equal(np.asarray(load_image(given)), PIXELS)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGBA", "LA"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "HSV", "RGBA", "LA", "PA", "RGBX", "RGBa", "La"]
+)
 def test_every_mode_becomes_rgb(mode):
-    image = load_image(Image.new("RGB", (4, 4), "white").convert(mode))
-    assert image.mode == "RGB" and image.size == (4, 4) and image.getpixel((0, 0)) == (255, 255, 255)
+    image = Image.new("RGB", (4, 4), "white")
+    for step in {"PA": ("P", "PA"), "RGBa": ("RGBA", "RGBa"), "La": ("LA", "La")}.get(mode, (mode,)):
+        image = image.convert(step)
+    image = load_image(image)
+    assert image.mode == "RGB" and image.size == (4, 4) and min(image.getpixel((0, 0))) >= 254  # LAB rounds
 
 
 def test_transparency_is_laid_over_white():
@@ -52,6 +59,33 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
     path = save(tmp_path / "grey.png", grey)
     assert np.asarray(load_image(path))[0, :, 0].tolist() == [0, 1, 128, 255]
     assert np.asarray(load_image(Image.fromarray(grey.astype(np.int32))))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["array", "tiff"])
+def test_dark_grey_of_32_bits_is_read_by_its_content(tmp_path, kind):
+    image = Image.fromarray(np.array([[0, 10, 240]], dtype=np.int32))
+    if kind == "tiff":
+        image.save(tmp_path / "grey.tif")
+        image = tmp_path / "grey.tif"
+    assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 10, 240]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+@pytest.mark.parametrize("read", [load_image, check_image])
+def test_16_bit_grey_that_would_be_all_but_black_is_refused(tmp_path, suffix, read):
+    path = save(tmp_path / f"grey.{suffix}", np.array([[0, 10, 240]], dtype=np.uint16))
+    with pytest.raises(ValueError, match=rf"grey\.{suffix} has grey values up to 240 where 65535 is white"):
+        read(path)
+    black = save(tmp_path / f"black.{suffix}", np.zeros((2, 2), dtype=np.uint16))
+    assert load_image(black).getextrema() == ((0, 0),) * 3
+
+
+def test_a_transparent_value_of_16_bit_grey_is_white(tmp_path):
+    image = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
+    image.save(tmp_path / "grey.png", transparency=0)
+    image = Image.open(tmp_path / "grey.png")
+    image.info["transparency"] = 0
+    assert np.asarray(load_image(image))[0, :, 0].tolist() == [255, 1, 255]
 
 
 def test_float_grey_is_in_the_unit_range():
@@ -137,6 +171,38 @@ def test_formats_that_are_not_for_photographs_stay_closed(tmp_path):
     save(tmp_path / "cat.pcx")
     with pytest.raises(ValueError, match=r"cat\.pcx cannot be read"):
         load_image(tmp_path / "cat.pcx")
+
+
+@pytest.mark.parametrize("read", [load_image, check_image])
+def test_what_is_not_a_regular_file_is_never_opened(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    for path in (tmp_path / "pipe.png", tmp_path / "link.png", "/dev/zero", {"bytes": None, "path": "/dev/zero"}):
+        with pytest.raises(ValueError, match=r"(pipe|link|zero)\S* is a pipe, a device or a socket"):
+            read(path)
+
+
+@pytest.mark.parametrize("read", [load_image, check_image, PixelTransform(CLIPImageProcessor())])
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000)])
+def test_an_image_that_resizing_would_blow_up_is_refused_with_its_size(tmp_path, read, size):
+    path = tmp_path / "line.png"
+    Image.new("RGB", size).save(path)
+    with pytest.raises(ValueError, match=rf"line\.png is {size[0]} x {size[1]} pixels"):
+        read(path)
+
+
+def test_the_size_after_resizing_is_bounded_for_large_models(tmp_path):
+    Image.new("RGB", (900, 1)).save(tmp_path / "line.png")
+    size = {"height": 336, "width": 336}
+    transform = PixelTransform(CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=size))
+    with pytest.raises(ValueError, match=r"line\.png is 900 x 1 pixels; resized"):
+        transform(tmp_path / "line.png")
+
+
+def test_a_path_that_is_not_utf_8_is_named_in_a_way_that_prints(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"caf\\udce9") as caught:
+        load_image(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    str(caught.value).encode()
 
 
 def test_a_folder_is_no_image(tmp_path):

@@ -5,8 +5,10 @@ import pytest
 from datasets import Dataset, Features, Value
 from PIL import Image
 
+from capt_peft import describe_task
 from capt_peft.data import Task
-from capt_peft.data.task import task_features
+from capt_peft.data.columns import named_as
+from capt_peft.data.task import labels_by_name, task_features
 
 NAMES = ("cat", "owl", "eel")
 
@@ -52,6 +54,60 @@ def test_labels_without_a_class_name_are_refused():
 def test_labels_below_zero_are_refused():
     with pytest.raises(ValueError, match=r"'test'.*labels from -1 to 0"):
         Task("t", NAMES, {"test": split([0, -1])})
+
+
+@pytest.mark.parametrize("names", [("owl", "cat", "eel"), ("cat", "owl", "yak")])
+def test_a_split_that_calls_its_labels_something_else_is_refused_with_both_names(names):
+    with pytest.raises(
+        ValueError, match=r"Label \d is '(owl|yak)' in the class names of task 't', but '(cat|eel)' in its split"
+    ):
+        Task("t", names, {"train": split([0, 1, 2])})
+    turned = named_as(split([0, 1, 2]), ("eel", "Owl", "cat"))
+    task = Task("t", ("eel", "Owl", "cat"), {"train": turned})
+    assert [row["image"].getpixel((0, 0))[0] for row in task["train"]] == [0, 1, 2]
+    assert task["train"]["label"][:] == [2, 1, 0]
+
+
+def test_a_split_may_spell_the_class_names_in_another_way():
+    assert Task("t", ("Cat", "owl ", "e_el"), {"train": split([0, 1, 2], ("cat", "owl", "e el"))}).num_classes == 3
+
+
+@pytest.mark.parametrize("pair", [("Crane", "crane"), ("cat ", "cat"), ("a_b", "a b"), ("caf\u00e9", "cafe\u0301")])
+def test_class_names_that_no_text_tells_apart_are_refused_with_both(pair):
+    with pytest.raises(ValueError, match=f"labels 0 and 2 are {pair[0]!r} and {pair[1]!r}"):
+        Task("t", (pair[0], "dog", pair[1]), {})
+
+
+def test_labels_are_matched_by_the_words_of_a_column_too():
+    words = Dataset.from_dict({"label": ["eel", "Cat", "eel"]})
+    assert labels_by_name(words, NAMES).tolist() == [2, 0, 2]
+    with pytest.raises(ValueError, match="images of the class 'yak'"):
+        labels_by_name(Dataset.from_dict({"label": ["yak"]}), NAMES)
+    with pytest.raises(ValueError, match="without a label"):
+        labels_by_name(Dataset.from_dict({"label": [0, None]}), NAMES)
+
+
+def test_the_summary_counts_images_by_class_and_split_and_says_what_was_left_out():
+    names = ("c|t", "owl", "eel")
+    splits = {"train": split([0, 1, 2] * 4, names), "test": split([2, 1], names)}
+    task = Task("pets", names, splits, left_out=("3 <b>: x\ny",))
+    lines = describe_task(task).splitlines()
+    assert task.summary().splitlines() == lines
+    assert lines[0] == "| class | train | test |" and lines[2:] == [
+        "| c\\|t | 4 | 0 |",
+        "| owl | 4 | 1 |",
+        "| eel | 4 | 1 |",
+        "| all 3 | 12 | 2 |",
+        "",
+        "- left out: 3 &#60;b&#62;: x y",
+    ]
+    assert task.few_shot(1, 0).left_out == task.left_out
+
+
+def test_the_summary_of_many_classes_is_short():
+    names = tuple(f"class {i}" for i in range(100))
+    lines = Task("t", names, {"test": split(list(range(100)), names)}).summary().splitlines()
+    assert len(lines) == 2 + 21 and lines[-2:] == ["| 81 more | 81 |", "| all 100 | 100 |"]
 
 
 def test_labels_that_are_words_are_refused():

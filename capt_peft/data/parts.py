@@ -1,0 +1,104 @@
+"""What a source of images gives: its splits in parts that keep their own columns, and what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import fspath
+from os.path import isabs, isfile, join
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+
+from .images import printable
+from .task import encoded_images
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a split, whose columns are what its own files say.
+
+    Args:
+        dataset: The images and labels, in any columns.
+        where: The file that it comes from, for messages; empty where the split's name says enough.
+        folder: What image paths are relative to; None if nothing says so.
+    """
+
+    dataset: Dataset
+    where: str = ""
+    folder: Path | None = None
+
+    def called(self, split: str) -> str:
+        """Returns what to call this part in a message."""
+        return self.where or f"The {split} split"
+
+
+Splits = Mapping[str, Sequence[Part]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened source.
+
+    Args:
+        kind: `hub`, `saved`, `coop`, `parquet` or `folder`.
+        splits: Its parts by split, under the split names that it came with.
+        left_out: A sentence for each kind of thing that was left out.
+    """
+
+    kind: str
+    splits: dict[str, list[Part]]
+    left_out: list[str] = field(default_factory=list)
+
+
+def check_path(path: Path) -> None:
+    """Raises a ValueError for a path that `datasets` would not take as it is."""
+    try:
+        fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"The name of {printable(path)} is not UTF-8 and cannot be stored. Rename it.") from None
+
+
+def check_one_address(path: Path) -> None:
+    """Raises a ValueError for a path with `::`, which `datasets` takes for a chain of addresses."""
+    if "::" in fspath(path):
+        raise ValueError(f"{path} has '::' in its path, which `datasets` takes for a chain of addresses. Rename it.")
+
+
+def placed_images(part: Part, column: str) -> Dataset:
+    """Returns the dataset of a part with `image` alone: the images of `column`, whose relative paths are made absolute.
+
+    Raises:
+        ValueError: A relative path, and nothing that says what it is relative to.
+        FileNotFoundError: An image file that does not exist.
+    """
+    dataset = part.dataset.select_columns([column])
+    if column != "image":
+        dataset = dataset.rename_column(column, "image")
+    # Not `cast`, which would write a copy of the images beside those of a saved dataset.
+    dataset = dataset.cast_column("image", Image())
+    table = encoded_images(dataset).with_format("arrow")[:]
+    chunks = table.column("image").chunks
+    paths = [path for chunk in chunks if chunk.field("bytes").null_count for path in chunk.field("path").to_pylist()]
+    if all(path is None or isabs(path) for path in paths):
+        return dataset
+    rows = [_placed(row, part) for chunk in chunks for row in chunk.to_pylist()]
+    dataset = dataset.add_column("placed", rows, feature=Image())
+    return dataset.select_columns(["placed"]).rename_column("placed", "image")
+
+
+def _placed(row: dict[str, Any] | None, part: Part) -> dict[str, Any] | None:
+    if row is None or row["bytes"] is not None or not row["path"]:
+        return row
+    if part.folder is None and not isabs(row["path"]):
+        raise ValueError(
+            f"The data lists the image {row['path']!r}, and nothing says which folder that is relative to."
+        )
+    path = join(part.folder or "", row["path"])
+    if not isfile(path):
+        raise FileNotFoundError(
+            f"{part.where or 'The data'} lists the image {row['path']!r}, and there is no file {path}. Put the images "
+            "there; nothing is downloaded."
+        )
+    return {"bytes": None, "path": path}
