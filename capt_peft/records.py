@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,12 @@ class Records:
 
 
 def read_records(
-    folder: str | Path, fingerprint: str | None, base: str | None = None, *, strict: bool = True
+    folder: str | Path,
+    fingerprint: str | None,
+    base: str | None = None,
+    *,
+    names: Sequence[str] = (RESULTS, EVALUATION),
+    strict: bool = True,
 ) -> Records:
     """Reads the records in an adapter's folder that are of its weights.
 
@@ -74,6 +79,7 @@ def read_records(
         folder: Folder of the adapter.
         fingerprint: The adapter's (`adapter_fingerprint`); None: unknown, so that no record is shown.
         base: The base model's fingerprint, as the adapter's configuration names it; None: not compared.
+        names: Which records to read.
         strict: Raise for records of other weights; False: leave them out and say why, as for those that cannot be tied.
 
     Raises:
@@ -81,7 +87,7 @@ def read_records(
     """
     found: dict[str, Mapping[str, Any]] = {}
     unshown = []
-    for name in (RESULTS, EVALUATION):
+    for name in names:
         if not Path(folder, name).is_file():
             continue
         try:

@@ -31,10 +31,11 @@ from peft import PeftModel
 
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
-from capt_peft.card import EVALUATION, RESULTS, write_card
+from capt_peft.card import EVALUATION, RESULTS, is_capt, write_card
 from capt_peft.data.task import check_template
 from capt_peft.evaluation.curve import robustness_curves
 from capt_peft.evaluation.subject import TARGETS
+from capt_peft.records import read_records
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from capt_peft.versions import versions
 
@@ -126,8 +127,12 @@ def parse_args(argv: list[str]) -> Arguments:
         raise ValueError(f"--{idle[0]} has no effect on clean accuracy, and --attacks names no attack.")
     if args.adapter is None and args.attack_target == "frozen":
         raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
-    if args.update_card and not (args.adapter and Path(args.adapter, RESULTS).is_file()):
-        raise ValueError(f"--update_card needs a local --adapter with its {RESULTS}, as examples/train.py writes it.")
+    if args.update_card:
+        if not (args.adapter and is_capt(Path(args.adapter))):
+            raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
+        read_records(
+            args.adapter, adapter_fingerprint(args.adapter), names=(RESULTS,)
+        )  # refuses those of other weights
     if args.curve:
         check_installed("matplotlib", "capt-peft[plot]", "--curve")
     return args

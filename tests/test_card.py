@@ -75,7 +75,7 @@ def test_the_card_of_a_run_holds_its_figures(adapter, results):
         results["adapter"]["fingerprint"],
         "1 images per class (10 in all)",
         "| seed | 42 |",
-        f"torch {results['versions']['torch']}",
+        f", torch {results['versions']['torch']}, ",
         "only within the threat model",
         "arXiv:2405.11154",
         "It was measured with PGD alone here",
@@ -374,6 +374,9 @@ def test_evaluate_updates_the_card(adapter, tmp_path):
     measure(["--adapter", str(folder), *quick, "--update_card"])
     assert json.loads((folder / "evaluation.json").read_text()) == json.loads((tmp_path / "r.json").read_text())
     assert "| capt | robust | L-inf 4/255 | pgd-3 |" in (folder / "README.md").read_text()
+    change_weights(folder)
+    with pytest.raises((ValueError, SystemExit), match=r"figures of other weights|2"):  # before the work
+        measure(["--adapter", str(folder), *quick, "--overwrite", "--update_card"])
     with pytest.raises(ValueError, match="--update_card needs a local --adapter"):
         measure(["--base", TINY_CLIP, *quick, "--update_card"])
 

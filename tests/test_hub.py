@@ -225,7 +225,7 @@ def test_a_damaged_adapter_is_not_uploaded(client, hub, folder, tmp_path):
     for name in ("adapter_config.json", WEIGHTS):
         (tmp_path / "damaged" / name).write_bytes((folder / "a" / name).read_bytes()[:-100])
     (tmp_path / "damaged" / "adapter_config.json").write_bytes((folder / "a" / "adapter_config.json").read_bytes())
-    with pytest.raises(StepFailed, match="no whole safetensors file"):
+    with pytest.raises(StepFailed, match="not a whole safetensors file"):
         client("push_adapter", str(tmp_path / "damaged"), ADAPTER)
     with pytest.raises(StepFailed, match="There is no adapter in"):
         client("push_adapter", str(tmp_path / "empty"), ADAPTER)
