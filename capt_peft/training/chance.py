@@ -38,10 +38,11 @@ def at_chance(accuracy: Accuracy, num_classes: int) -> str | None:
 
 
 class WarnAtChance(TrainerCallback):
-    """Measures the base model on some clean images before a run begins, and warns where it only guesses.
+    """Warns where the base model only guesses on a task, and leaves its sentence in `trainer.at_chance`.
 
-    It looks at training images at even distances and, where these are few, at held-out ones, and leaves its sentence in
-    `trainer.at_chance`. A resumed run, or a model without an adapter, is not measured.
+    Where the objective runs the frozen model anyway, it counts what that says of the first images, which costs nothing.
+    Otherwise it measures the base model before the run begins, on training images at even distances and, where these are few, on
+    held-out ones. A resumed run, or a model without an adapter, is not measured.
 
     Args:
         trainer: The `CaptTrainer`.
@@ -49,17 +50,34 @@ class WarnAtChance(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer: Any = weakref.proxy(trainer)  # a cycle would keep the trainer, and what it holds, alive
+        self._waits = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures and warns."""
+        """Measures and warns, unless the frozen model's outputs will come by themselves."""
         trainer = self.trainer
+        self._waits = False
         if state.global_step or not isinstance(trainer.classifier.model, PeftModel):
             return
         if any(p.requires_grad for _, p in base_parameters(trainer.classifier.model)):
             return  # switching the adapter off does not give the base model
-        trainer.at_chance = at_chance(self._accuracy(), trainer.task.num_classes)
+        self._waits = trainer.objective.needs_frozen and trainer.teacher is None and not args.augment  # type: ignore[attr-defined]
+        if not self._waits:
+            self._say(self._accuracy(), state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Warns once the frozen model has run on enough of this process's training images."""
+        known = self.trainer._frozen_outputs._known if self._waits else {}
+        labels = self.trainer.train_dataset.labels if self._waits else []
+        if self._waits and len(known) >= max(1, min(IMAGES, len(labels) // args.world_size)):
+            self._waits = False
+            right = [int(output.argmax()) == labels[index] for index, output in list(known.items())[:IMAGES]]
+            self._say(Accuracy(sum(right), len(right)), state)
+
+    def _say(self, accuracy: Accuracy, state: TrainerState) -> None:
+        trainer = self.trainer
+        trainer.at_chance = at_chance(accuracy, trainer.task.num_classes)
         if trainer.at_chance and state.is_world_process_zero:
             logger.warning(
                 "On %s, %s: the base model does not know these classes, or the names do not belong to the images. Prompts can "

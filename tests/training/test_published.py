@@ -12,9 +12,10 @@ from PIL import Image
 from torch.nn import functional as F
 from training_helpers import make_model, make_task, make_trainer
 
-from capt_peft import PGD, CaptConfig, CaptTrainingArguments, ThreatModel
+from capt_peft import PGD, CaptConfig, CaptObjective, CaptTrainingArguments, ThreatModel, load_task
 from capt_peft.data.transforms import PixelTransform
 from capt_peft.evaluation import Accuracy
+from capt_peft.objectives import AdversarialCrossEntropy
 from capt_peft.training.chance import at_chance
 
 
@@ -157,14 +158,24 @@ def test_an_accuracy_is_at_chance_unless_its_interval_lies_above_guessing(correc
     assert (at_chance(Accuracy(correct, n), classes) is not None) == guesses
 
 
-def test_a_base_that_only_guesses_is_said_before_the_run_and_once(tmp_path, processor, caplog):
-    """Class names in another order than the images: everything is wrong."""
-    trainer = make_trainer(tmp_path, processor, task=make_task(names=("xyzzy", "plugh", "frotz")), max_steps=1)
+@pytest.mark.parametrize(
+    "objective", [CaptObjective(), AdversarialCrossEntropy()], ids=["frozen runs anyway", "or not"]
+)
+def test_a_base_that_only_guesses_is_said_early_and_once(tmp_path, processor, caplog, objective):
+    """Words that the base does not know, in place of the class names."""
+    task = make_task(names=("xyzzy", "plugh", "frotz"))
+    trainer = make_trainer(tmp_path, processor, task=task, objective=objective, num_train_epochs=2)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    said = [
-        record.getMessage()
-        for record in caplog.records
-        if "not clearly above guessing among 3 classes" in record.getMessage()
-    ]
-    assert len(said) == 1 and "On patches" in said[0] and trainer.at_chance in said[0]
+    found = [r.getMessage() for r in caplog.records if "not clearly above guessing among 3 classes" in r.getMessage()]
+    assert len(found) == 1 and "On patches" in found[0] and trainer.at_chance in found[0]
+
+
+@pytest.mark.parametrize(
+    "objective", [CaptObjective(), AdversarialCrossEntropy()], ids=["frozen runs anyway", "or not"]
+)
+def test_a_base_that_knows_the_task_is_not_warned_of(tmp_path, processor, caplog, objective):
+    task = load_task("digits").few_shot(2, seed=0)
+    trainer = make_trainer(tmp_path, processor, task=task, objective=objective, num_train_epochs=1, attack_steps=1)
+    trainer.train()
+    assert trainer.at_chance is None and "guessing" not in caplog.text
