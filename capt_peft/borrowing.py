@@ -9,6 +9,7 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,7 +114,18 @@ def modules_in(function: Any) -> list[nn.Module]:
     It may be one, a method of one, or a function, partial or object that holds one: in its closure, arguments, attributes, or the
     global names that it uses.
     """
-    found: list[nn.Module] = []
+    return [thing for thing in _held(function) if isinstance(thing, nn.Module)]
+
+
+def arrays_in(function: Any) -> list[Tensor]:
+    """Returns the tensors and NumPy arrays of numbers that a callable holds outside of modules; see `modules_in`."""
+    held = [torch.as_tensor(thing) if isinstance(thing, np.ndarray) else thing for thing in _held(function)]
+    return [thing for thing in held if isinstance(thing, Tensor)]
+
+
+def _held(function: Any) -> list[Any]:
+    """Returns the modules, tensors and arrays that are found in a callable, each once."""
+    found: list[Any] = []
     seen: set[int] = set()
     todo: list[tuple[Any, int]] = [(function, 0)]
     while todo:
@@ -121,7 +133,7 @@ def modules_in(function: Any) -> list[nn.Module]:
         if id(thing) in seen or depth > _DEPTH:
             continue
         seen.add(id(thing))
-        if isinstance(thing, nn.Module):
+        if isinstance(thing, nn.Module | Tensor) or (isinstance(thing, np.ndarray) and thing.dtype.kind in "biuf"):
             found.append(thing)
         else:
             todo += [(part, depth + 1) for part in _parts(thing)]
@@ -162,6 +174,6 @@ def _globals(function: FunctionType) -> list[Any]:
     return [
         value
         for value in values
-        if isinstance(value, nn.Module | list | tuple | dict)
+        if isinstance(value, nn.Module | Tensor | np.ndarray | list | tuple | dict)
         or (isinstance(value, FunctionType) and value.__module__ == function.__module__)
     ]

@@ -66,10 +66,10 @@ class ZeroShotClassifier(nn.Module):
         self.model = model
         self.processor = processor
         self.transform = PixelTransform(processor)
+        check_class_names(class_names)
         self.class_names = tuple(class_names)
         self.template = template
         check_template(template)
-        check_class_names(self.class_names)
         check_supported(model, quiet=True)
         self.texts = [template.format(name) for name in self.class_names]
         text_inputs = tokenize(model, processor.tokenizer, self.texts)
@@ -230,7 +230,7 @@ class ZeroShotClassifier(nn.Module):
             class_names: Other classes for this call.
             template: Another text of a class for this call.
             top_k: Return the k best classes; by default all.
-            batch_size: Images a forward pass.
+            batch_size: Images per forward pass.
 
         Returns:
             For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.

@@ -15,8 +15,10 @@ from .examples import Examples
 from .subject import Subject
 
 SAMPLED = 16  # images
-KEPT = 32  # numbers of an image
-TOLERANCE = 1e-4  # of the largest number: far above what threads and processors change, far below what settings change
+KEPT = 32  # numbers per image
+TOLERANCE = (
+    1e-4  # of a class's largest number: far above what threads and processors change, far below what settings change
+)
 RANDOM = "random"
 
 
@@ -68,17 +70,19 @@ def _numbers(runs: list[Tensor]) -> str | list[list[float]]:
 
 
 def _projected(logits: Tensor) -> Tensor:
-    """Returns at most 32 numbers a row in place of many logits: sums with random signs."""
+    """Returns at most 32 numbers per row in place of many logits: sums with random signs."""
     width = logits.shape[1]
     if width <= KEPT:
         return logits
+    logits = logits.sign() * logits.abs().log1p()  # or a masked class, at -1e9, would drown all others
     signs = torch.randint(0, 2, (width, KEPT), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     return logits @ signs / width**0.5
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Returns the largest difference, as a share of the largest number."""
-    return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+    """Returns the largest difference, as a share of the largest number of the same column."""
+    largest = torch.maximum(a.abs(), b.abs()).amax(0).clamp_min(1e-30)
+    return float(((a - b).abs() / largest).max())
 
 
 def logit_differences(new: Mapping[str, Any], old: Any, path: str) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attacks import LogitsFn
 from ..attacks.guard import Guarded
-from ..borrowing import modules_in
+from ..borrowing import arrays_in, modules_in
 from ..classifier import ZeroShotClassifier
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
@@ -89,9 +89,11 @@ def _plain_subject(function: LogitsFn) -> Subject:
         raise ValueError(f"A classifier or a callable from pixels to logits is needed, got {function!r}.")
     description: dict[str, Any] = {"callable": getattr(function, "__qualname__", type(function).__qualname__)}
     modules = modules_in(function)
-    if modules:
-        state = [(f"{i}.{name}", value) for i, each in enumerate(modules) for name, value in _tensors(each)]
+    state = [(f"{i}.{name}", value) for i, each in enumerate(modules) for name, value in _tensors(each)]
+    state += [(f"array {i}", value) for i, value in enumerate(arrays_in(function))]
+    if state:
         description["fingerprint"] = tensors_fingerprint(state)
+    if modules:
         adapters = [adapter for module in modules for adapter in _adapters(module)]
         if adapters:
             description["adapters"] = adapters

@@ -92,7 +92,7 @@ class CaptModel(BaseTuner):
         if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
             _check_base(peft_config, model)
         self._start: dict[int, torch.Tensor] = {}
-        self._first_map: nn.Module | None = None
+        self._first_map: list[nn.Parameter] = []  # a list: a module here would be saved with the adapter
         if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
             return  # the values come from a file, or there are none
         if next(model.parameters()).device.type != "meta":
@@ -132,8 +132,8 @@ class CaptModel(BaseTuner):
     @torch.no_grad()
     def _copy_first_map(self, proj: nn.Module) -> None:
         """Lets a map between the towers start as a copy of the first one, as in MaPLe's and FAP's code."""
-        self._first_map = self._first_map or proj
-        for own, first in zip(proj.parameters(), self._first_map.parameters(), strict=True):
+        self._first_map = self._first_map or list(proj.parameters())
+        for own, first in zip(proj.parameters(), self._first_map, strict=True):
             if own.device.type != "meta":
                 own.copy_(first)
 

@@ -17,6 +17,7 @@ from transformers import CLIPModel
 from capt_peft import PGD, CaptConfig, ThreatModel, ZeroShotClassifier, evaluate, load_task
 from capt_peft.evaluation import Evaluation
 from capt_peft.evaluation import loop as loop_module
+from capt_peft.evaluation import sample as sample_module
 from capt_peft.evaluation.sample import TOLERANCE, logit_differences
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
@@ -141,7 +142,7 @@ def test_a_random_model_is_recorded_as_random():
 def test_rounding_is_the_same_model_and_more_is_not():
     old = {"images": [0, 1], "scored": [[30.0, -1.0], [2.0, 0.5]]}
     for change, same in ((TOLERANCE / 3, True), (3 * TOLERANCE, False)):
-        new = {**old, "scored": [[30.0, -1.0 + 30 * change], [2.0, 0.5]]}
+        new = {**old, "scored": [[30.0, -1.0 + change], [2.0, 0.5]]}
         found = logit_differences(new, old, "model.logits")
         assert (not found) is same
         assert same or "another machine, device or number of threads" in found[0]
@@ -303,3 +304,66 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="something else than an evaluation"):
         quiet(MODEL, output=path)
     assert path.read_text() == '{"name": "something else"}'
+
+
+# ------------------------------------------------------------------------------------ what sample logits alone do not show
+
+
+def one_hot(weights):
+    return lambda pixels: nn.functional.one_hot(((pixels - 0.5).flatten(1) @ weights).argmax(1), 4).float()
+
+
+def in_numpy(weights):
+    array = weights.numpy()
+    return lambda pixels: one_hot(torch.from_numpy(array))(pixels)
+
+
+def masked(weights, low):
+    def logits(pixels):
+        return torch.cat([(pixels - 0.5).flatten(1) @ weights, torch.full((len(pixels), 1), low)], 1)
+
+    return logits
+
+
+class Neighbours:
+    def __init__(self, bank, labels):
+        self.bank, self.labels = bank, labels
+
+    def __call__(self, pixels):
+        nearest = torch.cdist(pixels.flatten(1), self.bank).topk(5, largest=False).indices
+        return nn.functional.one_hot(self.labels[nearest], 4).float().mean(1)
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+W = drawn(0, 192, 4)
+BANK, KINDS = drawn(3, 60, 192), torch.arange(60) % 4
+HIDDEN = {
+    "weights of a closure, hard labels": (one_hot(W), one_hot(W + 1e-3 * drawn(1, 192, 4))),
+    "arrays of a closure": (in_numpy(W), in_numpy(W + 1e-3 * drawn(1, 192, 4))),
+    "a class masked at -1e9": (masked(W, -1e9), masked(-W, -1e9)),
+    "memory of an object": (Neighbours(BANK, KINDS), Neighbours(BANK, KINDS.where(torch.arange(60) > 0, 3))),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_callables_are_told_apart_by_what_they_hold_and_by_every_class(name, tmp_path):
+    data = (PIXELS, LABELS.clamp(max=3))
+    first, other = HIDDEN[name]
+    for function in HIDDEN[name]:
+        function.__dict__["__qualname__"] = "f"
+    path = tmp_path / "r.json"
+    before = quiet(first, data, (), output=path)
+    assert quiet(first, data, (), output=path) == before and not list(tmp_path.glob("*.old*"))
+    assert quiet(other, data, (), output=path) == quiet(other, data, ())
+    assert list(tmp_path.glob("*.old1.json"))
+
+
+def test_a_masked_class_does_not_hide_the_others():
+    logits = torch.cat([drawn(4, 16, 40), torch.full((16, 1), -1e9)], 1).double()
+    other = logits.clone()
+    other[:, :40] += 0.1
+    old, new = ({"images": [0], "scored": sample_module._numbers([z, z])} for z in (logits, other))
+    assert not logit_differences(old, old, "model.logits") and logit_differences(new, old, "model.logits")

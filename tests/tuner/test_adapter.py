@@ -332,3 +332,13 @@ def test_status_and_tags_name_the_method(clip, tmp_path):
     model.save_pretrained(tmp_path)
     with open(tmp_path / "adapter_config.json") as file:
         assert json.load(file)["peft_type"] == "CAPT"
+
+
+@pytest.mark.parametrize("coupling", ["text_to_vision", "vision_to_text"])
+@pytest.mark.parametrize("init", ["template", "random"])
+def test_a_coupled_adapter_of_either_start_is_loaded_again(coupling, init, saved_clip, tmp_path):
+    model = adapted(CLIPModel.from_pretrained(saved_clip), coupling=coupling, init=init, num_text_tokens=2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(CLIPModel.from_pretrained(saved_clip), tmp_path).eval()
+    inputs = clip_inputs()
+    assert torch.equal(again(**inputs).logits_per_image, model(**inputs).logits_per_image)
