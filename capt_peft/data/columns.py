@@ -76,8 +76,8 @@ def named_as(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     Raises:
         ValueError: The split has images of a class that `class_names` lacks.
     """
-    names = tuple(class_names)
-    return _relabelled(dataset, labels_by_name(dataset, names), names)
+    labels = labels_by_name(dataset, class_names)
+    return _relabelled(dataset, labels, tuple(class_names))
 
 
 def rename_classes(
@@ -160,7 +160,10 @@ def _classes(parts: Sequence[Part], column: str, class_names: Sequence[str] | No
         words = {word for part in parts for word in _words(part, column)}
         return in_class_order(words)
     if not _is_number(feature):
-        raise ValueError(f"Column {column!r} is {feature}; labels are a ClassLabel, strings or whole numbers.")
+        raise ValueError(
+            f"Column {column!r} is {feature}; labels are a ClassLabel, strings or whole numbers. Choose another `label_column`, "
+            "or cast this one (datasets: `cast_column`) to strings or whole numbers."
+        )
     if class_names is None:
         raise ValueError(
             f"The labels in column {column!r} are numbers without names. Give `class_names` in their order."

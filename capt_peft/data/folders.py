@@ -27,6 +27,12 @@ _AROUND = "links to a folder around them"
 _TWICE = "links to what is read already"
 _BROKEN = "broken links"
 _IRREGULAR = "not regular files"
+_POOLED = "names of folders inside a class folder that has no images itself, whose images count for the class"
+_PICTURES = frozenset(("image", "images", "img", "imgs", "jpegimages", "photos", "pictures", "rgb"))
+_ANNOTATIONS = frozenset((
+    "annotation", "annotations", "depth", "ground truth", "groundtruth", "gt", "label", "labels", "mask", "masks", "segmentation",
+    "segmentations", "segmentationclass", "trimaps",
+))  # fmt: skip
 
 
 def open_folder(root: Path, chosen: Collection[str] = ()) -> Opened:
@@ -105,6 +111,7 @@ class _Walk:
                 "train, validation and test folders of these."
             )
         _check_level(folders)
+        _check_not_annotations(folders)
         check_apart([folder.name for folder in folders], [repr(str(folder)) for folder in folders], str(root))
         images = {folder.name: self._images(folder, folder, ()) for folder in folders}
         twice = self._linked_twice()
@@ -169,6 +176,13 @@ class _Walk:
             else:
                 self._files[os.path.join(real, entry.name)] = owner
         images = [entry.path for entry in entries]
+        inside = [Path(child) for child in below]
+        if len({split_of(child.name) for child in inside} - {None}) > 1:
+            raise ValueError(_splits_inside(inside))
+        _check_not_annotations(inside)
+        if not above and len(below) > 1 and not entries:
+            for child in below:
+                self.leave(_POOLED, child)
         for child in below:
             images += self._images(child, owner, (*above, real))
         return images
@@ -267,6 +281,37 @@ def _check_level(folders: Sequence[Path]) -> None:
             f"({', '.join(sorted(below[alike[0]])[:3])}), so they seem to be no classes. Are they splits? Then name them "
             "(`train_split`, `test_split`). If they are classes, move their images up."
         )
+
+    splits = {folder: [split_of(name) for name in _names(folder)] for folder in below}
+    only = [folder for folder, found in splits.items() if all(found)]
+    if len({split for folder in only for split in splits[folder]}) > 1:
+        raise ValueError(_splits_inside([child for folder in only for child in _folders(folder)]))
+
+
+def _splits_inside(folders: Sequence[Path]) -> str:
+    return (
+        f"{_both(folders)} are called like splits but lie inside of class folders, so their images would be put together. Put "
+        "the class folders into the splits (train/cat/1.png, test/cat/2.png); or rename these folders, if they are not splits."
+    )
+
+
+def _check_not_annotations(folders: Sequence[Path]) -> None:
+    """Raises a ValueError if these are pictures and, under the same file names, their masks or other annotations."""
+    pictures = [folder for folder in folders if name_key(folder.name) in _PICTURES]
+    for other in (folder for folder in folders if name_key(folder.name) in _ANNOTATIONS):
+        for one in pictures:
+            stems = [
+                {splitext(name)[0] for name in os.listdir(folder) if not is_hidden(name)} for folder in (one, other)
+            ]
+            if 2 * len(stems[0] & stems[1]) > min(map(len, stems)):
+                raise ValueError(
+                    f"{one} and {other} hold files of the same names, so they seem to be images and their annotations, not "
+                    "classes. Move the annotations away, and put the images into a folder for each class."
+                )
+
+
+def _names(folder: Path) -> list[str]:
+    return [child.name for child in _folders(folder)]
 
 
 def _both(folders: Sequence[Path]) -> str:

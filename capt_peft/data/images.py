@@ -31,8 +31,8 @@ def load_image(image: Any) -> Image.Image:
     """Reads an image, upright and in RGB.
 
     The EXIF rotation is applied. Transparency is laid over white, as the image processors of transformers do. 16-bit
-    grey becomes 8-bit by its range (65,535 is white), not by clipping; 32-bit grey, whose range no file tells, counts as
-    8-bit up to 255 and as 16-bit up to 65,535. Of an animation the first frame is taken.
+    grey becomes 8-bit by its range (65,535 is white, or black where a TIFF says so), not by clipping; 32-bit grey, whose range
+    no file tells, counts as 8-bit up to 255 and as 16-bit up to 65,535. Of an animation the first frame is taken.
 
     Args:
         image: A PIL image, a path, a (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) array that is uint8 or float in [0, 1],
@@ -44,8 +44,8 @@ def load_image(image: Any) -> Image.Image:
     Raises:
         FileNotFoundError: A path without a file.
         ValueError: A damaged or truncated file, something that is not a regular file (a pipe, a device), a web address,
-            too many pixels, one side more than 1,000 times the other, 16-bit grey so dark that 8 bits would lose it, or an
-            array of another shape or range; the message names the file.
+            too many pixels, one side more than 1,000 times the other, 16-bit grey whose values need no more than 12 bits (it
+            would be almost black), or an array of another shape or range; the message names the file.
         TypeError: Something else.
     """
     if isinstance(image, Image.Image):
@@ -164,12 +164,13 @@ def _formats() -> tuple[str, ...]:
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_sides(*image.size, name)
-    bits = _grey_bits(image)  # turning the image loses what the file says
+    # turning the image loses what the file says
+    bits, inverted = _grey_bits(image), getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's WhiteIsZero
     with _naming(name):
         image.load()
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        return _from_deep_grey(image, bits, name)
+        return _from_deep_grey(image, bits, inverted, name)
     with _naming(name):
         if image.mode == "La":
             image = image.convert("LA")  # Pillow has no way from here to RGB
@@ -187,18 +188,23 @@ def _grey_bits(image: Image.Image) -> int | None:
     return None if image.mode == "I" and image.format != "PPM" else 16  # Pillow scales other formats to 16
 
 
-def _from_deep_grey(image: Image.Image, bits: int | None, name: str) -> Image.Image:
+def _from_deep_grey(image: Image.Image, bits: int | None, inverted: bool, name: str) -> Image.Image:
     """Returns grey of more than 8 bits as RGB; see `load_image`."""
     values = np.asarray(image, dtype=np.float64)
     brightest = values.max()
     if bits is None:
         bits = 8 if brightest <= 255 else 16
-    elif image.mode != "F" and 0 < brightest < 2 ** (bits - 8):
+    used = 12 if bits == 16 else bits - 8  # cameras and scanners save values of 10 or 12 bits as 16-bit
+    if image.mode != "F" and 0 < brightest < 2**used:
+        white, black = ("black", "white") if inverted else ("white", "black")
         raise ValueError(
-            f"{name} has grey values up to {brightest:g} where {2**bits - 1} is white, so it would be all but black; perhaps "
-            "8-bit values were saved as 16-bit. Save it as 8-bit, or scale its values to the whole range."
+            f"{name} has grey values up to {brightest:g} where {2**bits - 1} is {white}, so it would be all but {black}; perhaps "
+            f"values of {max(8, int(brightest).bit_length())} bits were saved as {bits}-bit. Scale its values to the whole "
+            "range, or save it as 8-bit."
         )
     grey = _to_8_bit(values, 1.0 if image.mode == "F" else 2.0**bits - 1, name)
+    if inverted:
+        grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255

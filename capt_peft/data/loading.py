@@ -23,7 +23,7 @@ from .published import Entry, to_catalog
 from .sampling import sample_shots, stratified_split
 from .sources import open_hub, open_local
 from .splits import choose_splits, first_part
-from .summary import one_line
+from .summary import one_line, without_images
 from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_template, column_values, encoded_images
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,9 @@ def load_task(
     if opened.kind in ("folder", "coop") and sum(map(len, task.splits.values())) <= MAX_CHECKED_IMAGES:
         check_images(task)
     logger.info("Task %s: %s.", task.name, one_line(task.counts()))
+    empty = without_images(task.class_names, task.counts())
+    if empty:
+        logger.warning("Task %s has %s.", task.name, "; ".join(empty))
     if left_out:
         logger.warning("Left out of task %s: %s.", task.name, "; ".join(left_out))
     return task

@@ -24,7 +24,7 @@ def check_given(class_names: ClassNames) -> ClassNames:
     """Returns class names as given to `load_task`, checked without the data.
 
     Raises:
-        ValueError: Fewer than two, empty ones, or some that are alike.
+        ValueError: Fewer than two, empty ones, some that are alike, or no order, as in a set.
     """
     if not isinstance(class_names, Mapping):
         check_class_names(class_names)

@@ -119,21 +119,41 @@ def _features(file: Path) -> Features | None:
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             schema, rows = opened.schema_arrow, opened.metadata.num_rows
-        features = Features.from_arrow_schema(schema)
     except (pyarrow.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{file} cannot be read as parquet; it may be damaged or cut short ({str(error)[:300]})."
         ) from error
+    features = _columns(file, schema)
     repeated = next((name for name in schema.names if schema.names.count(name) > 1), None)
     if repeated is not None:
         raise ValueError(f"{file} has two columns called {repeated!r}. Rename one.")
     return features if rows else None
 
 
+def _columns(file: Path, schema: pyarrow.Schema) -> Features:
+    """Returns the columns of a parquet file, or raises a ValueError that names one of a type that `datasets` does not have."""
+    try:
+        return Features.from_arrow_schema(schema)
+    except (pyarrow.ArrowException, ValueError, TypeError, KeyError) as error:
+        for field in schema:
+            try:
+                Features.from_arrow_schema(pyarrow.schema([field]))
+            except (pyarrow.ArrowException, ValueError, TypeError, KeyError):
+                raise ValueError(
+                    f"Column {field.name!r} of {file} is {str(field.type)[:100]}, which `datasets` cannot read. Leave this "
+                    "column out of the file, or write it as another type."
+                ) from error
+        raise ValueError(f"The columns of {file} cannot be read by `datasets`: {str(error)[:300]}") from error
+
+
 def _read(files: list[Path]) -> Dataset:
     paths = [str(file.resolve()) for file in files]
     states = [os.stat(path) for path in paths]
-    origins: list[Any] = [(path, str(s.st_mtime_ns), str(s.st_size)) for path, s in zip(paths, states, strict=True)]
+    # What `datasets` keeps in its cache belongs to these: every write changes the ctime, which no one can set back.
+    origins: list[Any] = [
+        (path, *map(str, (s.st_mtime_ns, s.st_size, s.st_dev, s.st_ino, s.st_ctime_ns)))
+        for path, s in zip(paths, states, strict=True)
+    ]
     # made here, because paths that are given as such are taken for patterns
     data_files: Any = DataFilesDict({"train": DataFilesList(paths, origins)})
     try:

@@ -16,7 +16,7 @@ def markdown_table(class_names: Sequence[str], counts: Mapping[str, Sequence[int
     Args:
         class_names: The N class names; above 20, the last ones are one row.
         counts: For each split, its N counts.
-        left_out: Sentences that follow the table as a list.
+        left_out: Sentences that follow the table as a list, after the classes without images.
     """
     shown = len(class_names) if len(class_names) <= MAX_CLASSES else MAX_CLASSES - 1
     rows: list[list[Any]] = [
@@ -27,7 +27,19 @@ def markdown_table(class_names: Sequence[str], counts: Mapping[str, Sequence[int
     rows.append([f"all {len(class_names):,}", *(sum(counts[split]) for split in counts)])
     lines = [table_row(["class", *counts]), table_row([Markdown("---"), *(Markdown("---:") for _ in counts)])]
     lines += [table_row([row[0], *(f"{number:,}" for number in row[1:])]) for row in rows]
-    return "\n".join([*lines, *([""] if left_out else []), *(f"- left out: {escape(note)}" for note in left_out)])
+    notes = [*without_images(class_names, counts), *(f"left out: {note}" for note in left_out)]
+    return "\n".join([*lines, *([""] if notes else []), *(f"- {escape(note)}" for note in notes)])
+
+
+def without_images(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> list[str]:
+    """Returns for each split that lacks images of some classes a sentence that names these, at most 5."""
+    notes = []
+    for split, numbers in counts.items():
+        names = [name for name, number in zip(class_names, numbers, strict=True) if not number]
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        if names:
+            notes.append(f"no {split} images of {', '.join(map(repr, names[:5]))}{more}")
+    return notes
 
 
 def one_line(counts: Mapping[str, Sequence[int]]) -> str:

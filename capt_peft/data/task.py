@@ -122,7 +122,7 @@ class Task:
         return replace(self, splits={**self.splits, "train": self["train"].select(chosen)})
 
     def summary(self) -> str:
-        """Returns images by class and split as a Markdown table, and below it what was left out."""
+        """Returns images by class and split as a Markdown table; below it classes without images, and what was left out."""
         return markdown_table(self.class_names, self.counts(), self.left_out)
 
     def counts(self) -> dict[str, list[int]]:
@@ -163,6 +163,7 @@ def labels_by_name(
     Raises:
         ValueError: The split has images of a class that `class_names` lacks, images without a label, or labels out of range.
     """
+    check_ordered(class_names)
     labels = column_values(dataset, column)
     feature = dataset.features[column]
     if not len(labels):
@@ -173,7 +174,8 @@ def labels_by_name(
         return _places(words, np.array([index[word] for word in labels]), class_names, what)
     if labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{what} has images without a label, or labels that are not whole numbers. Remove or label them."
+            f"{what} has images without a label, or labels that are not whole numbers (column {column!r}: {feature}). Remove or "
+            "label them."
         )
     names = feature.names if isinstance(feature, ClassLabel) else class_names
     if not 0 <= labels.min() <= labels.max() < len(names):
@@ -234,9 +236,20 @@ def check_template(template: str) -> None:
         raise ValueError(f"The template {template!r} must hold exactly one {{}}, the place of the class name.")
 
 
+def check_ordered(class_names: Sequence[str]) -> None:
+    """Raises a ValueError unless class names have an order: a list, a tuple or the like; not a set, dict, generator or str."""
+    listed = isinstance(class_names, Sequence) or (isinstance(class_names, np.ndarray) and class_names.ndim == 1)
+    if isinstance(class_names, (str, bytes)) or not listed:
+        raise ValueError(
+            f"Class names must be a list in the order of the labels, not a {type(class_names).__name__}: "
+            f"{str(class_names)[:80]}. Give a list, as ['cat', 'dog']."
+        )
+
+
 def check_class_names(class_names: Sequence[str]) -> None:
-    """Raises a ValueError unless there are at least two class names, none empty and no two alike (see `name_key`)."""
-    if isinstance(class_names, str) or len(class_names) < 2:
+    """Raises a ValueError unless this is a list of at least two class names, none empty and no two alike (see `name_key`)."""
+    check_ordered(class_names)
+    if len(class_names) < 2:
         raise ValueError(f"At least two class names are needed, got {class_names!r}.")
     empty = [i for i, name in enumerate(class_names) if not isinstance(name, str) or not name.strip()]
     if empty:

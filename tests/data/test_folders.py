@@ -70,6 +70,38 @@ def test_a_class_folder_may_hold_folders_of_its_own(tmp_path):
     assert counts(load_task(tmp_path)) == {"cat": 3, "dog": 2, "eel": 1}
 
 
+def test_the_folders_that_a_class_is_pooled_from_are_told(tmp_path, caplog):
+    folders(tmp_path / "animals", pets__cat=3, pets__dog=3, wild__wolf=3, wild__fox=3)
+    task = load_task(tmp_path)
+    assert task.class_names == ("pets", "wild")
+    told = "4 names of folders inside a class folder that has no images itself, whose images count for the class: pets/cat, "
+    assert told in task.summary() and told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("cat/train", "cat/test"), ("dog/training", "dog/testing")),
+        (("cat/train", "cat/test"), ("dog",)),
+        (("cat/train",), ("dog/test",)),
+        (("cat/photos/train", "cat/photos/val"), ("dog",)),
+    ],
+)
+def test_splits_inside_of_classes_are_refused(tmp_path, one, other):
+    folders(tmp_path, **dict.fromkeys((*one, *other), 2))
+    with pytest.raises(ValueError, match="are called like splits but lie inside of class folders"):
+        load_task(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [("images", "masks"), ("JPEGImages", "SegmentationClass"), ("cat/images", "cat/ground_truth")]
+)
+def test_images_and_their_annotations_are_not_classes(tmp_path, names):
+    folders(tmp_path, dog=1, **dict.fromkeys(names, 3))
+    with pytest.raises(ValueError, match=f"{names[0]} and .*{names[1]} hold files of the same names"):
+        load_task(tmp_path)
+
+
 def test_a_folder_around_everything_is_passed_through(tmp_path):
     folders(tmp_path / "archive" / "data", train__cat=3, train__dog=3, test__cat=1, test__dog=1)
     assert load_task(tmp_path).class_names == ("cat", "dog")

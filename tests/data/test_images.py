@@ -1,6 +1,7 @@
 """load_image and check_image: every kind of image becomes upright RGB, and damage names the file."""
 
 import os
+import struct
 from io import BytesIO
 
 import numpy as np
@@ -72,12 +73,31 @@ def test_dark_grey_of_32_bits_is_read_by_its_content(tmp_path, kind):
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
 @pytest.mark.parametrize("read", [load_image, check_image])
-def test_16_bit_grey_that_would_be_all_but_black_is_refused(tmp_path, suffix, read):
-    path = save(tmp_path / f"grey.{suffix}", np.array([[0, 10, 240]], dtype=np.uint16))
-    with pytest.raises(ValueError, match=rf"grey\.{suffix} has grey values up to 240 where 65535 is white"):
+@pytest.mark.parametrize(("brightest", "bits"), [(240, 8), (1023, 10), (4095, 12)])
+def test_16_bit_grey_that_would_be_all_but_black_is_refused(tmp_path, suffix, read, brightest, bits):
+    values = np.array([[0, 10, brightest]], dtype=np.uint16)
+    path = save(tmp_path / f"grey.{suffix}", values)
+    words = rf"grey\.{suffix} has grey values up to {brightest} where 65535 is white.* values of {bits} bits"
+    with pytest.raises(ValueError, match=words):
         read(path)
+    if bits > 8:
+        with pytest.raises(ValueError, match=f"values of {bits} bits were saved as 16-bit"):
+            read(Image.fromarray(values.astype(np.int32)))
     black = save(tmp_path / f"black.{suffix}", np.zeros((2, 2), dtype=np.uint16))
     assert load_image(black).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_whose_white_is_zero_is_not_read_as_a_negative(tmp_path, kind, compression):
+    white = 1 if kind is np.float32 else np.iinfo(kind).max
+    image = Image.fromarray(np.array([[0, white]], dtype=kind))
+    image.save(tmp_path / "grey.tif", compression=compression)
+    content = bytearray((tmp_path / "grey.tif").read_bytes())
+    tag = content.index(struct.pack("<HHI", 262, 3, 1))  # the photometric interpretation, a short
+    content[tag + 8] = 0
+    (tmp_path / "grey.tif").write_bytes(content)
+    assert np.asarray(load_image(tmp_path / "grey.tif"))[0, :, 0].tolist() == [255, 0]
 
 
 def test_a_transparent_value_of_16_bit_grey_is_white(tmp_path):

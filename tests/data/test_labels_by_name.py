@@ -186,7 +186,7 @@ def quiet_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-QUICK = settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
+QUICK = settings(deadline=None, max_examples=4, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.__name__)

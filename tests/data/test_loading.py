@@ -423,7 +423,7 @@ def test_splits_with_other_classes_are_refused(tmp_path, monkeypatch, three_spli
     [
         ({"template": "a photo"}, "exactly one {}"),
         ({"class_names": ["a", "a"]}, "'a' stands for more than one"),
-        ({"class_names": "ab"}, "two class names"),
+        ({"class_names": "ab"}, "must be a list"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_opened(settings, message):

@@ -1,6 +1,7 @@
 """Parquet files: each is read by its own class names, a path is a path, and the Hub's layouts are known."""
 
 import io
+import os
 
 import datasets
 import pyarrow as pa
@@ -147,6 +148,41 @@ def test_a_file_without_rows_is_named_or_counted(tmp_path):
     write(tmp_path / "train-1.parquet")
     task = load_task(tmp_path)
     assert sum(check(task).values()) == 12 and "train-0.parquet" in task.left_out[0]
+
+
+def test_a_file_that_was_written_again_is_read_again_whatever_its_time_says(tmp_path):
+    path, sizes = tmp_path / "train.parquet", set()
+    for names in (["cat", "dog"], ["dog", "cat"]):
+        images = [{"bytes": png(word)} for word in ("cat", "dog") * 4]
+        pq.write_table(pa.table({"image": images, "label": names * 4}), path, compression="none", use_dictionary=False)
+        os.utime(path, (1e9, 1e9))
+        sizes.add(path.stat().st_size)
+        task = load_task(path, label_column="label")
+        for row in task["test"]:
+            assert task.class_names[row["label"]] == names[row["image"].getpixel((0, 0))[0]]
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (pa.array([[("a", 1)]] * 2, pa.map_(pa.string(), pa.int64())), r"Column 'more' of .*a\.parquet is map<"),
+        (pa.array([True, False]), r"Column 'more' is Value\('bool'\)"),
+        (pa.array([0.0, 1.0]), r"Column 'more' is Value\('float64'\)"),
+    ],
+)
+def test_a_column_of_a_type_that_cannot_serve_is_named(tmp_path, column, words):
+    pq.write_table(pa.table({"image": [{"bytes": png("cat")}] * 2, "more": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=words):
+        load_task(tmp_path, label_column="more", class_names=["no", "yes"])
+
+
+def test_classes_without_images_are_named_by_split(tmp_path, caplog):
+    for split, labels in (("train", [1, 2]), ("test", [0, 1])):
+        pq.write_table(pa.table({"image": [{"bytes": png("cat")}] * 2, "label": labels}), tmp_path / f"{split}.parquet")
+    told = "no train images of 'zero'", "no test images of 'two'"
+    summary = load_task(tmp_path, label_column="label", class_names=["zero", "one", "two"]).summary()
+    assert all(words in summary and words in caplog.text for words in told)
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):

@@ -6,7 +6,7 @@ from datasets import Dataset, Features, Value
 from PIL import Image
 
 from capt_peft import describe_task
-from capt_peft.data import Task
+from capt_peft.data import Task, load_task
 from capt_peft.data.columns import named_as
 from capt_peft.data.task import labels_by_name, task_features
 
@@ -39,11 +39,26 @@ def test_a_template_needs_exactly_one_place_for_the_class_name(template):
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [(("cat",), "two class names"), ("cat", "two class names"), (("cat", " "), "label 1"), (("cat", "cat"), "'cat'")],
+    [(("cat",), "two class names"), (("cat", " "), "label 1"), (("cat", "cat"), "'cat'")],
 )
 def test_class_names_must_be_two_or_more_different_words(names, message):
     with pytest.raises(ValueError, match=message):
         Task("t", names, {})
+
+
+@pytest.mark.parametrize(
+    "names", [set(NAMES), frozenset(NAMES), dict(enumerate(NAMES)), dict.fromkeys(NAMES).keys(), iter(NAMES), "cat"]
+)
+def test_class_names_without_an_order_are_refused(names):
+    for use in (
+        lambda: Task("t", names, {"train": split([0, 1, 2])}),
+        lambda: labels_by_name(split([0, 1, 2]), names),
+        lambda: named_as(split([0, 1, 2]), names),
+        lambda: load_task("digits", class_names=names if not isinstance(names, dict) else names.values()),
+    ):
+        with pytest.raises(ValueError, match="must be a list in the order of the labels, not a "):
+            use()
+    assert load_task("digits", class_names=np.array([f"digit {i}" for i in range(10)])).num_classes == 10
 
 
 def test_labels_without_a_class_name_are_refused():
@@ -99,6 +114,7 @@ def test_the_summary_counts_images_by_class_and_split_and_says_what_was_left_out
         "| eel | 4 | 1 |",
         "| all 3 | 12 | 2 |",
         "",
+        "- no test images of 'c\\|t'",
         "- left out: 3 &#60;b&#62;: x y",
     ]
     assert task.few_shot(1, 0).left_out == task.left_out
