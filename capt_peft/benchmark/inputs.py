@@ -22,11 +22,11 @@ from ..data.loading import list_tasks, load_task
 from ..data.pixels import digest_images
 from ..data.task import Task
 from ..data.transforms import PixelTransform
-from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
+from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, configuration_digest
 from .cells import ZERO_SHOT, Cell, Target
 
 Root = str | Mapping[str, str] | None
-TUNED_WITH = ("training_data", "base_model_fingerprint", "teacher_fingerprint", "processor")
+TUNED_WITH = ("training_data", "base_model_fingerprint", "base_configuration", "teacher_fingerprint", "processor")
 
 
 class Inputs:
@@ -44,8 +44,8 @@ class Inputs:
         """Returns what has to be the same for a line of the cell to be its result, in JSON types.
 
         `measured_data` has a digest for each target, and `training_data` one for the training images or None: of all images
-        that are used, their labels, the class names and the text. The others are of the weights of base and teacher, and of
-        how the processor makes pixels and tokens.
+        that are used, their labels, the class names and the text. The others are of the weights and the configuration of base
+        and teacher, and of how the processor makes pixels and tokens.
         """
         tuned, text = cell.method != ZERO_SHOT, cell.prompts.get("template")
         teacher = cell.settings.get("teacher") if tuned else None
@@ -88,7 +88,11 @@ def model_digests(model: nn.Module, processor: Any) -> dict[str, Any]:
     pixels = PixelTransform(processor).to_dict()
     settings = {name: pixels[name] for name in ("size", "resize", "center_crop", "resample", "mean", "std")}
     words = sorted(processor.tokenizer.get_vocab().items())
-    return {"base_model_fingerprint": base_fingerprint(model), "processor": _digest([settings, words])}
+    return {
+        "base_model_fingerprint": base_fingerprint(model),
+        "base_configuration": configuration_digest(model),
+        "processor": _digest([settings, words]),
+    }
 
 
 def _teacher(name: str | None) -> str | None:
@@ -96,7 +100,8 @@ def _teacher(name: str | None) -> str | None:
         return None
     if Path(name, CONFIG_NAME).exists():
         return adapter_fingerprint(name)
-    return base_fingerprint(AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False))
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    return _digest([base_fingerprint(model), configuration_digest(model)])
 
 
 def _digest(content: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..report.lines import contradiction
 from .cells import ZERO_SHOT, Cell
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class Lines:
         path: The file; it need not exist yet.
 
     Raises:
-        ValueError: A line other than the last that is no JSON object, or a path that is a folder.
+        ValueError: A line other than the last that is not a JSON object, figures that cannot be, or a path that is a folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,6 +49,9 @@ class Lines:
                         f"Line {number} of {self.path} is not a line of a benchmark ({str(error)[:200]}). Fix or remove it."
                     ) from error
                 logger.warning("The last line of %s was cut short; its cell runs again.", self.path)
+                continue
+            if why := _contradiction(line):
+                raise ValueError(f"Line {number} of {self.path} has figures that cannot be ({why}). Fix or remove it.")
         return lines
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -82,6 +86,13 @@ class Lines:
                 return start + found + 1
             end = start
         return 0
+
+
+def _contradiction(line: Mapping[str, Any]) -> str | None:
+    try:
+        return next(filter(None, map(contradiction, line["results"])), None)
+    except (KeyError, TypeError, AttributeError):
+        return None  # not whole, so that its cell runs again
 
 
 def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 FEW_SHOT, BASE_TO_NEW, CROSS_DATASET, SHIFT = PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
 TRANSFERS = (CROSS_DATASET, SHIFT)  # trained on one task, measured on it and on others
 WORST = "worst of "  # the share of images that none of several attacks broke
-_INPUTS = ("training_data", "base_model_fingerprint", "teacher_fingerprint")
+_OF_THE_BASE = ("base_model_fingerprint", "base_configuration", "processor")
 Shots = int | str  # a number of images a class, or "all"
 
 
@@ -60,7 +60,8 @@ class Cell:
         model: Name of the base model.
         threat: The threat model of the attacks, as in "L-inf 10/255".
         settings: All settings that the training depends on; None where every line of the cell failed.
-        inputs: Digests of the training images and of the weights of base and teacher, as far as the lines have them.
+        inputs: Digests of images and models, as far as the lines have them, by their names and what they are of: cells of one
+            table have the same ones.
         results: What was measured; empty where every line of the cell failed.
         collapsed: How the training collapsed, if it did.
         failures: (attack, error) for every attack of a line that failed.
@@ -77,7 +78,7 @@ class Cell:
     model: str
     threat: str
     settings: str | None = field(default=None, repr=False)
-    inputs: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
+    inputs: Mapping[tuple[Any, ...], str] = field(default_factory=dict, repr=False, hash=False)
     results: tuple[Result, ...] = ()
     collapsed: str | None = None
     failures: tuple[tuple[str, str], ...] = ()
@@ -118,12 +119,7 @@ class Cell:
         Raises:
             ValueError: The lines are of different settings, images or weights.
         """
-        mixed = sorted(name for name, value in self.inputs.items() if other.inputs.get(name, value) != value)
-        if mixed:
-            raise ValueError(
-                f"{self} ({self.suite}, {self.protocol}, {self.split}) has lines with another {', '.join(mixed)} each, whose "
-                "figures do not belong in one table. Keep them in files, and reports, of their own."
-            )
+        _check_inputs([self, other])
         if None not in (self.settings, other.settings) and self.settings != other.settings:
             raise ValueError(
                 f"{self} ({self.suite}, {self.protocol}, {self.split}) was run with different settings, which are: "
@@ -205,12 +201,18 @@ def read_lines(paths: str | Path | Sequence[str | Path]) -> list[Cell]:
 
 
 def sections(cells: Sequence[Cell]) -> list[Section]:
-    """Returns the cells in groups that may be compared, few-shot first."""
+    """Returns the cells in groups that may be compared, few-shot first.
+
+    Raises:
+        ValueError: Cells of one group are of different images, base models or processors.
+    """
     groups: dict[Section, list[Cell]] = {}
     for cell in cells:
         source = cell.task if cell.protocol in TRANSFERS else None
         names = (cell.suite, cell.protocol, cell.split, cell.model, cell.threat)
         groups.setdefault(Section(*names, source), []).append(cell)
+    for group in groups.values():
+        _check_inputs(group)
     ordered = sorted(groups.items(), key=lambda item: PROTOCOLS.index(item[0].protocol))
     return [replace(section, cells=tuple(group)) for section, group in ordered]
 
@@ -275,22 +277,78 @@ def _cell(line: Mapping[str, Any]) -> Cell:
     return replace(
         place,
         settings=json.dumps(settings, sort_keys=True),
-        inputs={name: line[name] for name in _INPUTS if line.get(name)},
+        inputs=_inputs(line, place),
         results=tuple(_result(result) for result in line["results"]),
         collapsed=(line.get("training") or {}).get("collapsed"),
     )
 
 
+def _inputs(line: Mapping[str, Any], cell: Cell) -> dict[tuple[Any, ...], str]:
+    """Returns the digests of a line, each under what all lines of a table with the same one of it have in common."""
+    limit, results = line["cell"].get("limit"), line["results"]
+    template = results[0].get("template") if results else None
+    of = [(row["task"], row["classes"], limit, row.get("template")) for row in results]
+    digests: dict[tuple[Any, ...], str | None] = {
+        **{("measured_data", *key): digest for key, digest in zip(of, line.get("measured_data") or (), strict=False)},
+        ("training_data", cell.task, cell.shots, cell.seed, template): line.get("training_data"),
+        ("teacher_fingerprint", cell.label): line.get("teacher_fingerprint"),
+        **{(name,): line.get(name) for name in _OF_THE_BASE},
+    }
+    return {key: digest for key, digest in digests.items() if digest}
+
+
+def _check_inputs(cells: Sequence[Cell]) -> None:
+    """Raises a ValueError if the cells cannot stand in one table, as they are of different images or models."""
+    first: dict[tuple[Any, ...], Cell] = {}
+    for cell in cells:
+        mixed = {
+            key: one for key in cell.inputs if (one := first.setdefault(key, cell)).inputs[key] != cell.inputs[key]
+        }
+        if mixed:
+            names, one = sorted({str(key[0]) for key in mixed}), next(iter(mixed.values()))
+            both = str(cell) if one.place == cell.place else f"{one}, beside {cell},"
+            raise ValueError(
+                f"{both} ({cell.suite}, {cell.protocol}, {cell.split}) has lines with another {', '.join(names)} each, whose "
+                "figures do not belong in one table. Keep them in files, and reports, of their own, or measure one again."
+            )
+
+
 def _result(row: Mapping[str, Any]) -> Result:
+    if why := contradiction(row):
+        raise ValueError(why)
     attacks = {name: _accuracy(a) for name, a in row["attacks"].items()}
     if len(attacks) > 1 and "worst_case" in row:
         attacks[WORST + ", ".join(attacks)] = _accuracy(row["worst_case"])
     return Result(row["task"], row["classes"], _accuracy(row["clean"]), attacks)
 
 
+def contradiction(row: Mapping[str, Any]) -> str | None:
+    """Returns why the figures of a result cannot be, or None: an image counts under an attack only if it counts without.
+
+    Args:
+        row: One of the `results` of a line.
+
+    Raises:
+        KeyError, TypeError, AttributeError: A figure is missing.
+    """
+    clean, attacks, worst = row["clean"], row["attacks"], row.get("worst_case")
+    counts = {"clean": clean, **attacks} | ({} if worst is None else {"the worst case": worst})
+    for name, count in counts.items():
+        if count["n"] < 1 or not 0 <= count["correct"] <= count["n"]:
+            return f"{name}: {count['correct']} of {count['n']} is no accuracy"
+        if count["n"] != clean["n"] or count["correct"] > clean["correct"]:
+            return f"{name}: {_of(count)} cannot be beside {_of(clean)} of clean images"
+    for name, count in attacks.items():
+        if worst is not None and worst["correct"] > count["correct"]:
+            return f"the worst case: {_of(worst)} cannot be beside {_of(count)} under {name}"
+    return None
+
+
+def _of(count: Mapping[str, Any]) -> str:
+    return f"{count['correct']} of {count['n']}"
+
+
 def _accuracy(row: Mapping[str, Any]) -> Accuracy:
-    if row["n"] < 1 or not 0 <= row["correct"] <= row["n"]:
-        raise ValueError(f"{row['correct']} of {row['n']} is no accuracy")
     return Accuracy(row["correct"], row["n"])
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..attacks.threat import format_fraction
 from ..data.pixels import digest_images
-from ..tuner.fingerprint import base_parameters, tensors_fingerprint
+from ..tuner.fingerprint import base_parameters, configuration_digest, tensors_fingerprint
 
 SHOWN_DIFFERENCES = 12
 NOTHING = "nothing"
@@ -40,6 +40,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
     train: Any = trainer.train_dataset
     return _plain({
         "base model": model_fingerprint(model),
+        "base configuration": configuration_digest(model),
         "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter": config and {name: value for name, value in config.items() if name not in _NOT_SHAPE},
         "class names": list(task.class_names),
@@ -48,7 +49,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "pixels": train.transform.to_dict(),
         "training attack": trainer.attack.to_dict() if hasattr(trainer.attack, "to_dict") else _settings(trainer.attack),
         "objective": _settings(trainer.objective),
-        "teacher": trainer.teacher and tensors_fingerprint(trainer.teacher.model.named_parameters()),
+        "teacher": trainer.teacher and _teacher(trainer.teacher.model),
         "seed": args.seed,
         "data_seed": args.data_seed,
         "optimizer": args.optim,
@@ -77,6 +78,10 @@ def model_fingerprint(model: nn.Module) -> str:
     if isinstance(model, PeftModel):
         return tensors_fingerprint((n, p) for n, p in base_parameters(model) if not p.requires_grad)
     return tensors_fingerprint(model.named_parameters())
+
+
+def _teacher(model: nn.Module) -> str:
+    return f"{tensors_fingerprint(model.named_parameters())}, configuration {configuration_digest(model)}"
 
 
 def _settings(thing: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: of a base model without its adapters, and of an adapter in memory or on disk."""
+"""Fingerprints: of a base model without its adapters, of its configuration, and of an adapter in memory or on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peft import PeftConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import PretrainedConfig
 
 from .switching import base_modules
 
@@ -22,6 +23,12 @@ PEFT_PREFIX = "base_model.model."
 _PROVENANCE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "init", "init_lora_weights", "init_std", "init_weights",
     "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
+}  # fmt: skip
+# entries of a base model's configuration that say where it came from, how it began or how it is stored, not what it computes
+_NOT_ACTING = {
+    "_commit_hash", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "initializer_factor", "initializer_range",
+    "label2id", "logit_scale_init_value", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -50,6 +57,28 @@ def base_fingerprint(model: nn.Module) -> str | None:
     if any(parameter.device.type == "meta" for _, parameter in parameters):
         return None
     return tensors_fingerprint(parameters)
+
+
+def configuration_digest(model: nn.Module) -> str | None:
+    """Returns a hash of what a base model's configuration makes it compute, such as its activation function.
+
+    Args:
+        model: The base model, with or without adapters in it.
+
+    Returns:
+        16 hexadecimal digits of a SHA-256, or None for a model without a configuration of transformers.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return None
+    text = json.dumps(_acting(config.to_dict()), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _acting(content: Any) -> Any:
+    if not isinstance(content, dict):
+        return content
+    return {key: _acting(value) for key, value in content.items() if key not in _NOT_ACTING}
 
 
 def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from capt_peft.benchmark import Lines, Plan, Suite, Target, cost, get_suite, listing, run_cells
 from capt_peft.benchmark.executors import run_here
 from capt_peft.benchmark.inputs import Inputs
+from capt_peft.report import read_lines
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
 KILLED = [
@@ -106,7 +108,8 @@ def damaged(whole, *path, to=None):
     "damage",
     [
         ("results",), ("results", 0), ("results", 0, "clean"), ("results", 0, "attacks", "pgd-1"), ("results", 0, "worst_case"),
-        ("results", 0, "clean", "n"), ("training",), ("measured_data",), ("base_model_fingerprint",), ("processor",),
+        ("results", 0, "clean", "n"), ("training",), ("measured_data",), ("base_model_fingerprint",), ("base_configuration",),
+        ("processor",),
     ],
     ids=str,
 )  # fmt: skip
@@ -124,7 +127,7 @@ def test_a_finished_line_that_is_not_whole_runs_again(output, damage, caplog):
     [
         (("measured_data", 0), "other images"), (("training_data",), "other images"), (("processor",), "other pixels"),
         (("base_model_fingerprint",), "other weights"), (("teacher_fingerprint",), "a teacher"), (("cell", "seed"), 9),
-        (("results", 0, "clean", "correct"), 5), (("results", 0, "task"), "shapes"),
+        (("base_configuration",), "another"), (("results", 0, "task"), "shapes"),
     ],
 )  # fmt: skip
 def test_a_line_of_other_images_weights_or_cells_is_not_reused(output, path, to):
@@ -133,6 +136,42 @@ def test_a_line_of_other_images_weights_or_cells_is_not_reused(output, path, to)
     assert "changed" in listing([cell], output, TINY_CLIP)
     go([cell], output, engine := Engine())
     assert engine.given == [cell]
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "why"),
+    [
+        (("clean", "correct"), 5, "clean: 5 of 4 is no accuracy"),
+        (("clean", "correct"), 0, "pgd-1: 1 of 4 cannot be beside 0 of 4 of clean images"),
+        (("attacks", "pgd-1", "n"), 3, "pgd-1: 1 of 3 cannot be beside 1 of 4 of clean images"),
+        (("attacks", "pgd-1", "correct"), 0, "the worst case: 1 of 4 cannot be beside 0 of 4 under pgd-1"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused_with_the_number_of_their_line(output, path, to, why):
+    cells = make_cells(seeds=[0, 1])
+    Lines(output).append(line(cells[0]))
+    Lines(output).append(damaged(line(cells[1]), "results", 0, *path, to=to))
+    with pytest.raises(ValueError, match=rf"Line 2 of .* figures that cannot be \({why}\). Fix or remove it"):
+        go(cells, output, Engine())
+    with pytest.raises(ValueError, match=f"line 2: this is not a benchmark line .*{why}"):
+        read_lines(output)
+
+
+def test_a_changed_configuration_of_the_base_is_measured_again(tmp_path, output):
+    """Without changed weights: an activation function acts, where the configuration came from does not."""
+    shutil.copytree(TINY_CLIP, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    content = json.loads(path.read_text())
+    (cell,) = make_cells(str(tmp_path / "base"), seeds=[0])
+    before = Inputs().digests(cell)
+
+    path.write_text(
+        json.dumps(content | {"transformers_version": "4.0", "architectures": ["X"], "torch_dtype": "float16"})
+    )
+    assert Inputs().digests(cell) == before
+    path.write_text(json.dumps(content | {"vision_config": content["vision_config"] | {"hidden_act": "relu"}}))
+    after = Inputs().digests(cell)
+    assert [name for name in after if after[name] != before[name]] == ["base_configuration"]
 
 
 def test_a_finished_line_whose_images_cannot_be_read_is_neither_reused_nor_lost(output, tmp_path):

@@ -122,6 +122,33 @@ def test_lines_of_other_images_or_weights_do_not_share_a_row(tmp_path, name):
     assert len(read_lines(write(tmp_path / "lines.jsonl", [line() | {name: "a"}, line(attack="square")]))) == 1
 
 
+def report(tmp_path, *lines):
+    return sections(read_lines(write(tmp_path / "lines.jsonl", lines)))
+
+
+@pytest.mark.parametrize("name", ["measured_data", "base_model_fingerprint", "base_configuration", "processor"])
+@pytest.mark.parametrize("other", [{"attack": "square"}, {"method": "adv-vlp"}, {"seed": 1}, {"shots": 4}], ids=str)
+def test_what_was_measured_on_other_images_or_bases_does_not_share_a_table(tmp_path, name, other):
+    a, b = (["a"], ["b"]) if name == "measured_data" else ("a", "b")
+    with pytest.raises(ValueError, match=rf"capt on shapes, 16 shots, seed 0.* lines with another {name} each.*again"):
+        report(tmp_path, line() | {name: a}, line(**other) | {name: b})
+    for same in ({name: a}, {}):  # the published lines have no digests
+        assert report(tmp_path, line() | {name: a}, line(**other) | same)
+
+
+def test_other_images_of_another_task_half_split_or_limit_are_as_they_should_be(tmp_path):
+    both = base_to_new("capt", "shapes", 0, (80, 40), (70, 30)) | {"measured_data": ["a", "b"]}
+    others = [line(task="digits"), line(split="validation"), line(n=50, attack="square")]
+    found = report(tmp_path, both, line() | {"measured_data": ["c"]}, *(o | {"measured_data": ["d"]} for o in others))
+    assert len(found) == 3
+
+
+def test_methods_trained_on_other_images_do_not_share_a_table(tmp_path):
+    with pytest.raises(ValueError, match="lines with another training_data each"):
+        report(tmp_path, line() | {"training_data": "a"}, line("adv-vlp") | {"training_data": "b"})
+    assert report(tmp_path, line() | {"training_data": "a"}, line("adv-vlp", seed=1) | {"training_data": "b"})
+
+
 def test_different_settings_are_fine_where_a_variant_or_another_number_of_shots_tells_them_apart(tmp_path):
     other = {"learning_rate": 0.1}
     lines = [line(), line(settings=other, variant="slow"), line(settings=other, shots=4)]

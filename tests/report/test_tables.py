@@ -99,7 +99,7 @@ def test_transfer_has_the_source_each_target_and_the_average_over_targets(tmp_pa
 
 
 def test_incomplete_rows_are_averaged_over_common_runs_and_it_is_said(tmp_path):
-    lines = [line("capt", t, s, c, 40) for t, c in (("a", 80), ("b", 60), ("c", 10)) for s in (0, 1, 2)]
+    lines = [line("capt", t, s, c, 40) for t, c in (("a", 80), ("b", 60), ("c", 50)) for s in (0, 1, 2)]
     lines += [line("tecoa", t, s, 70, 30) for t in "ab" for s in (0, 1, 2)]
     table = tables(tmp_path, lines)[0]
     assert cells(table)["capt"][0] == "70.0 ± 0.0"
@@ -133,7 +133,7 @@ def test_a_method_that_failed_everywhere_keeps_its_row(tmp_path):
 
 
 def test_collapsed_runs_count_and_are_named(tmp_path):
-    lines = [line(seed=0, clean=80), line(seed=1, clean=2, collapsed="all images get one class")]
+    lines = [line(seed=0, clean=80), line(seed=1, clean=2, robust=2, collapsed="all images get one class")]
     table = tables(tmp_path, lines)[0]
     assert cells(table)["capt"][0].startswith("41.0")
     assert "1 of 2 runs: capt on shapes, 16 shots, seed 1 (all images get one class)" in notes(table)

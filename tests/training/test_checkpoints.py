@@ -285,6 +285,13 @@ def other_images():
     return replace(task, splits={"train": task["train"].select([*range(9), 0, 10, 11])})
 
 
+def other_configuration():
+    """The same weights, which compute something else."""
+    model = make_model()
+    model.get_base_model().config.vision_config.hidden_act = "relu"
+    return model
+
+
 def other_base():
     model = make_model()
     with torch.no_grad():
@@ -307,6 +314,7 @@ def other_base():
         (lambda p: {"optim": "adamw_torch"}, "optimizer: adamw_torch here, sgd in the checkpoint"),
         (lambda p: {"model": make_model(vision_depth=3)}, "adapter vision_depth: 3 here, 2 in the checkpoint"),
         (lambda p: {"model": other_base()}, "base model: "),
+        (lambda p: {"model": other_configuration()}, "base configuration: "),
         (lambda p: {"teacher": other_teacher(p)}, "in the checkpoint"),
         (lambda p: {"task": make_task(per_class=5)}, "training images number: 15 here, 12 in the checkpoint"),
         (lambda p: {"task": other_images()}, "training images content: "),
