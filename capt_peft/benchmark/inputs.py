@@ -44,18 +44,22 @@ class Inputs:
         """Returns what has to be the same for a line of the cell to be its result, in JSON types.
 
         `measured_data` has a digest for each target, and `training_data` one for the training images or None: of all images
-        that are used, their labels, the class names and the text. The others are of the weights and the configuration of base
-        and teacher, and of how the processor makes pixels and tokens.
+        that are used, their labels, the class names and the text; `measured_images` and `training_images` leave out the text, by
+        which methods may differ. The others are of the weights and the configuration of base and teacher, and of how the processor makes pixels and tokens.
         """
         tuned, text = cell.method != ZERO_SHOT, cell.prompts.get("template")
         teacher = cell.settings.get("teacher") if tuned else None
         training = (cell.task, cell.train_classes, cell.shots, cell.seed, text)
+        measured = [
+            self._once("measured", (target, cell.split, cell.limit, text), partial(self._measured, cell, target))
+            for target in cell.targets
+        ]
+        images, data = self._once("training", training, partial(self._training, cell)) if tuned else (None, None)
         return {
-            "measured_data": [
-                self._once("measured", (target, cell.split, cell.limit, text), partial(self._measured, cell, target))
-                for target in cell.targets
-            ],
-            "training_data": self._once("training", training, partial(self._training, cell)) if tuned else None,
+            "measured_images": [of for of, _ in measured],
+            "measured_data": [of for _, of in measured],
+            "training_images": images,
+            "training_data": data,
             **self._once("model", (cell.model,), partial(_model_digests, cell.model)),
             "teacher_fingerprint": self._once("teacher", (teacher,), partial(_teacher, teacher)),
         }
@@ -65,17 +69,19 @@ class Inputs:
             self._known[what, about] = make()
         return self._known[what, about]
 
-    def _measured(self, cell: Cell, target: Target) -> str:
+    def _measured(self, cell: Cell, target: Target) -> tuple[str, str]:
         task = read_task(target.task, target.classes, self.root)
-        return _data_digest(drawn(task[cell.split], cell.limit), task, template_of(cell, task))
+        return _data_digests(drawn(task[cell.split], cell.limit), task, template_of(cell, task))
 
-    def _training(self, cell: Cell) -> str:
+    def _training(self, cell: Cell) -> tuple[str, str]:
         task = training_task(cell, self.root)
-        return _data_digest(task["train"], task, task.template)
+        return _data_digests(task["train"], task, task.template)
 
 
-def _data_digest(data: datasets.Dataset, task: Task, template: str) -> str:
-    return _digest([digest_images(data), list(task.class_names), template])
+def _data_digests(data: datasets.Dataset, task: Task, template: str) -> tuple[str, str]:
+    """Returns a digest of images, labels and class names, and one of these and the text."""
+    content = [digest_images(data), list(task.class_names)]
+    return _digest(content), _digest([*content, template])
 
 
 def _model_digests(name: str) -> dict[str, Any]:

@@ -287,9 +287,17 @@ def _inputs(line: Mapping[str, Any], cell: Cell) -> dict[tuple[Any, ...], str]:
     """Returns the digests of a line, each under what all lines of a table with the same one of it have in common."""
     limit, results = line["cell"].get("limit"), line["results"]
     template = results[0].get("template") if results else None
-    of = [(row["task"], row["classes"], limit, row.get("template")) for row in results]
+    of = [(row["task"], row["classes"], limit) for row in results]
+    texts = [(*key, row.get("template")) for key, row in zip(of, results, strict=True)]
     digests: dict[tuple[Any, ...], str | None] = {
-        **{("measured_data", *key): digest for key, digest in zip(of, line.get("measured_data") or (), strict=False)},
+        **{
+            ("measured_images", *key): digest
+            for key, digest in zip(of, line.get("measured_images") or (), strict=False)
+        },
+        **{
+            ("measured_data", *key): digest for key, digest in zip(texts, line.get("measured_data") or (), strict=False)
+        },
+        ("training_images", cell.task, cell.shots, cell.seed): line.get("training_images"),
         ("training_data", cell.task, cell.shots, cell.seed, template): line.get("training_data"),
         ("teacher_fingerprint", cell.label): line.get("teacher_fingerprint"),
         **{(name,): line.get(name) for name in _OF_THE_BASE},

@@ -88,7 +88,8 @@ def lasting(line):
 
 def test_a_finished_line_says_all_that_there_is_to_say(line):
     assert list(line) == [
-        "key", "status", "cell", "results", "training", "measured_data", "training_data", "base_model_fingerprint",
+        "key", "status", "cell", "results", "training", "measured_images", "measured_data", "training_images", "training_data",
+        "base_model_fingerprint",
         "base_configuration", "processor", "teacher_fingerprint", "adapter_fingerprint", "seconds", "versions", "machine",
     ]  # fmt: skip
     assert (line["key"], line["status"], line["cell"]) == (cell().key, "finished", cell().to_dict())

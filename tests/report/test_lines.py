@@ -126,10 +126,12 @@ def report(tmp_path, *lines):
     return sections(read_lines(write(tmp_path / "lines.jsonl", lines)))
 
 
-@pytest.mark.parametrize("name", ["measured_data", "base_model_fingerprint", "base_configuration", "processor"])
+@pytest.mark.parametrize(
+    "name", ["measured_images", "measured_data", "base_model_fingerprint", "base_configuration", "processor"]
+)
 @pytest.mark.parametrize("other", [{"attack": "square"}, {"method": "adv-vlp"}, {"seed": 1}, {"shots": 4}], ids=str)
 def test_what_was_measured_on_other_images_or_bases_does_not_share_a_table(tmp_path, name, other):
-    a, b = (["a"], ["b"]) if name == "measured_data" else ("a", "b")
+    a, b = (["a"], ["b"]) if name.startswith("measured") else ("a", "b")
     with pytest.raises(ValueError, match=rf"capt on shapes, 16 shots, seed 0.* lines with another {name} each.*again"):
         report(tmp_path, line() | {name: a}, line(**other) | {name: b})
     for same in ({name: a}, {}):  # the published lines have no digests
@@ -141,6 +143,19 @@ def test_other_images_of_another_task_half_split_or_limit_are_as_they_should_be(
     others = [line(task="digits"), line(split="validation"), line(n=50, attack="square")]
     found = report(tmp_path, both, line() | {"measured_data": ["c"]}, *(o | {"measured_data": ["d"]} for o in others))
     assert len(found) == 3
+
+
+def test_methods_may_have_different_texts_of_the_same_images(tmp_path):
+    """As zero-shot has in the published protocols."""
+
+    def measured(images, data, template, **changes):
+        result = {"task": "shapes", "classes": "all", "template": template, **figures(80, 40)}
+        return line(results=[result], **changes) | {"measured_images": [images], "measured_data": [data]}
+
+    zero_shot = measured("a", "text 1", "a drawing of a {}.", method="zero-shot")
+    assert report(tmp_path, zero_shot, measured("a", "text 2", "a photo of a {}."))
+    with pytest.raises(ValueError, match="lines with another measured_images each"):
+        report(tmp_path, zero_shot, measured("b", "text 2", "a photo of a {}."))
 
 
 def test_methods_trained_on_other_images_do_not_share_a_table(tmp_path):
