@@ -44,8 +44,9 @@ class Inputs:
         """Returns what has to be the same for a line of the cell to be its result, in JSON types.
 
         `measured_data` has a digest for each target, and `training_data` one for the training images or None: of all images
-        that are used, their labels, the class names and the text; `measured_images` and `training_images` leave out the text, by
-        which methods may differ. The others are of the weights and the configuration of base and teacher, and of how the processor makes pixels and tokens.
+        that are used, their labels, the class names and the text; `measured_images` and `training_images` leave out the text,
+        by which methods may differ. The others are of the weights and the configuration of base and teacher, and of how the
+        processor makes pixels and tokens.
         """
         tuned, text = cell.method != ZERO_SHOT, cell.prompts.get("template")
         teacher = cell.settings.get("teacher") if tuned else None
