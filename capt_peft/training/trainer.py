@@ -162,6 +162,11 @@ class CaptTrainer(GuardedTrainer):
         if not self.objective.needs_frozen or self.teacher is not None:
             return
         moving = next((name for name, p in base_parameters(self.classifier.model) if p.requires_grad), None)
+        if moving is not None and not isinstance(self.classifier.model, PeftModel):
+            raise ValueError(
+                "The model has no adapter, so that tuning it would change the frozen model that the objective compares with. Put one "
+                "on it, get_peft_model(model, CaptConfig(...)), or give teacher= a model that stays."
+            )
         if moving is not None:
             raise ValueError(
                 f"The objective compares with the frozen base model, but the base is tuned itself ({moving}) and would take the "
