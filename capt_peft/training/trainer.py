@@ -164,8 +164,8 @@ class CaptTrainer(GuardedTrainer):
         moving = next((name for name, p in base_parameters(self.classifier.model) if p.requires_grad), None)
         if moving is not None and not isinstance(self.classifier.model, PeftModel):
             raise ValueError(
-                "The model has no adapter, so that tuning it would change the frozen model that the objective compares with. Put one "
-                "on it, get_peft_model(model, CaptConfig(...)), or give teacher= a model that stays."
+                "The model has no adapter, so that tuning it would change the frozen model that the objective compares with. Put "
+                "one on it, get_peft_model(model, CaptConfig(...)), or give teacher= a model that stays."
             )
         if moving is not None:
             raise ValueError(

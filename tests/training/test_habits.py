@@ -219,9 +219,7 @@ def with_a_trained_norm():
     ids=["bare", "bias", "norm"],
 )
 def test_a_base_that_is_tuned_itself_cannot_be_the_frozen_model(tmp_path, processor, moving):
-    with pytest.raises(
-        ValueError, match=r"(the base is tuned itself|The model has no adapter).* give teacher= a model that stays"
-    ):
+    with pytest.raises(ValueError, match=r"(the base is tuned itself|The model has no adapter).* give teacher="):
         quick(tmp_path, processor, model=moving())
     task = make_task()
     teacher = ZeroShotClassifier(base(), processor, task.class_names, task.template)
