@@ -17,7 +17,17 @@ from .attacks.names import known_attack
 from .card_details import MARK, CardDetails, is_hub_id, is_replaceable, kept_details, without_local_paths
 from .files import write_text
 from .markup import Markdown, code, escape, plain, quoted
-from .records import EVALUATION, RESULTS, RecordError, Records, Row, accuracy_rows, read_records, readable, tied_records
+from .records import (
+    EVALUATION,
+    RESULTS,
+    RecordError,
+    Records,
+    Row,
+    accuracy_rows,
+    read_records,
+    readable,
+    tied_records,
+)
 from .tuner import CaptConfig
 from .tuner import config as tuner_config
 from .tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
@@ -246,7 +256,7 @@ def _filled_in(
     results, evaluation = records.results, records.evaluation
     with readable("The record of the adapter"):
         rows = accuracy_rows(results, evaluation)
-        task = _task_name(records) or next(iter(details.datasets), None)
+        task = next(iter(details.datasets), None) if results is None else results["task"]["name"]
         base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
         values = {
             "mark": Markdown(MARK),
@@ -263,9 +273,9 @@ def _filled_in(
             "signs": [] if evaluation is None else evaluation["signs"],
             "evaluated": evaluation is not None,
             "unshown": records.unshown,
-            "measured": _measured(records),
+            "measured": _measured(records, config),
             "shown_classes": _shown(config.get("class_names") or []),
-            "card_data": _yaml(card_data(results, rows, adapter, config=config, details=details)),
+            "card_data": _yaml(card_data(results, rows, adapter, evaluation, config=config, details=details)),
         }
         if results is not None:
             values["training"] = results["configuration"]["training"]
@@ -297,24 +307,28 @@ def _weak_alone(records: Records) -> list[str]:
     return list(dict.fromkeys("PGD" if isinstance(attack, PGD) else name for attack, name in known))
 
 
-def _task_name(records: Records) -> str | None:
-    if records.results is not None:
-        return str(records.results["task"]["name"])
-    task = {} if records.evaluation is None else records.evaluation["configuration"].get("task") or {}
-    return task.get("name")
-
-
-def _measured(records: Records) -> str:
-    """Says which images the figures are of."""
+def _measured(records: Records, config: Mapping[str, Any]) -> str:
+    """Says which images the figures are of and, where no results say so, which classes and texts they were told apart by."""
     said = []
     if (results := records.results) is not None:
         n = results["evaluation"]["after"]["clean"]["n"]
         said.append(f"{n} images of the {results['evaluation']['split']} split of {results['task']['name']}")
     if records.evaluation is not None:
         n, task = records.evaluation["clean"]["n"], records.evaluation["configuration"].get("task") or {}
-        where = f" of the {task.get('split', '?')} split of {task.get('name', '?')}" if task else ""
-        said.append(f"{n} images{where}")
+        where = (
+            f" of the {task.get('split', '?')} split of {task.get('name', '?')}"
+            if task
+            else " of a data set without a name"
+        )
+        said.append(f"{n} images{where}{'' if results else _other_texts(records.evaluation, config)}")
     return ", and on ".join(dict.fromkeys(said))
+
+
+def _other_texts(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    model = evaluation["configuration"]["model"]
+    names, template = model.get("class_names"), model.get("template")
+    words = f", with {len(names)} classes" if names is not None and names != config.get("class_names") else ""
+    return words + (f", with the template {template}" if template not in (None, config.get("template")) else "")
 
 
 def shown_path(name: str | Path, *, hub: bool = False) -> str:
@@ -342,30 +356,38 @@ def card_data(
     results: Mapping[str, Any] | None,
     rows: Sequence[Row],
     adapter: str,
+    evaluation: Mapping[str, Any] | None = None,
     *,
     config: Mapping[str, Any] | None = None,
     details: CardDetails | None = None,
 ) -> ModelCardData:
     """Returns the metadata of a card, with clean and robust accuracy of the adapter as its model-index.
 
+    Without a name of the data set that they were measured on, there is no model-index.
+
     Args:
         results: What `results.json` holds, or None.
         rows: What `accuracy_rows` returned.
         adapter: Folder or Hub id of the adapter.
+        evaluation: What `evaluation.json` holds, or None.
         config: The adapter's configuration; by default that in the results.
         details: What else the card says.
     """
     details = details or CardDetails()
     config = config or (results or {})["adapter"]["config"]
     base = str(details.finetuned_from or config.get("base_model_name_or_path") or "")
-    task = {} if results is None else results["task"]
-    dataset = str(task.get("name") or next(iter(details.datasets), "unknown"))
+    task: Mapping[str, Any] = {}
+    if results is not None:
+        task = {**results["task"], "split": results["evaluation"]["split"]}
+    elif evaluation is not None:
+        task = evaluation["configuration"].get("task") or {}
+    dataset, split = str(task.get("name")), task.get("split")
     metrics = [
         EvalResult(
             task_type=_TASK,
             dataset_type=_metadata(shown_path(task.get("source") or dataset)),
             dataset_name=_metadata(shown_path(dataset)),
-            dataset_split=None if results is None else _metadata(results["evaluation"]["split"]),
+            dataset_split=None if split is None else _metadata(split),
             metric_type="accuracy",
             metric_name=_metadata(
                 "clean accuracy" if row.kind == "clean" else f"robust accuracy ({row.attack}, {row.threat_model})"
@@ -374,7 +396,7 @@ def card_data(
             metric_args={"n": row.n, "interval_95": [round(value, 6) for value in row.interval]},
         )
         for row in rows
-        if row.model != "zero-shot"
+        if row.model != "zero-shot" and task.get("name")
     ]
     tags = ["capt", "adversarial-robustness", "clip", "peft", *details.all_tags]
     return ModelCardData(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .attacks import ThreatModel
+from .evaluation import Accuracy, Evaluation
+from .evaluation.record import examples_path
 from .markup import plain
 
 RESULTS, EVALUATION = "results.json", "evaluation.json"
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def read_records(
             continue
         try:
             content = _read(Path(folder, name))
-            reason = _why_not(content, name, fingerprint, base)
+            if name == EVALUATION and examples_path(Path(folder, name)).is_file():
+                _check_examples(Path(folder, name))
+            reason = _why_not(content, name, fingerprint, base, found.get(RESULTS))
         except RecordError as error:
             if strict:
                 raise RecordError(f"In {folder}: {error}") from error
@@ -123,16 +125,55 @@ def tied_records(
     """
     records = {name: record for name, record in ((RESULTS, results), (EVALUATION, evaluation)) if record is not None}
     known = fingerprint or next((own for name, r in records.items() if (own := _fingerprint_of(r, name))), None)
-    reasons = {name: _why_not(record, name, known, base) for name, record in records.items()}
-    shown = {name: record for name, record in records.items() if reasons[name] is None}
-    return Records(shown.get(RESULTS), shown.get(EVALUATION), tuple(why for why in reasons.values() if why))
+    shown: dict[str, Mapping[str, Any]] = {}
+    unshown = []
+    for name, record in records.items():
+        reason = _why_not(record, name, known, base, shown.get(RESULTS))
+        if reason is None:
+            shown[name] = record
+        else:
+            unshown.append(reason)
+    return Records(shown.get(RESULTS), shown.get(EVALUATION), tuple(unshown))
 
 
-def _why_not(record: Mapping[str, Any], name: str, fingerprint: str | None, base: str | None) -> str | None:
-    """Returns why a record cannot be tied to the weights, None if it is of them; raises if it is damaged or of others."""
+def check_configuration(
+    configuration: Mapping[str, Any], results: Mapping[str, Any] | None, fingerprint: str, base: str | None
+) -> None:
+    """Raises a ValueError unless the figures of an evaluation can stand in a card, before it is measured or after.
+
+    Args:
+        configuration: That of the evaluation; of it, `model` and `task`.
+        results: What the `results.json` of the adapter holds, or None.
+        fingerprint: The adapter's.
+        base: As for `read_records`.
+    """
+    record = {"kind": "evaluation", "configuration": configuration}
+    if reason := _why_untied(record, EVALUATION, fingerprint, base, results):
+        raise RecordError(reason)
+
+
+def _why_not(
+    record: Mapping[str, Any],
+    name: str,
+    fingerprint: str | None,
+    base: str | None,
+    results: Mapping[str, Any] | None,
+) -> str | None:
+    """Returns why a record cannot be shown, None if it can; raises if it is damaged, of other weights or other images."""
+    _fingerprint_of(record, name)
+    check_record(record, name)
+    return _why_untied(record, name, fingerprint, base, results)
+
+
+def _why_untied(
+    record: Mapping[str, Any],
+    name: str,
+    fingerprint: str | None,
+    base: str | None,
+    results: Mapping[str, Any] | None,
+) -> str | None:
     own = _fingerprint_of(record, name)
     with readable(name):
-        check_record(record, name)
         measured = record["configuration"]["model"]["base"]["fingerprint"] if name == EVALUATION else None
     if own is None:
         return (
@@ -150,6 +191,37 @@ def _why_not(record: Mapping[str, Any], name: str, fingerprint: str | None, base
         raise RecordError(
             f"{name} was measured on another base model: its fingerprint is {plain(measured, 40)}, the adapter is for {base}. "
             f"Measure in float32 on the base that the adapter was tuned on, or remove {name}."
+        )
+    if name == EVALUATION and results is not None:
+        with readable(name):
+            return _why_other_images(record["configuration"], results)
+    return None
+
+
+def _why_other_images(configuration: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+    """Returns why an evaluation cannot be compared with results; raises if it is of other images, classes or texts."""
+    model, tuned, task = configuration["model"], results["task"], configuration.get("task")
+    pairs = {
+        "classes": (model.get("class_names"), tuned.get("class_names")),
+        "template": (model.get("template"), tuned.get("template")),
+        "pixels": (model.get("pixels"), results["training"].get("pixels")),
+    }
+    if task:
+        pairs |= {
+            "data set": (task.get("name"), tuned["name"]),
+            "source of the data": (task.get("source"), tuned.get("source")),
+            "split": (task.get("split"), results["evaluation"]["split"]),
+        }
+    for what, (own, other) in pairs.items():
+        if other is not None and json.dumps(own, sort_keys=True) != json.dumps(other, sort_keys=True):
+            raise RecordError(
+                f"{EVALUATION} was measured with another {what} than {RESULTS}: {plain(own, 80)}, not {plain(other, 80)}. A card "
+                f"compares figures of the same kind alone: keep this evaluation under another name, without --update_card."
+            )
+    if not task:
+        return (
+            f"{EVALUATION} does not say which data set and split its figures are of, so they are not shown beside those of "
+            f"{RESULTS}. Measure again with examples/evaluate.py, or with evaluate(..., details={{'task': ...}})."
         )
     return None
 
@@ -190,9 +262,9 @@ def accuracy_rows(results: Mapping[str, Any] | None, evaluation: Mapping[str, An
         threat = str(ThreatModel(**worst["threat_model"]))
         if sum(row.threat_model == threat for row in rows) > 1:
             rows.append(_row(method, "robust", worst, threat, "worst case"))
-    # figures of more images are never hidden behind figures of fewer
-    measured = {(row.kind, row.threat_model, row.attack): row.n for row in rows}
-    kept = [row for row in after if measured.get((row.kind, row.threat_model, row.attack), 0) < row.n]
+    # figures of other images stay, beside the zero-shot ones of the same images
+    measured = {(row.kind, row.threat_model, row.attack, row.n) for row in rows}
+    kept = [row for row in after if (row.kind, row.threat_model, row.attack, row.n) not in measured]
     return [*before, *kept, *rows]
 
 
@@ -212,38 +284,38 @@ def _row(
 
 
 def check_record(record: Mapping[str, Any], name: str = RESULTS) -> None:
-    """Raises a ValueError unless every accuracy of a record can be one."""
+    """Raises a ValueError unless the accuracies of a record can be those of the same images."""
     with readable(name):
         if name == RESULTS:
-            measured = record["evaluation"]
-            accuracies = [measured[when][kind] for when in ("before", "after") for kind in ("clean", "robust")]
-        else:
-            accuracies = [record["clean"], *record["attacks"], *record["worst_case"]]
-        for accuracy in accuracies:
-            _check_accuracy(accuracy, name)
+            for measured in (record["evaluation"]["before"], record["evaluation"]["after"]):
+                clean, robust = (_accuracy(measured[kind], name) for kind in ("clean", "robust"))
+                _check_at_most(robust, clean, f"{name} has robust and clean accuracy of")
+            return
+        clean = _accuracy(record["clean"], name)
+        attacked = [(outcome, _accuracy(outcome, name)) for outcome in record["attacks"]]
+        for outcome, accuracy in attacked:
+            _check_at_most(accuracy, clean, f"{name} has {outcome['attack']['name']} and clean accuracy of")
+        for row in record["worst_case"]:
+            worst = _accuracy(row, name)
+            _check_at_most(worst, clean, f"{name} has a worst case and clean accuracy of")
+            for outcome, accuracy in attacked:
+                if outcome["kind"] == "robust" and outcome["attack"]["threat_model"] == row["threat_model"]:
+                    _check_at_most(worst, accuracy, f"{name} has a worst case and {outcome['attack']['name']} of")
 
 
-def _check_accuracy(accuracy: Mapping[str, Any], name: str) -> None:
-    value, n = accuracy["accuracy"], accuracy["n"]
-    low, high = accuracy["interval_95"]
-    numbers = all(
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in (value, low, high)
-    )
-    counted = isinstance(n, int) and not isinstance(n, bool) and n >= 1
-    if not numbers or not counted or not 0 <= value <= 1:
+def _accuracy(row: Mapping[str, Any], name: str) -> Accuracy:
+    try:
+        return Accuracy.from_dict(row)
+    except ValueError as error:
+        raise RecordError(f"{name} {plain(error, 300)} Measure again.") from error
+
+
+def _check_at_most(less: Accuracy, more: Accuracy, what: str) -> None:
+    """Raises a ValueError unless one accuracy is at most another one, of as many images."""
+    if less.n != more.n or less.correct > more.correct:
         raise RecordError(
-            f"{name} says accuracy {plain(value, 40)} of {plain(n, 40)} images with the interval {plain([low, high], 80)}; an "
-            "accuracy is a share from 0 to 1, of at least one image. Measure again."
-        )
-    if not -_ROUNDING <= low <= value + _ROUNDING or not value - _ROUNDING <= high <= 1 + _ROUNDING:
-        raise RecordError(
-            f"{name} says accuracy {value} with the interval {low} to {high}, which must lie in 0 to 1 and hold the accuracy. "
-            "Measure again."
-        )
-    correct = accuracy.get("correct", value * n)
-    if not isinstance(correct, int | float) or abs(correct - value * n) > 1e-6 * n:
-        raise RecordError(
-            f"{name} says {plain(correct, 40)} correct of {n} images and accuracy {value}; they must agree. Measure again."
+            f"{plain(what, 200)} {less.correct} of {less.n} and {more.correct} of {more.n} images; the first cannot be more, "
+            "and both must be of the same images. Measure again."
         )
 
 
@@ -259,6 +331,13 @@ def readable(name: str) -> Iterator[None]:
         raise RecordError(
             f"{name} is not a record of this package, or is damaged ({detail}). Measure again."
         ) from error
+
+
+def _check_examples(path: Path) -> None:
+    try:
+        Evaluation.load(path)
+    except ValueError as error:
+        raise RecordError(f"{plain(error, 400)} Measure again, or remove {path.name}.") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

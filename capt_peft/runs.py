@@ -10,11 +10,13 @@ from peft import PeftModel
 from torch import nn
 
 from .attacks.threat import ThreatModel
-from .card import write_cards_for
-from .files import write_json
+from .card import adapter_config, model_card, write_card, write_cards_for
+from .evaluation import Evaluation
+from .evaluation.jobs import DamagedFileError, differences, read_json, set_aside
+from .files import make_writable, write_json
 from .markup import Markdown, escape, table_row
 from .outputs import save_somewhere
-from .records import EVALUATION, RESULTS, check_record, readable
+from .records import EVALUATION, RESULTS, check_configuration, check_record, read_records, readable
 from .tuner.fingerprint import SAFETENSORS_NAME, active_adapter, adapter_fingerprint
 from .versions import describe_machine, versions
 
@@ -138,6 +140,59 @@ def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str)
 
     save_somewhere(folder, write)
     (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
+
+
+def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:
+    """Refuses, before long work, an evaluation that `update_card` would refuse after it.
+
+    Args:
+        folder: Folder of the adapter.
+        configuration: Of the evaluation to come: its `task`, and its `model` (`capt_peft.evaluation.subject.describe`). None: not
+            compared.
+
+    Raises:
+        ValueError: There is no whole CAPT adapter, its results are damaged or of other weights, nothing can be written there, or
+            the evaluation is of other weights, on another base, or of other images, classes or texts than the results.
+    """
+    folder = Path(folder)
+    config, fingerprint = adapter_config(folder), adapter_fingerprint(folder)
+    results = read_records(folder, fingerprint, names=(RESULTS,)).results
+    make_writable(folder, EVALUATION, Path(EVALUATION).with_suffix(".parquet").name, "README.md", given="adapter")
+    if configuration is not None:
+        check_configuration(configuration, results, fingerprint, config.base_model_fingerprint)
+
+
+def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
+    """Puts an evaluation into an adapter's folder and its card.
+
+    An `evaluation.json` of another configuration that is there is kept under the name `evaluation.old1.json` (`.old2`, ...).
+
+    Args:
+        folder: Folder of the adapter.
+        evaluation: Measured with the very weights there, and of the same images, classes and texts as the results there.
+
+    Returns:
+        The path of the card, README.md.
+
+    Raises:
+        ValueError: As for `check_update`. Nothing is written.
+    """
+    folder = Path(folder)
+    path, config, fingerprint = folder / EVALUATION, adapter_config(folder), adapter_fingerprint(folder)
+    check_update(folder, evaluation.configuration)
+    results = read_records(folder, fingerprint, names=(RESULTS,)).results
+    model_card(
+        results, folder.name, evaluation.to_dict(), config=config.to_dict(), fingerprint=fingerprint
+    )  # or refuses
+    if path.exists():
+        try:
+            changed = differences(evaluation.configuration, read_json(path).get("configuration"))
+        except DamagedFileError as error:
+            changed = [str(error)]
+        if changed:
+            set_aside(path, (".json", ".parquet"), changed)
+    evaluation.save(path)
+    return write_card(folder)
 
 
 def save_active_adapter(model: Any, folder: Path) -> None:

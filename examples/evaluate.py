@@ -31,11 +31,11 @@ from peft import PeftModel
 
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
-from capt_peft.card import EVALUATION, RESULTS, is_capt, write_card
+from capt_peft.card import is_capt
 from capt_peft.data.task import check_template
 from capt_peft.evaluation.curve import robustness_curves
-from capt_peft.evaluation.subject import TARGETS
-from capt_peft.records import read_records
+from capt_peft.evaluation.subject import TARGETS, describe
+from capt_peft.runs import check_update, update_card
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from capt_peft.versions import versions
 
@@ -130,9 +130,7 @@ def parse_args(argv: list[str]) -> Arguments:
     if args.update_card:
         if not (args.adapter and is_capt(Path(args.adapter))):
             raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
-        read_records(
-            args.adapter, adapter_fingerprint(args.adapter), names=(RESULTS,)
-        )  # refuses those of other weights
+        check_update(args.adapter)
     if args.curve:
         check_installed("matplotlib", "capt-peft[plot]", "--curve")
     return args
@@ -222,6 +220,8 @@ def main(argv: list[str] | None = None) -> Evaluation:
     classifier = load_classifier(args, task, state.device)
     args.output = args.output or str(default_output(args, classifier.model))
     details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
+    if args.update_card:
+        check_update(args.adapter, {**details, "model": describe(classifier)})
     common = {"batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite, "details": details}
     evaluation = evaluate(
         classifier,
@@ -237,8 +237,7 @@ def main(argv: list[str] | None = None) -> Evaluation:
     if state.is_main_process:
         show(evaluation, args)
         if args.update_card:
-            evaluation.save(Path(args.adapter) / EVALUATION)
-            print(f"The card: {write_card(args.adapter)}")
+            print(f"The card: {update_card(args.adapter, evaluation)}")
     if args.curve:
         draw(classifier, data, args, common)
     return evaluation

@@ -126,11 +126,12 @@ def save_adapter(base, seed, folder):
 def records(folder):
     """Returns a record of a run and of an evaluation, of the weights in a folder."""
     from capt_peft import PGD, CaptConfig, ThreatModel
+    from capt_peft.evaluation import Accuracy
     from capt_peft.tuner.fingerprint import adapter_fingerprint
 
     config, fingerprint = CaptConfig.from_pretrained(folder).to_dict(), adapter_fingerprint(folder)
     attack = PGD(ThreatModel("linf", "4/255"), steps=2).to_dict()
-    share = {"accuracy": 0.436, "interval_95": [0.4, 0.47], "n": 700}
+    share = Accuracy(305, 700).to_dict()
     measured = {"clean": share, "robust": share}
     training = {
         "consistency": 1.0, "weighting": "x", "optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 1,
@@ -146,9 +147,10 @@ def records(folder):
         "adapter": {"parameters": {"trainable": 8}, "config": config, "fingerprint": fingerprint},
     }  # fmt: skip
     model = {"base": {"fingerprint": config["base_model_fingerprint"]}, "adapter": {"fingerprint": fingerprint}}
+    model |= {"class_names": ["a", "b"], "template": "{}"}
     evaluation = {
         "kind": "evaluation", "clean": share, "attacks": [{"kind": "robust", "attack": attack, **share}], "worst_case": [],
-        "signs": [], "configuration": {"model": model},
+        "signs": [], "configuration": {"model": model, "task": {"name": "digits", "source": "digits", "split": "test"}},
     }  # fmt: skip
     return {"results.json": results, "evaluation.json": evaluation}
 

@@ -21,9 +21,21 @@ from safetensors.torch import load_file, save_file
 from setuptools import build_meta
 from train import main
 
-from capt_peft import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, ZeroShotClassifier, evaluate, load_task
+from capt_peft import (
+    APGD,
+    FAB,
+    PGD,
+    AutoAttack,
+    Evaluation,
+    Square,
+    ThreatModel,
+    ZeroShotClassifier,
+    evaluate,
+    load_task,
+)
 from capt_peft.card import TEMPLATE, CardDetails, model_card, write_card
-from capt_peft.runs import results_table
+from capt_peft.evaluation import Accuracy
+from capt_peft.runs import results_table, update_card
 
 THREAT = ThreatModel("linf", "4/255")
 ROOT = Path(__file__).parent.parent
@@ -108,9 +120,13 @@ def test_a_base_on_the_hub_is_linked(results):
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("evaluation", "after", "robust", "accuracy"), 0.123, "| pgd-2 | 12.3 ("),
-        (("evaluation", "before", "clean", "accuracy"), 0.456, "| zero-shot | clean |  |  | 45.6 ("),
-        (("evaluation", "after", "clean", "n"), 77, "Measured on 77 images"),
+        (("evaluation", "after", "robust"), Accuracy(1, 20).to_dict(), "| pgd-2 | 5.0 ("),
+        (("evaluation", "before", "clean"), Accuracy(19, 20).to_dict(), "| zero-shot | clean |  |  | 95.0 ("),
+        (
+            ("evaluation", "after"),
+            dict.fromkeys(("clean", "robust"), Accuracy(7, 77).to_dict()),
+            "Measured on 77 images",
+        ),
         (("evaluation", "attack", "threat_model", "epsilon"), 8 / 255, "Threat model: **L-inf 8/255**"),
         (("seed",), 12, "| seed | 12 |"),
         (("training", "seconds"), 4321.0, "| time | 4321 s"),
@@ -126,8 +142,6 @@ def test_a_number_changed_in_the_results_changes_in_the_card(folder, results, pa
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
-    if path[-1] == "accuracy":
-        place["interval_95"] = [value - 0.1, value + 0.1]
     (folder / "results.json").write_text(json.dumps(changed))
     assert expected in write_card(folder).read_text()
 
@@ -145,7 +159,7 @@ def test_an_evaluation_stands_beside_the_runs_own_figures(results, evaluation):
     assert names[-1] == "robust accuracy (worst case, L-inf 4/255)"
     fewer = copy.deepcopy(results)
     for kind in ("clean", "robust"):
-        fewer["evaluation"]["after"][kind]["n"] = 12  # no more than the evaluation has
+        fewer["evaluation"]["after"][kind] = Accuracy(1, 12).to_dict()  # of as many images as the evaluation
     rows = [line for line in model_card(fewer, "someone/capt", evaluation).splitlines() if line.startswith("| capt |")]
     assert [line.split("|")[4].strip() for line in rows] == ["", "pgd-2", "pgd-5", "worst case"]
     raised = copy.deepcopy(evaluation)
@@ -261,18 +275,87 @@ def test_an_evaluation_alone_is_shown(folder, evaluation):
         {"interval_95": [0.1, math.inf]},
         {"interval_95": [0.1]},
         {"correct": 21},
+        {"n": 100_000, "correct": 50_000},
+        {"interval_95": [0, 1]},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["clean", "robust"])
 def test_a_share_that_cannot_be_one_is_refused(results, change, kind):
+    results["evaluation"]["after"] = {"clean": Accuracy(10, 20).to_dict(), "robust": Accuracy(10, 20).to_dict()}
     accuracy = results["evaluation"]["after"][kind]
-    accuracy |= {"accuracy": 0.5, "interval_95": [0.3, 0.7]}
     model_card(results, "a")
     accuracy |= change
     for refuse in (lambda: model_card(results, "a"), lambda: results_table(results)):
         with pytest.raises(ValueError, match=r"results\.json .*Measure again"):
             refuse()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_robust_accuracy_above_clean_or_of_other_images_is_refused(results, when):
+    for robust in (Accuracy(11, 20), Accuracy(5, 10)):
+        results["evaluation"][when] = {"clean": Accuracy(10, 20).to_dict(), "robust": robust.to_dict()}
+        with pytest.raises(
+            ValueError, match=r"results\.json has robust and clean accuracy of .* the first cannot be more"
+        ):
+            model_card(results, "a")
+
+
+def test_a_worst_case_above_an_attack_and_an_attack_above_clean_are_refused(results, evaluation):
+    for place in ("worst_case", "attacks"):
+        changed = copy.deepcopy(evaluation)
+        changed["clean"] = Accuracy(11 if place == "attacks" else 12, 12).to_dict()
+        changed[place][0] |= Accuracy(12, 12).to_dict()
+        with pytest.raises(ValueError, match=r"evaluation\.json has .* the first cannot be more"):
+            model_card(results, "a", changed)
+
+
+OTHER_IMAGES = {
+    "split": {"task": {"split": "train"}},
+    "data set": {"task": {"name": "shapes"}},
+    "source of the data": {"task": {"source": "elsewhere/digits"}},
+    "template": {"model": {"template": "a blurry picture of the number {}!"}},
+    "classes": {"model": {"class_names": ["zero", "one"]}},
+    "pixels": {"model": {"pixels": {"mean": [0, 0, 0]}}},
+}
+
+
+@pytest.mark.parametrize("what", OTHER_IMAGES)
+def test_an_evaluation_of_other_images_or_texts_than_the_results_is_refused(results, evaluation, what):
+    changed = copy.deepcopy(evaluation)
+    for name, values in OTHER_IMAGES[what].items():
+        changed["configuration"][name] |= values
+    with pytest.raises(ValueError, match=rf"evaluation\.json was measured with another {what} than results\.json"):
+        model_card(results, "a", changed)
+
+
+def test_an_evaluation_that_names_no_data_set_stands_beside_no_results_and_in_no_index(results, evaluation):
+    changed = copy.deepcopy(evaluation)
+    del changed["configuration"]["task"]
+    card = model_card(results, "a", changed)
+    assert "does not say which data set and split" in card and "| pgd-5 |" not in card
+    config = results["adapter"]["config"]
+    card = model_card(None, "a", changed, config=config, details=CardDetails(dataset_name="food101"))
+    assert "Measured on 12 images of a data set without a name." in card
+    assert ModelCard(card).data.eval_results is None
+
+
+def test_without_results_the_data_set_is_what_the_evaluation_names(results, evaluation):
+    changed = copy.deepcopy(evaluation)
+    changed["configuration"]["task"] |= {"name": "shapes", "source": "shapes", "split": "train"}
+    changed["configuration"]["model"] |= {"class_names": ["round", "square"], "template": "a {} thing."}
+    card = model_card(None, "a", changed, config=results["adapter"]["config"])
+    assert "on 12 images of the train split of shapes, with 2 classes, with the template a {} thing.." in card
+    assert {(r.dataset_name, r.dataset_split) for r in ModelCard(card).data.eval_results} == {("shapes", "train")}
+    assert "# CAPT adapter for shapes" not in card
+
+
+def test_figures_of_the_run_stay_beside_the_zero_shot_ones_of_the_same_images(results, evaluation):
+    for when in ("before", "after"):
+        for kind in ("clean", "robust"):
+            results["evaluation"][when][kind] = Accuracy(1, 5).to_dict()  # fewer than the evaluation has
+    rows = [line for line in model_card(results, "a", evaluation).splitlines() if line.startswith(("| zero", "| capt"))]
+    assert [line.split("|")[-2].strip() for line in rows] == ["5"] * 4 + ["12"] * 4
 
 
 def test_an_evaluation_with_an_impossible_share_is_refused(results, evaluation):
@@ -340,7 +423,8 @@ def test_text_from_outside_adds_nothing_but_its_words_to_a_card(hostile_records,
     results["evaluation"]["split"] = texts[7]
     results["evaluation"]["attack"]["name"] = results["training"]["attack"]["name"] = texts[8]
     training |= {"weighting": texts[9], "optim": texts[9]}
-    evaluation["configuration"]["task"] = {"name": texts[0], "split": texts[7]}
+    evaluation["configuration"]["task"] = {"name": texts[0], "source": texts[1], "split": texts[7]}
+    evaluation["configuration"]["model"]["template"] = texts[2]
     evaluation["attacks"][0]["attack"]["name"] = texts[10]
     evaluation["signs"][0] |= {"name": texts[10], "sentence": texts[11]}
     card = model_card(results, texts[0], evaluation, details=CardDetails(tags=texts[:3], license=texts[4]))
@@ -379,6 +463,70 @@ def test_evaluate_updates_the_card(adapter, tmp_path):
         measure(["--adapter", str(folder), *quick, "--overwrite", "--update_card"])
     with pytest.raises(ValueError, match="--update_card needs a local --adapter"):
         measure(["--base", TINY_CLIP, *quick, "--update_card"])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "bfloat16"], "measured on another base model"),
+        (["--split", "train"], "another split than results.json: train, not test"),
+        (["--template", "a blurry {}!"], "another template than"),
+        (["--dataset_name", "shapes"], "another classes than|another data set than|another class"),
+    ],
+)
+def test_an_update_that_cannot_be_is_refused_before_the_work(folder, monkeypatch, arguments, message):
+    monkeypatch.setattr("evaluate.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    before = contents(folder)
+    with pytest.raises(ValueError, match=message):
+        measure(
+            ["--adapter", str(folder), "--limit", "6", "--attacks", "clean", "--use_cpu", "--update_card", *arguments]
+        )
+    assert contents(folder) == before
+
+
+def test_an_update_keeps_the_evaluation_that_was_there_and_a_refused_one_changes_nothing(folder, adapter):
+    classifier = ZeroShotClassifier.from_pretrained(str(adapter))
+    data, task = load_task("digits")["test"], {"name": "digits", "source": "digits", "split": "test"}
+
+    def measured(n, attacks=(), **changes):
+        details = {"task": {**task, **changes}}
+        return evaluate(classifier, data.select(range(n)), attacks, progress=False, signs=False, details=details)
+
+    first = measured(8, PGD(THREAT, steps=2))
+    for _ in range(2):  # the same again takes its own place
+        assert update_card(folder, first) == folder / "README.md"
+    update_card(folder, measured(5))
+    names = {name for name in contents(folder) if name.startswith("evaluation")}
+    assert names == {f"evaluation{old}.{kind}" for old in ("", ".old1") for kind in ("json", "parquet")}
+    assert Evaluation.load(folder / "evaluation.old1.json") == first
+    before = contents(folder)
+    with pytest.raises(ValueError, match="another split"):
+        update_card(folder, measured(5, split="train"))
+    assert contents(folder) == before
+    (folder / "evaluation.json").unlink()
+    (folder / "evaluation.json").mkdir()  # nothing can be written there
+    with pytest.raises(ValueError, match="Nothing can be written into adapter="):
+        measure(["--adapter", str(folder), "--attacks", "clean", "--use_cpu", "--update_card"])
+
+
+def test_a_card_shows_no_figures_that_are_not_those_of_the_examples_beside_them(folder, evaluation, adapter):
+    classifier = ZeroShotClassifier.from_pretrained(str(adapter))
+    task = {"name": "digits", "source": "digits", "split": "test"}
+    data = load_task("digits")["test"].select(range(8))
+    update_card(
+        folder, evaluate(classifier, data, PGD(THREAT, steps=2), progress=False, signs=False, details={"task": task})
+    )
+    content = json.loads((folder / "evaluation.json").read_text())
+    content["clean"] = Accuracy(8, 8).to_dict() if content["clean"]["correct"] < 8 else Accuracy(7, 8).to_dict()
+    content["attacks"][0] |= Accuracy(0, 8).to_dict()
+    content["worst_case"][0] |= Accuracy(0, 8).to_dict()
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="clean images are right, not"):
+        write_card(folder)
 
 
 def test_many_classes_are_cut_short(results):

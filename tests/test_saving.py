@@ -18,12 +18,13 @@ import capt_peft.hub as hub
 from capt_peft import PGD, CaptConfig, CaptTrainer, CaptTrainingArguments, ThreatModel, load_task, push_adapter
 from capt_peft.card import write_card
 from capt_peft.card_details import MARK, is_replaceable
+from capt_peft.evaluation import Accuracy
 from capt_peft.runs import run_results, save_run
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
 WEIGHTS = "adapter_model.safetensors"
 TEMPLATE = "a photo of the digit {}."
-SHARE = {"accuracy": 0.436, "interval_95": [0.4, 0.47], "n": 700}
+SHARE = Accuracy(305, 700).to_dict()
 MEASURED = {"clean": SHARE, "robust": SHARE}
 
 
@@ -347,7 +348,8 @@ def test_a_run_is_saved_as_documented_and_refused_once_the_weights_are_others(tr
 def test_a_run_of_an_adapter_with_a_name_is_saved_flat(base, trainer, model, tmp_path):
     model.add_adapter("b", CaptConfig(template=TEMPLATE))
     model.set_adapter("b")
-    share = {f"{kind}_accuracy{end}": 0.5 for kind in ("clean", "robust") for end in ("", "_low", "_high")}
+    half = dict(zip(("", "_low", "_high"), (0.5, *Accuracy(2, 4).interval), strict=True))
+    share = {f"{kind}_accuracy{end}": value for kind in ("clean", "robust") for end, value in half.items()}
     before, after = (
         {f"{when}_{name}": value for name, value in {**share, "n": 4}.items()} for when in ("before", "after")
     )

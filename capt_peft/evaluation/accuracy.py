@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,16 @@ class Accuracy:
     Args:
         correct: How many of the images.
         n: How many images.
+
+    Raises:
+        ValueError: `correct` or `n` out of range.
     """
 
     correct: int
     n: int
+
+    def __post_init__(self) -> None:
+        wilson_interval(self.correct, self.n)
 
     @property
     def value(self) -> float:
@@ -36,6 +45,39 @@ class Accuracy:
     def to_dict(self) -> dict[str, Any]:
         """Returns accuracy, number of images and interval, for results."""
         return {"accuracy": self.value, "correct": self.correct, "n": self.n, "interval_95": list(self.interval)}
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Accuracy:
+        """Reads what `to_dict` returned; without `correct` it is counted from the share.
+
+        Raises:
+            KeyError: Something else is missing.
+            ValueError: The numbers are not those of one share, whose message begins with a verb.
+        """
+        value, n, (low, high) = row["accuracy"], row["n"], row["interval_95"]
+        if not (all(map(_is_number, (value, low, high))) and _is_count(n) and n >= 1 and 0 <= value <= 1):
+            raise ValueError(
+                f"says accuracy {str(value)[:40]} of {str(n)[:40]} images with the interval {str([low, high])[:80]}; an accuracy "
+                "is a share from 0 to 1, of at least one image."
+            )
+        correct = row.get("correct", round(value * n))
+        if not _is_count(correct) or abs(correct / n - value) > _ROUNDING:
+            raise ValueError(f"says {str(correct)[:40]} correct of {n} images and accuracy {value}; they must agree.")
+        accuracy = cls(correct, n)
+        if any(abs(a - b) > _ROUNDING for a, b in zip((low, high), accuracy.interval, strict=True)):
+            raise ValueError(
+                f"says {correct} correct of {n} images with the interval {low} to {high}; the 95% interval is "
+                f"{accuracy.interval[0]:.6f} to {accuracy.interval[1]:.6f}."
+            )
+        return accuracy
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 from ..attacks import ThreatModel
 from ..files import write_json, written_whole
 from ..markup import escape
-from .accuracy import Accuracy, wilson_interval
+from .accuracy import Accuracy
 from .jobs import DamagedFileError, read_json
 from .signs import Sign
 
 ROBUST, TRANSFER = "robust", "transfer"
+CLEAN = b"clean_correct"  # in the metadata of the examples
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,16 @@ class Evaluation:
             written_whole(path.parent) as folder,
             (folder / name).open("wb") as file,
         ):  # pyarrow takes paths of UTF-8 alone
-            pq.write_table(self.examples, file)
+            pq.write_table(self.examples.replace_schema_metadata({CLEAN: str(self.clean.correct)}), file)
         write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, and counts again what the examples show.
 
         Raises:
-            ValueError: The file holds something else, or is damaged (a `DamagedFileError`).
+            ValueError: The file holds something else, is damaged, or its figures are not those of the examples (the last two are
+                a `DamagedFileError`).
         """
         path = Path(path)
         content = read_json(path)
@@ -161,36 +163,65 @@ class Evaluation:
             raise ValueError(f"{path} does not hold an evaluation.")
         try:
             with examples_path(path).open("rb") as file:
+                clean = (pq.read_schema(file).metadata or {}).get(CLEAN)
                 examples = pq.read_table(file, schema=EXAMPLE_SCHEMA)
-            return cls._read(content, examples)
+            return cls._read(content, examples, None if clean is None else int(clean))
         except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DamagedFileError(
                 f"{path}, or the examples in {examples_path(path).name} beside it, are damaged ({str(error)[:200]})."
             ) from error
 
     @classmethod
-    def _read(cls, content: dict[str, Any], examples: pa.Table) -> Evaluation:
+    def _read(cls, content: dict[str, Any], examples: pa.Table, clean: int | None) -> Evaluation:
         evaluation = cls(
-            clean=_accuracy(content["clean"]),
+            clean=Accuracy.from_dict(content["clean"]),
             attacks=tuple(_outcome(row) for row in content["attacks"]),
-            worst_case={ThreatModel(**row["threat_model"]): _accuracy(row) for row in content["worst_case"]},
+            worst_case={ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]},
             signs=tuple(Sign(**sign) for sign in content["signs"]),
             configuration=dict(content["configuration"]),
             machine=str(content["machine"]),
             examples=examples,
         )
-        for outcome in evaluation.attacks:
-            right = pc.equal(examples["prediction"], examples["label"])
-            of_attack = pc.and_(
-                pc.equal(examples["attack"], outcome.name),
-                pc.equal(examples["threat_model"], str(outcome.threat_model)),
-            )
-            rows = pc.sum(of_attack).as_py() or 0, pc.sum(pc.and_(of_attack, right)).as_py() or 0
-            if rows != (outcome.accuracy.n, outcome.accuracy.correct):
-                raise ValueError(
-                    f"the examples of {outcome.name} are {rows[1]} right of {rows[0]}, not {outcome.accuracy}"
-                )
+        evaluation._check_counts(clean)
         return evaluation
+
+    def _check_counts(self, clean: int | None) -> None:
+        """Raises a ValueError unless the figures are those of the examples; clean accuracy alone has no examples.
+
+        Args:
+            clean: How many clean images are right, as the file of the examples says; None: it does not, and they are counted. A
+                model that answers at random is right on other images each time.
+        """
+        if clean not in (None, self.clean.correct):
+            raise ValueError(f"{clean} clean images are right, not {self.clean.correct}")
+        n, rows = self.clean.n, [(outcome, self._examples_of(outcome)) for outcome in self.attacks]
+        if sum(len(of_attack) for _, of_attack in rows) != len(self.examples):
+            raise ValueError("there are examples of other attacks")
+        for outcome, of_attack in rows:
+            answers = {"before": of_attack["clean_prediction"], "after": of_attack["prediction"]}
+            right = {when: _count(pc.equal(answer, of_attack["label"])) for when, answer in answers.items()}
+            found = len(of_attack), right["before"], right["after"], _count(of_attack["broken"])
+            before = self.clean.correct if clean is None else found[1]
+            if found != (n, before, outcome.accuracy.correct, outcome.broken) or outcome.accuracy.n != n:
+                raise ValueError(
+                    f"the {found[0]} examples of {outcome.name} are {found[1]} right before it, {found[2]} after it and "
+                    f"{found[3]} broken, not {self.clean.correct}, {outcome.accuracy.correct} and {outcome.broken} of {n}"
+                )
+        wrong: dict[ThreatModel, set[int]] = {}
+        for outcome, of_attack in rows:
+            if outcome.kind == ROBUST:
+                turned = of_attack.filter(pc.not_equal(of_attack["prediction"], of_attack["label"]))
+                wrong.setdefault(outcome.threat_model, set()).update(turned["index"].to_pylist())
+        worst = {threat: Accuracy(n - len(indices), n) for threat, indices in wrong.items()}
+        if worst != self.worst_case:
+            raise ValueError(
+                f"the worst cases of the examples are {', '.join(map(str, worst.values())) or 'none'}, not "
+                f"{', '.join(map(str, self.worst_case.values())) or 'none'}"
+            )
+
+    def _examples_of(self, outcome: AttackOutcome) -> pa.Table:
+        threat = pc.equal(self.examples["threat_model"], str(outcome.threat_model))
+        return self.examples.filter(pc.and_(pc.equal(self.examples["attack"], outcome.name), threat))
 
 
 def examples_path(path: Path) -> Path:
@@ -240,15 +271,14 @@ def _percent(accuracy: Accuracy) -> str:
     return f"{100 * accuracy.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _accuracy(row: dict[str, Any]) -> Accuracy:
-    wilson_interval(row["correct"], row["n"])  # refuses what is not a share
-    return Accuracy(row["correct"], row["n"])
+def _count(true: pa.ChunkedArray) -> int:
+    return pc.sum(true).as_py() or 0
 
 
 def _outcome(row: dict[str, Any]) -> AttackOutcome:
     names = ("attack", "kind", "broken", "forwards", "gradients", "zero_gradient_share")
     return AttackOutcome(
-        accuracy=_accuracy(row),
+        accuracy=Accuracy.from_dict(row),
         parts=tuple(row["parts"]),
         notes=tuple(row["notes"]),
         **{name: row[name] for name in names},

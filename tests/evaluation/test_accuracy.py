@@ -23,5 +23,26 @@ def test_the_interval_is_symmetric_and_stays_in_the_unit_range():
             wilson_interval(correct, n)
 
 
+@pytest.mark.parametrize(("correct", "n"), [(7, 5), (-1, 5), (0, 0)])
+def test_what_is_no_share_is_no_accuracy(correct, n):
+    with pytest.raises(ValueError, match="no share"):
+        Accuracy(correct, n)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"n": 100_000}, {"correct": 8}, {"accuracy": 0.7}, {"interval_95": [0, 1]}, {"n": True}, {"correct": 7.0}],
+)
+def test_numbers_that_are_not_of_one_share_are_refused(change):
+    row = Accuracy(7, 20).to_dict()
+    assert (
+        Accuracy.from_dict(row)
+        == Accuracy.from_dict({k: v for k, v in row.items() if k != "correct"})
+        == Accuracy(7, 20)
+    )
+    with pytest.raises(ValueError, match="says "):
+        Accuracy.from_dict(row | change)
+
+
 def test_an_accuracy_reads_as_people_write_it():
     assert str(Accuracy(81, 263)) == "30.8% (25.5 to 36.6, n=263)"

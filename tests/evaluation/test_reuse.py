@@ -15,9 +15,10 @@ from toy_models import make_model, some_images
 from transformers import CLIPModel
 
 from capt_peft import PGD, CaptConfig, ThreatModel, ZeroShotClassifier, evaluate, load_task
-from capt_peft.evaluation import Evaluation
+from capt_peft.evaluation import Accuracy, Evaluation
 from capt_peft.evaluation import loop as loop_module
 from capt_peft.evaluation import sample as sample_module
+from capt_peft.evaluation.jobs import DamagedFileError
 from capt_peft.evaluation.sample import TOLERANCE, logit_differences
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
@@ -280,6 +281,36 @@ def test_results_whose_figures_are_not_those_of_their_examples_are_measured_agai
     with pytest.raises(ValueError, match="damaged"):
         Evaluation.load(path)
     assert quiet(MODEL, output=path) == whole and len(runs) == 4
+
+
+def lowered(row):
+    row |= Accuracy(row["correct"] - 1, row["n"]).to_dict()
+
+
+EDITS = {
+    "clean counts fewer": lambda content: lowered(content["clean"]),
+    "clean counts more": lambda content: content["clean"].update(Accuracy(30, 30).to_dict()),
+    "an attack counts fewer": lambda content: lowered(content["attacks"][0]),
+    "an attack broke none": lambda content: content["attacks"][0].update(broken=0),
+    "the worst case counts more": lambda content: content["worst_case"][0].update(Accuracy(30, 30).to_dict()),
+    "no worst case": lambda content: content.update(worst_case=[]),
+    "a share of its own": lambda content: content["clean"].update(accuracy=0.99),
+    "an interval of its own": lambda content: content["attacks"][0].update(interval_95=[0.0, 1.0]),
+    "an attack is left out": lambda content: content["attacks"].pop(0),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_figures_edited_by_hand_are_refused(tmp_path, edit):
+    path = tmp_path / "r.json"
+    attacks = [PGD(ThreatModel("linf", "9/255"), steps=steps) for steps in (1, 3)]
+    whole = quiet(MODEL, (PIXELS, torch.cat([LABELS[:25], (LABELS[25:] + 1) % 5])), attacks, output=path)
+    assert whole.clean == Accuracy(25, 30) and 0 < whole.robust.correct < 25
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DamagedFileError, match="damaged"):
+        Evaluation.load(path)
 
 
 @pytest.mark.parametrize("damage", [cut, empty, binary, null, nested, changed_digit])
