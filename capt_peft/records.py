@@ -202,20 +202,20 @@ def _why_other_images(configuration: Mapping[str, Any], results: Mapping[str, An
     """Returns why an evaluation cannot be compared with results; raises if it is of other images, classes or texts."""
     model, tuned, task = configuration["model"], results["task"], configuration.get("task")
     pairs = {
-        "classes": (model.get("class_names"), tuned.get("class_names")),
-        "template": (model.get("template"), tuned.get("template")),
-        "pixels": (model.get("pixels"), results["training"].get("pixels")),
+        "other classes": (model.get("class_names"), tuned.get("class_names")),
+        "another template": (model.get("template"), tuned.get("template")),
+        "other pixels": (model.get("pixels"), results["training"].get("pixels")),
     }
     if task:
         pairs |= {
-            "data set": (task.get("name"), tuned["name"]),
-            "source of the data": (task.get("source"), tuned.get("source")),
-            "split": (task.get("split"), results["evaluation"]["split"]),
+            "another data set": (task.get("name"), tuned["name"]),
+            "another source of the data": (task.get("source"), task.get("source") and tuned.get("source")),
+            "another split": (task.get("split"), results["evaluation"]["split"]),
         }
     for what, (own, other) in pairs.items():
-        if other is not None and json.dumps(own, sort_keys=True) != json.dumps(other, sort_keys=True):
+        if other not in (None, "") and json.dumps(own, sort_keys=True) != json.dumps(other, sort_keys=True):
             raise RecordError(
-                f"{EVALUATION} was measured with another {what} than {RESULTS}: {plain(own, 80)}, not {plain(other, 80)}. A card "
+                f"{EVALUATION} was measured with {what} than {RESULTS}: {plain(own, 80)}, not {plain(other, 80)}. A card "
                 f"compares figures of the same kind alone: keep this evaluation under another name, without --update_card."
             )
     if not task:
