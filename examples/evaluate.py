@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> Evaluation:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(sys.argv[1:] if argv is None else argv)
     attacks = parse_attacks(args)
-    state = PartialState(cpu=args.use_cpu, timeout=timedelta(days=7))
+    # Accelerate does not see by itself that the processes of torchrun have no GPU, and each would measure everything
+    state = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=7))
     task = load_task(
         args.dataset_name,
         root=args.root,

@@ -156,7 +156,8 @@ def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save
         raise ValueError(
             f"output={str(output)!r} must end in .json; the examples go to a .parquet file of the same name."
         )
-    PartialState(timeout=timedelta(days=7))  # a process that waits for another's AutoAttack must not give up
+    # a process that waits for another's AutoAttack must not give up; torchrun's processes on CPUs are not seen by themselves
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 @contextmanager
