@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training_helpers import adapter_of, make_trainer
 from transformers import TrainerCallback
 
+from capt_peft.evaluation import wilson_interval
 from capt_peft.runs import run_results, save_run
 from capt_peft.training.checkpoint_folders import read_manifest
 
@@ -76,7 +77,9 @@ def test_no_file_of_a_run_holds_a_token_and_all_have_the_permissions_of_new_file
     trainer = make_trainer(tmp_path, processor, hub_token=secrets["hub_token"], eval_attack="pgd-1", **STEPS)
     trainer.train()
     trainer.save_model()
-    measured = {f"before_{kind}_accuracy{end}": 0.5 for kind in ("clean", "robust") for end in ("", "_low", "_high")}
+    low, high = wilson_interval(6, 12)
+    values = {"": 0.5, "_low": low, "_high": high}
+    measured = {f"before_{kind}_accuracy{end}": v for kind in ("clean", "robust") for end, v in values.items()}
     measured = {"before_n": 12, **measured}
     after = {name.replace("before", "after"): value for name, value in measured.items()}
     results = run_results(trainer, measured, after, method="capt", split="test", seconds=1.0)
