@@ -110,7 +110,7 @@ def _remove_leftovers(folder: Path, now: float) -> None:
 
 def _is_gone(machine: str, process: int) -> bool:
     """Returns whether a process is known to have ended."""
-    if machine != _machine() or sys.platform == "win32":  # there the signal 0 is no question
+    if machine != _machine() or sys.platform == "win32":  # there the signal 0 does not merely ask
         return False
     try:
         os.kill(process, 0)

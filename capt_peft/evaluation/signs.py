@@ -169,7 +169,7 @@ def _one_step(probed: dict[str, Any]) -> Sign:
     if not gains:
         return Sign("one_step_beats_many", None, None, ONE_STEP, "Not checked: every epsilon is 0.")
     images = probed["images"]
-    # the rounding of one image in a small probe is no sign
+    # the rounding of one image in a small probe does not count as a sign
     return _sign(
         "one_step_beats_many",
         max(gains),
@@ -206,7 +206,7 @@ def _few_queries(black_box: Sequence[dict[str, Any]]) -> Sign:
     return _sign(
         "square_beats_white_box",
         gain,
-        max(SQUARE_FEW, 1 / images),  # one image in a small probe is no sign
+        max(SQUARE_FEW, 1 / images),  # one image in a small probe does not count as a sign
         f"{QUERIES} queries of Square, which sees no gradients, break {100 * gain:.1f}% {what}, where {MANY} steps of PGD fail: "
         "gradients are masked, and robust accuracy is too high.",
         f"{QUERIES} queries of Square break {100 * gain:.1f}% {what} and that {MANY} steps of PGD do not break.",
