@@ -207,7 +207,7 @@ class HubTrainer(Trainer):
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Uploads the active adapter with its card, and with the results in `args.output_dir` if they are of these very weights.
 
-        Checkpoints stay at home, and so do the Trainer's pickled arguments, which hold the token.
+        Checkpoints and the Trainer's pickled arguments stay at home.
 
         Args:
             commit_message: Title of the commit.

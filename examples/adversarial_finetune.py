@@ -44,6 +44,7 @@ from capt_peft.finetune import FareTrainer, train_image_tower_alone
 from capt_peft.outputs import save_somewhere
 from capt_peft.runs import count_parameters, results_table
 from capt_peft.toy.images import FACTS, Facts, draw
+from capt_peft.tuner.loading import load_pretrained
 from capt_peft.versions import describe_machine, versions
 
 OBJECTIVES, DTYPES = ("tecoa", "fare"), ("float32", "float16", "bfloat16")
@@ -146,7 +147,7 @@ def drawn_task(size: int, seed: int) -> Task:
 def load_bare(name_or_path: str) -> PreTrainedModel:
     """Loads a CLIP in float32 with all but its image tower frozen."""
     with loading(name_or_path):
-        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
+        model = load_pretrained(AutoModel, name_or_path, dtype=torch.float32)
     if getattr(model, "peft_config", None):
         raise ValueError(f"{name_or_path} is an adapter. Fine-tune a CLIP, and tune the adapter on that.")
     return train_image_tower_alone(model)
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     model = load_bare(script.model_name_or_path)
     with loading(script.model_name_or_path):
-        processor = AutoProcessor.from_pretrained(script.model_name_or_path, trust_remote_code=False)
+        processor = load_pretrained(AutoProcessor, script.model_name_or_path)
     task = drawn_task(script.drawn_images, args.seed) if drawn else load_task(script.dataset_name)
     kinds = {"tecoa": lambda *a, **k: CaptTrainer(*a, objective=AdversarialCrossEntropy(), **k), "fare": FareTrainer}
     trainer = kinds[script.objective](model, args, task=task, processor=processor)

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoProcessor
 from capt_peft import ThreatModel, ZeroShotClassifier, load_task
 from capt_peft.attacks import parse_attack
 from capt_peft.pictures import attack_picture
+from capt_peft.tuner.loading import load_pretrained
 
 FOLDER = Path("outputs/demo")
 FIXED = ("output_dir", "config", "dataset_name", "dataset_config", "class_names", "template", "method")
@@ -53,8 +54,8 @@ def demo(argv: list[str] | None = None) -> None:
 
     task = load_task("digits")
     name = results["configuration"]["script"]["model_name_or_path"]
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    base = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
+    processor = load_pretrained(AutoProcessor, name)
+    base = load_pretrained(AutoModel, name, dtype=torch.float32).eval()
     shown = shown_images()
     attack = parse_attack("pgd-20", ThreatModel(**results["evaluation"]["attack"]["threat_model"]))
     picture = attack_picture(

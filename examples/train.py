@@ -30,6 +30,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, get_method, load_task
 from capt_peft.methods import method_settings
 from capt_peft.runs import results_table, run_results, save_run
+from capt_peft.tuner.loading import load_pretrained
 
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
 
@@ -172,9 +173,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     set_seed(args.seed)
     with loading(script.model_name_or_path):
-        processor = AutoProcessor.from_pretrained(script.model_name_or_path, trust_remote_code=False)
+        processor = load_pretrained(AutoProcessor, script.model_name_or_path)
         # in float32, whatever precision it is stored in: pixel gradients vanish in less
-        base = AutoModel.from_pretrained(script.model_name_or_path, dtype=torch.float32, trust_remote_code=False)
+        base = load_pretrained(AutoModel, script.model_name_or_path, dtype=torch.float32)
     config = CaptConfig(**script.prompts(), template=task.template, class_names=list(task.class_names))
     model = get_peft_model(base, config)
     trainer = CaptTrainer(

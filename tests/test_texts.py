@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,3 +271,14 @@ def test_code_that_comes_with_a_base_model_is_never_run_nor_asked_about(tmp_path
         with pytest.raises(ValueError, match="runs no code"):
             ZeroShotClassifier.from_pretrained(str(base if load == "from_pretrained" else adapter), class_names=names)
     assert not proof.exists()
+
+
+def test_one_function_loads_models_and_processors_so_that_none_forgets_to_refuse_their_code():
+    root = Path(__file__).parent.parent
+    files = [*root.glob("capt_peft/**/*.py"), *root.glob("examples/*.py")]
+    assert len(files) > 100
+    assert not [
+        str(f)
+        for f in files
+        if re.search(r"\bAuto(Model|Processor|Tokenizer|Config)\w*\.from_pretrained\(\w", f.read_text())
+    ]

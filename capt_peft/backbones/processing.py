@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, CLIPConfig, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ..tuner.loading import load_pretrained
 from .settings import MEAN, STD, Settings
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ def load_tokenizer(source: str | None, required: bool) -> Any:
         ValueError: It is required and cannot be loaded.
     """
     try:
-        return AutoTokenizer.from_pretrained(source) if source else None
+        return load_pretrained(AutoTokenizer, source) if source else None
     except (OSError, ValueError, KeyError) as error:
         if required:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel
 
 from ..training import CaptTrainingArguments
+from ..tuner.loading import load_pretrained
 from .cells import ZERO_SHOT, Cell
 
 CLASSES, ALL_IMAGES, TEST_IMAGES = 10, 64, 400  # guesses where the data set has not been read
@@ -69,7 +70,7 @@ def seconds_a_pass(cells: Sequence[Cell], lines: Mapping[str, Mapping[str, Any]]
     ended = [(cell, lines[cell.key]) for cell in cells if lines.get(cell.key, {}).get("status") == "finished"]
     if len(ended) >= 3:
         return sum(float(line["seconds"]) for _, line in ended) / sum(passes(cell) for cell, _ in ended)
-    clip: Any = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
+    clip: Any = load_pretrained(AutoModel, model, dtype=torch.float32).eval()
     side = clip.config.vision_config.image_size
     pixels = torch.rand(32, 3, side, side, requires_grad=True)
     rounds: list[float] = []

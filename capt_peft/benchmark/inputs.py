@@ -23,6 +23,7 @@ from ..data.pixels import digest_images
 from ..data.task import Task
 from ..data.transforms import PixelTransform
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, configuration_digest
+from ..tuner.loading import load_pretrained
 from .cells import ZERO_SHOT, Cell, Target
 
 Root = str | Mapping[str, str] | None
@@ -107,7 +108,7 @@ def _teacher(name: str | None) -> str | None:
         return None
     if Path(name, CONFIG_NAME).exists():
         return adapter_fingerprint(name)
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    model = load_pretrained(AutoModel, name, dtype=torch.float32)
     return _digest([base_fingerprint(model), configuration_digest(model)])
 
 
@@ -121,8 +122,8 @@ def _digest(content: Any) -> str:
 def load_base(name: str, device: Any = None) -> tuple[nn.Module, Any]:
     """Returns a CLIP, on this process's device unless told otherwise, and its processor."""
     # in float32, whatever precision it is stored in: pixel gradients vanish in less
-    model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval()
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    model = load_pretrained(AutoModel, name, dtype=torch.float32).eval()
+    processor = load_pretrained(AutoProcessor, name)
     return model.to(PartialState().device if device is None else device), processor
 
 

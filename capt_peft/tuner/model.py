@@ -63,9 +63,8 @@ class CaptModel(BaseTuner):
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in adapted_modules(self.model):
-            module._disable_adapters = (
-                not enabled
-            )  # PEFT's version makes `modules_to_save` trainable, whatever they were
+            # not by PEFT's version, which makes `modules_to_save` trainable, whatever they were
+            module._disable_adapters = not enabled
 
     # --------------------------------------------------------------------------------------------------- injection
 
