@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from accelerate import PartialState
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
@@ -132,3 +133,5 @@ if __name__ == "__main__":
     run_and_save(output)
     if "stopped" in tasks:
         run_until_stopped(output)
+    PartialState().wait_for_everyone()  # a process that ends while its peer's connection is open can abort
+    PartialState().destroy_process_group()

@@ -33,12 +33,12 @@ RANKS = load_ranks()
 def two_processes(folder, *tasks, port):
     """Runs `ranks.py` in two processes; one that waits forever for the other fails by the time limit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    everything = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    everything = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         [*command, str(FOLDER / "ranks.py"), str(folder), *tasks], env=everything, capture_output=True, text=True,
         check=False, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr[-10000:]
     return folder
 
 
