@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import CLIPModel, set_seed
 
 from capt_peft import CaptConfig, load_task
-from capt_peft.versions import describe_machine, versions
+from capt_peft.utils.versions import describe_machine, versions
 
 LEARNING_RATE, TEST_IMAGES = 0.3, 200
 FP16_ON_CPU = (

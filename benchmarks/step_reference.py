@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task
-from capt_peft.activations import lean_activations
-from capt_peft.classifier import normalize, pooled
+from capt_peft.clip.activations import lean_activations
+from capt_peft.clip.classifier import normalize, pooled
 from capt_peft.data.task import DEFAULT_TEMPLATE, task_features
 from capt_peft.randomness import example_generators
 from capt_peft.training.frozen import FrozenOutputs

@@ -2,15 +2,15 @@
 
 from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from .backbones import convert_backbone
-from .classifier import ZeroShotClassifier
+from .clip.classifier import ZeroShotClassifier
+from .clip.loading import from_pretrained
 from .data import Task, describe_task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
-from .finetune import FareTrainer
-from .hub import push_adapter
-from .loading import from_pretrained
 from .methods import METHODS, get_method
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
+from .results.hub import push_adapter
 from .training import CaptTrainer, CaptTrainingArguments, TrainingStopped
+from .training.fare import FareTrainer
 from .tuner import CaptConfig, CaptModel
 
 __version__ = "0.1.0"

@@ -39,13 +39,13 @@ from capt_peft import (
     load_task,
 )
 from capt_peft.data.task import task_features
-from capt_peft.files import write_json
-from capt_peft.finetune import FareTrainer, train_image_tower_alone
-from capt_peft.outputs import save_somewhere
-from capt_peft.runs import count_parameters, results_table
+from capt_peft.results.run import count_parameters, results_table
 from capt_peft.toy.images import FACTS, Facts, draw
+from capt_peft.training.fare import FareTrainer, train_image_tower_alone
 from capt_peft.tuner.loading import load_pretrained
-from capt_peft.versions import describe_machine, versions
+from capt_peft.utils.files import write_json
+from capt_peft.utils.outputs import save_somewhere
+from capt_peft.utils.versions import describe_machine, versions
 
 OBJECTIVES, DTYPES = ("tecoa", "fare"), ("float32", "float16", "bfloat16")
 DRAWN = "drawn"

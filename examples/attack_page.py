@@ -20,8 +20,8 @@ from torch import Tensor
 
 from capt_peft import ThreatModel, ZeroShotClassifier, load_task
 from capt_peft.attacks import PGD
+from capt_peft.clip.loading import load_model
 from capt_peft.data.images import load_image
-from capt_peft.loading import load_model
 from capt_peft.randomness import example_generators
 
 TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 
 from capt_peft import ThreatModel, ZeroShotClassifier, load_task
 from capt_peft.attacks import parse_attack
-from capt_peft.pictures import attack_picture
+from capt_peft.evaluation.pictures import attack_picture
 from capt_peft.tuner.loading import load_pretrained
 
 FOLDER = Path("outputs/demo")

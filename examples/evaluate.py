@@ -31,13 +31,13 @@ from peft import PeftModel
 
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
-from capt_peft.card import is_capt
 from capt_peft.data.task import check_template
 from capt_peft.evaluation.curve import robustness_curves
 from capt_peft.evaluation.subject import TARGETS, describe
-from capt_peft.runs import check_update, update_card
+from capt_peft.results.card import is_capt
+from capt_peft.results.run import check_update, update_card
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
-from capt_peft.versions import versions
+from capt_peft.utils.versions import versions
 
 DTYPES = ("float32", "bfloat16", "float16")
 

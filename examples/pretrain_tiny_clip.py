@@ -25,7 +25,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from capt_peft.attacks.pgd import PGD
 from capt_peft.attacks.threat import ThreatModel
-from capt_peft.classifier import ZeroShotClassifier
+from capt_peft.clip.classifier import ZeroShotClassifier
 from capt_peft.data.task import Task
 from capt_peft.toy.images import FACTS, Facts, caption, draw, phrase
 from capt_peft.toy.tasks import load_digits_task, load_toy_task

@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, get_method, load_task
 from capt_peft.methods import method_settings
-from capt_peft.runs import results_table, run_results, save_run
+from capt_peft.results.run import results_table, run_results, save_run
 from capt_peft.tuner.loading import load_pretrained
 
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")

@@ -164,14 +164,14 @@ def push_model(base, seed, name, **arguments):
 
 def push_adapter(folder, name, **arguments):
     """Pushes an adapter's folder as this package does."""
-    from capt_peft.hub import push_adapter
+    from capt_peft.results.hub import push_adapter
 
     return push_adapter(folder, name, **arguments).oid
 
 
 def push_adapter_model(base, seed, name, **arguments):
     """Pushes an adapter from memory as this package does, and returns its logits."""
-    from capt_peft.hub import push_adapter
+    from capt_peft.results.hub import push_adapter
 
     model = new_adapter(base, seed)
     push_adapter(model, name, **arguments)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from .apgd import APGD
+from .autoattack import AutoAttack
 from .base import Attack, AttackResult, Part, SearchAttack
-from .ensemble import AutoAttack
 from .fab import FAB
-from .names import parse_attack
 from .noise import Generators, Seeds
 from .pgd import PGD
+from .registry import parse_attack
 from .square import Square
 from .threat import LogitsFn, ThreatModel, parse_fraction
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..borrowing import buffers_kept, modules_in
 from ..randomness import own_random_state
+from ..utils.modules import buffers_kept, modules_in
 from .noise import Generators
 from .threat import LogitsFn
 

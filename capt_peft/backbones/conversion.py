@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
-from ..files import entries, make_writable, write_json, written_whole
 from ..tuner.fingerprint import tensors_fingerprint
+from ..utils.files import entries, make_writable, write_json, written_whole
 from .architecture import build, check_same_architecture, describe, make_config
 from .base import Base, base_similarity, check_settings, load_transformers, warn_if_far
 from .layout import Tower, infer_text, infer_vision, openai_names, take_constants, targets

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
-from .cells import Cell
+from ..utils.files import write_json
 from .executors import Line, failed_line, few_at_a_time, forget, kept_line, run_alone
+from .plan import Cell
 from .run import Root
 
 MINUTES = 240  # of a job of SLURM, unless told otherwise

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from ..training import CaptTrainingArguments
 from ..tuner.loading import load_pretrained
-from .cells import ZERO_SHOT, Cell
+from .plan import ZERO_SHOT, Cell
 
 CLASSES, ALL_IMAGES, TEST_IMAGES = 10, 64, 400  # guesses where the data set has not been read
 # Forward and backward passes an image, about half of the images withstanding the cheap attacks

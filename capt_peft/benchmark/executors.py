@@ -19,10 +19,10 @@ import datasets
 import torch
 from accelerate import PartialState
 
-from ..files import write_json
-from ..versions import versions
-from .cells import Cell
+from ..utils.files import write_json
+from ..utils.versions import versions
 from .lines import Lines
+from .plan import Cell
 from .run import Root, run_cell
 
 Line = dict[str, Any]

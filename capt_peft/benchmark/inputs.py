@@ -24,7 +24,7 @@ from ..data.task import Task
 from ..data.transforms import PixelTransform
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, configuration_digest
 from ..tuner.loading import load_pretrained
-from .cells import ZERO_SHOT, Cell, Target
+from .plan import ZERO_SHOT, Cell, Target
 
 Root = str | Mapping[str, str] | None
 TUNED_WITH = ("training_data", "base_model_fingerprint", "base_configuration", "teacher_fingerprint", "processor")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.lines import contradiction
-from .cells import ZERO_SHOT, Cell
+from .plan import ZERO_SHOT, Cell
 
 logger = logging.getLogger(__name__)
 

@@ -17,16 +17,15 @@ from torch import nn
 from transformers import PrinterCallback, set_seed
 
 from ..attacks import ThreatModel, parse_attack
-from ..classifier import ZeroShotClassifier
+from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import Evaluation, evaluate
-from ..files import write_json, written_whole
 from ..methods import METHODS
-from ..runs import count_parameters
+from ..results.run import count_parameters
 from ..training import CaptTrainer, CaptTrainingArguments
 from ..tuner import CaptConfig
 from ..tuner.fingerprint import adapter_fingerprint
-from ..versions import describe_machine, versions
-from .cells import ZERO_SHOT, Cell, Target
+from ..utils.files import write_json, written_whole
+from ..utils.versions import describe_machine, versions
 from .inputs import (
     TUNED_WITH,
     Inputs,
@@ -39,6 +38,7 @@ from .inputs import (
     template_of,
     training_task,
 )
+from .plan import ZERO_SHOT, Cell, Target
 
 logger = logging.getLogger(__name__)
 

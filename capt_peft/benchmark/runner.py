@@ -12,13 +12,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from ..files import make_writable
-from ..outputs import main_process_says
-from .cells import Cell
+from ..utils.files import make_writable
+from ..utils.outputs import main_process_says
 from .cost import duration, passes, seconds_a_pass
 from .executors import Executor, collect, run_here
 from .inputs import Inputs, Root, _load_task
 from .lines import Lines, is_whole
+from .plan import Cell
 
 logger = logging.getLogger(__name__)
 

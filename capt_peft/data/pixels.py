@@ -14,8 +14,8 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from ..files import open_regular
 from ..randomness import example_generator
+from ..utils.files import open_regular
 from .task import column_values, encoded_images
 from .transforms import PixelTransform
 

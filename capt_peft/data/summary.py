@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..markup import Markdown, escape, table_row
+from ..utils.markup import Markdown, escape, table_row
 
 MAX_CLASSES = 20
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .accuracy import Accuracy, wilson_interval
+from ..results.accuracy import Accuracy, wilson_interval
+from ..results.evaluation import AttackOutcome, Evaluation
+from .batch import outcomes
 from .loop import evaluate
-from .outcomes import outcomes
-from .record import AttackOutcome, Evaluation
 from .signs import Sign
 
 __all__ = [

@@ -15,14 +15,14 @@ from accelerate import PartialState
 
 from ..attacks import PGD, ThreatModel
 from ..attacks.threat import format_fraction
-from ..classifier import ZeroShotClassifier
-from ..figures import import_figure
-from ..files import make_writable, write_json, written_whole
-from ..outputs import main_process_says
+from ..clip.classifier import ZeroShotClassifier
+from ..plotting import import_figure
+from ..results.accuracy import Accuracy
+from ..results.evaluation import Evaluation
 from ..tuner import adapters_in_use
-from .accuracy import Accuracy
+from ..utils.files import make_writable, write_json, written_whole
+from ..utils.outputs import main_process_says
 from .loop import evaluate
-from .record import Evaluation
 
 logger = logging.getLogger(__name__)
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn, ThreatModel
-from ..borrowing import buffers_kept, eval_mode, modules_in
-from ..files import make_writable, written_whole
-from ..outputs import main_process_says
-from ..versions import describe_machine, versions
-from .examples import Examples, warn_of_units
-from .jobs import DamagedFileError, Jobs, differences, read_json, set_aside
-from .merging import black_box_needed, merge, standing
-from .outcomes import attack_batch
-from .record import Evaluation, examples_path
+from ..results.evaluation import Evaluation, examples_path
+from ..utils.files import make_writable, written_whole
+from ..utils.modules import buffers_kept, eval_mode, modules_in
+from ..utils.outputs import main_process_says
+from ..utils.versions import describe_machine, versions
+from .batch import attack_batch
+from .images import Examples, warn_of_units
+from .merge import black_box_needed, merge, standing
+from .resume import DamagedFileError, Jobs, differences, read_json, set_aside
 from .sample import sample_logits, spread
 from .signs import PROBES, probe, probe_black_box
 from .subject import Subject, subject_of

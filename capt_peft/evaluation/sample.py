@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attacks import LogitsFn
 from ..randomness import own_random_state
-from .examples import Examples
+from .images import Examples
 from .subject import Subject
 
 SAMPLED = 16  # images

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..attacks import LogitsFn
 from ..attacks.guard import Guarded
-from ..borrowing import arrays_in, modules_in
-from ..classifier import ZeroShotClassifier
+from ..clip.classifier import ZeroShotClassifier
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
+from ..utils.modules import arrays_in, modules_in
 from .precision import lowest
 
 TARGETS = ("tuned", "frozen")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..figures import import_figure
-from ..files import written_whole
+from ..plotting import import_figure
+from ..utils.files import written_whole
 from .difference_plot import differences_figure
 from .lines import Section, choose_attack, read_lines, sections
 from .plots import few_shot_sections, save_figure, scatter_figure, shots_figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..figures import import_figure
+from ..plotting import import_figure
 from .comparison import Difference, compare
 from .lines import TRANSFERS, Section, Shots, shots_name
 from .plots import COLOURS

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..markup import Markdown, escape, table_row
+from ..utils.markup import Markdown, escape, table_row
 from .statistics import Summary
 
 PREAMBLE = "% needs \\usepackage{booktabs,adjustbox}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..figures import import_figure
+from ..plotting import import_figure
 from .lines import FEW_SHOT, Section, Shots, shots_name
 from .statistics import CLEAN, ROBUST, Runs, Summary, collect, common_runs, summarise
 from .tables import section_title

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..files import unwritable
+from ..utils.files import unwritable
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,11 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from ..card import write_cards_for
-from ..files import make_writable, unwritable, written_whole
-from ..hub import HubTrainer
-from ..outputs import OutputLock, free_space, is_failed_write, main_process_says, save_somewhere
-from ..runs import UPLOADED
+from ..results.card import write_cards_for
+from ..results.hub import HubTrainer
+from ..results.run import UPLOADED
+from ..utils.files import make_writable, unwritable, written_whole
+from ..utils.outputs import OutputLock, free_space, is_failed_write, main_process_says, save_somewhere
 from .checkpoint_folders import (
     MANIFEST,
     STAGING,

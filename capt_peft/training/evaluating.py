@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
-from ..borrowing import eval_mode
-from ..classifier import ZeroShotClassifier
+from ..clip.classifier import ZeroShotClassifier
 from ..data.pixels import PixelDataset
 from ..data.task import Task, labels_by_name
 from ..evaluation import outcomes, wilson_interval
+from ..utils.modules import eval_mode
 from .arguments import CaptTrainingArguments
 from .checkpoints import CheckpointTrainer
 

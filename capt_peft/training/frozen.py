@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..files import written_whole
+from ..utils.files import written_whole
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..activations import lean_activations
 from ..attacks import Attack, AttackResult
-from ..classifier import ZeroShotClassifier, normalize, pooled
+from ..clip.activations import lean_activations
+from ..clip.classifier import ZeroShotClassifier, normalize, pooled
 from ..data.pixels import PixelDataset
 from ..data.task import Task, labels_by_name
 from ..data.transforms import PixelTransform

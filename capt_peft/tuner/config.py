@@ -21,8 +21,8 @@ INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
 MAX_BYTES = 1 << 24  # of a configuration file: class names by the hundred thousand
-# set by `capt_peft.card`: writes the model card of an adapter that is being saved (folder, configuration, whether its weights
-# are in the folder already)
+# set by `capt_peft.results.card`: writes the model card of an adapter that is being saved (folder, configuration, whether its
+# weights are in the folder already)
 write_saved_card: Callable[[Path, CaptConfig, bool], None] | None = None
 MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 

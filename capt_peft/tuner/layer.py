@@ -8,8 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .clip import Site
 from .config import CaptConfig
-from .sites import Site
 
 
 class PromptLayer(nn.Module, BaseTunerLayer):

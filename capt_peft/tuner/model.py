@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .clip import Site, check_supported, end_token, find_sites, find_towers
 from .config import DEFAULT_DEPTH, CaptConfig
 from .fingerprint import base_fingerprint
-from .initial import template_ids, text_start
+from .init import template_ids, text_start
 from .layer import PromptLayer
 from .loading import check_adapter_tensors, check_saved_modules, check_size
-from .sites import Site, check_supported, end_token, find_sites, find_towers
 from .switching import adapted_modules, switched_off
 from .wording import cut
 

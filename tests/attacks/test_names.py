@@ -7,7 +7,7 @@ import re
 import pytest
 
 from capt_peft.attacks import APGD, FAB, PGD, Attack, AutoAttack, Square, ThreatModel, parse_attack
-from capt_peft.attacks.names import KNOWN
+from capt_peft.attacks.registry import KNOWN
 
 THREAT = ThreatModel("linf", "8/255")
 # every example in the table: words that begin with the name of an attack, but for the placeholder

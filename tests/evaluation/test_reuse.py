@@ -18,7 +18,7 @@ from capt_peft import PGD, CaptConfig, ThreatModel, ZeroShotClassifier, evaluate
 from capt_peft.evaluation import Accuracy, Evaluation
 from capt_peft.evaluation import loop as loop_module
 from capt_peft.evaluation import sample as sample_module
-from capt_peft.evaluation.jobs import DamagedFileError
+from capt_peft.evaluation.resume import DamagedFileError
 from capt_peft.evaluation.sample import TOLERANCE, logit_differences
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 

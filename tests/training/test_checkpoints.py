@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from training_helpers import NAMES, Scripted, adapter_of, make_model, make_task, make_trainer
 
 from capt_peft import PGD, CaptObjective, ThreatModel, TrainingStopped
-from capt_peft.classifier import ZeroShotClassifier
+from capt_peft.clip.classifier import ZeroShotClassifier
 from capt_peft.objectives import AdversarialCrossEntropy
 from capt_peft.training.checkpoint_folders import Damaged, checkpoints_in, read_manifest
 

@@ -5,8 +5,8 @@ from helpers import TINY_CLIP
 from training_helpers import make_task, make_trainer
 from transformers import CLIPModel
 
-from capt_peft.finetune import FareTrainer, train_image_tower_alone
 from capt_peft.objectives import AdversarialCrossEntropy
+from capt_peft.training.fare import FareTrainer, train_image_tower_alone
 
 
 def run_epoch(trainer, places=None):

@@ -13,7 +13,7 @@ from capt_peft import CaptConfig, CaptTrainer, Task, ZeroShotClassifier
 from capt_peft.data.columns import named_as
 from capt_peft.data.pixels import PixelDataset
 from capt_peft.data.task import task_features
-from capt_peft.finetune import train_image_tower_alone
+from capt_peft.training.fare import train_image_tower_alone
 
 
 def quick(folder, processor, eval_dataset=None, task=None, model=None, **settings):

@@ -13,7 +13,7 @@ from helpers import shake
 from training_helpers import make_model, make_task, make_trainer
 
 from capt_peft import CaptTrainingArguments, get_method
-from capt_peft.texts import max_text_length
+from capt_peft.clip.texts import max_text_length
 from capt_peft.tuner import PromptLayer
 
 # 15 images in batches of 8: the second step of each of the three epochs has 7. A gradient is clipped at norm 1, by default, so

@@ -15,7 +15,7 @@ from training_helpers import adapter_of, make_trainer
 from transformers import TrainerCallback
 
 from capt_peft.evaluation import wilson_interval
-from capt_peft.runs import run_results, save_run
+from capt_peft.results.run import run_results, save_run
 from capt_peft.training.checkpoint_folders import read_manifest
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}

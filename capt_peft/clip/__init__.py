@@ -1,0 +1,1 @@
+"""CLIP as a zero-shot classifier: loading, class texts, the classifier."""

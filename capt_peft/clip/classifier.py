@@ -1,0 +1,320 @@
+"""ZeroShotClassifier: from pixels in [0, 1] to logits over class names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..data.task import DEFAULT_TEMPLATE, check_class_names, check_template
+from ..data.transforms import PixelTransform
+from ..tuner import PromptLayer, adapters_off
+from ..tuner.clip import check_supported
+from ..tuner.wording import shown
+from ..utils.modules import eval_mode
+from .activations import lean_activations
+from .chunks import TextPart, TextParts, split_texts
+from .loading import load_model
+from .texts import TEXT_INPUTS, check_adapter_fits, check_end_tokens, check_texts_differ, tokenize, tokens_before_name
+
+
+class ZeroShotClassifier(nn.Module):
+    """A CLIP and the texts of N classes: the callable that attacks attack, `pixels in [0, 1] -> logits`.
+
+    Normalisation is inside, so that an adversary moves pixels as the model sees them. The texts are padded to the longest of
+    them only, which changes nothing but the cost. Every call runs them, so that it is right whatever has changed since the
+    last: weights written by any means, another adapter, another precision. A loop over one model that stays as it is takes
+    `with_fixed_texts`, which runs them once.
+
+    Args:
+        model: A CLIPModel, with or without adapters (`PeftModel` too).
+        processor: Its processor: an image processor and a tokenizer (`AutoProcessor.from_pretrained`).
+        class_names: The N class names; at least two, no two alike.
+        template: The text of a class; `{}` stands for its name.
+        text_chunk_size: Texts that run at once, which bounds the memory; with gradients the others are run again in the backward
+            pass. By default all of them up to 256 classes, and 64 above that. The results are the same up to rounding.
+
+    Raises:
+        ValueError: A `text_chunk_size` below 1, a template without one `{}`, class names that repeat or are one text to the
+            tokenizer, a text that is too long for the model, or one so short that the adapter's prompts would overwrite the
+            class name; a model with a head for classification, or the processor of another model; or other classes than
+            those of an active adapter with class-specific prompts.
+    """
+
+    model: Any  # a PeftModel, or a model of transformers: both hand out CLIP's methods
+    input_ids: Tensor  # (N, L)
+    mean: Tensor  # (1, 3, 1, 1)
+    std: Tensor  # (1, 3, 1, 1)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        class_names: Sequence[str],
+        template: str = DEFAULT_TEMPLATE,
+        *,
+        text_chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if text_chunk_size is not None and text_chunk_size < 1:
+            raise ValueError(f"text_chunk_size={text_chunk_size} must be at least 1, or None for the default.")
+        self.model = model
+        self.processor = processor
+        self.transform = PixelTransform(processor)
+        check_class_names(class_names)
+        self.class_names = tuple(class_names)
+        self.template = template
+        check_template(template)
+        check_supported(model, quiet=True)
+        self.texts = [template.format(name) for name in self.class_names]
+        text_inputs = tokenize(model, processor.tokenizer, self.texts)
+        input_ids = text_inputs["input_ids"]
+        check_end_tokens(model, input_ids)
+        check_texts_differ(model, processor.tokenizer, self.class_names, self.texts, input_ids)
+        self._before_name = tokens_before_name(processor.tokenizer, template, input_ids)
+        self._check_adapter()
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
+        for name, value in {**text_inputs, "mean": mean, "std": std}.items():
+            self.register_buffer(name, value, persistent=False)
+        self.to(next(model.parameters()).device)
+        self.text_chunk_size = text_chunk_size
+        self._parts = self.text_parts()
+        self.train(model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        class_names: Sequence[str] | None = None,
+        template: str | None = None,
+        **kwargs: Any,
+    ) -> ZeroShotClassifier:
+        """Loads an adapter with its base model and processor, or a bare CLIP.
+
+        Args:
+            name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
+            class_names: The classes; by default those the adapter was tuned on.
+            template: The text of a class; by default the adapter's.
+            kwargs: For loading (`dtype`, float32 by default; `base`, `revision`, `token`, `cache_dir`, `subfolder`).
+
+        Raises:
+            ValueError: No class names given, and none recorded in the adapter.
+        """
+        model, processor = load_model(name_or_path, **kwargs)
+        config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+        names = class_names if class_names is not None else getattr(config, "class_names", None)
+        if not names:
+            raise ValueError(f"{name_or_path} records no class names. Give the classes: class_names=['cat', 'dog'].")
+        template = template if template is not None else getattr(config, "template", DEFAULT_TEMPLATE)
+        return cls(model.eval(), processor, names, template)
+
+    # ------------------------------------------------------------------------------------------------------ logits
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Returns the logits of images.
+
+        Args:
+            pixels: (B, 3, H, W) float in [0, 1], of the model's size.
+
+        Returns:
+            (B, N) float32 logits, at the model's own temperature.
+        """
+        return self.logits(self.image_features(pixels), self.text_features())
+
+    def text_inputs(self) -> dict[str, Tensor]:
+        """Returns the tokens of the N texts: `input_ids` and `attention_mask`, (N, L) with L the length of the longest.
+
+        Raises:
+            ValueError: As of `check_adapter_fits`.
+        """
+        self._check_adapter()
+        return {name: getattr(self, name).to(self.device) for name in TEXT_INPUTS if hasattr(self, name)}
+
+    def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
+        """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
+
+        It is right while the model stays as it is: after an optimiser's step, another adapter or `frozen()`, make another.
+
+        Returns:
+            A function from (B, 3, H, W) pixels in [0, 1] to (B, N) float32 logits, with gradient to the pixels.
+        """
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be part of an attack's graph
+            texts = self.encode_texts()
+        return lambda pixels: self.logits(self.image_features(pixels), texts)
+
+    def text_features(self) -> Tensor:
+        """Returns the (N, D) normalised text features, without gradient in eval mode."""
+        if self.training:
+            return self.encode_texts()
+        with torch.inference_mode(False), torch.no_grad():
+            return self.encode_texts()
+
+    def encode_texts(self) -> Tensor:
+        """Runs the text tower on the N texts: (N, D) normalised features, with gradient if the caller wants one."""
+        if self._parts is None:
+            return normalize(pooled(self.model.get_text_features(**self.text_inputs())))
+        return self._parts.join([self.encode_part(part) for part in self._parts.parts])
+
+    def text_parts(self, *, cut: bool = True) -> TextParts | None:
+        """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; arguments as of `split_texts`."""
+        inputs = {name: getattr(self, name).cpu() for name in TEXT_INPUTS if hasattr(self, name)}
+        return split_texts(inputs, self.text_chunk_size, cut=cut)
+
+    def encode_part(self, part: TextPart) -> Tensor:
+        """Runs the text tower on a part: (n, D) normalised features. Its activations are not kept: backward runs it again."""
+        if torch.is_grad_enabled():
+            features: Tensor = checkpoint(self._run_part, part, use_reentrant=False)
+            return features
+        return self._run_part(part)
+
+    def _run_part(self, part: TextPart) -> Tensor:
+        # here, because the backward pass comes here again
+        with lean_activations(self.base_model), self.part_inputs(part) as inputs:
+            return normalize(pooled(self.model.get_text_features(**inputs)))
+
+    @contextmanager
+    def part_inputs(self, part: TextPart) -> Iterator[dict[str, Tensor]]:
+        """Gives the tokens of a part; within it, class-specific prompts are those of its classes."""
+        self._check_adapter()
+        layers = [m for m in self.model.modules() if isinstance(m, PromptLayer) and m.site.tower == "text"]
+        for layer in layers:
+            layer.rows = part.rows
+        try:
+            yield {name: ids.to(self.device) for name, ids in part.inputs.items()}
+        finally:
+            for layer in layers:
+                layer.rows = None
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Runs the image tower: (B, 3, H, W) pixels in [0, 1] -> (B, D) normalised features."""
+        return normalize(pooled(self.model.get_image_features(pixel_values=self.pixel_values(pixels))))
+
+    def pixel_values(self, pixels: Tensor) -> Tensor:
+        """Normalises pixels in [0, 1] to what the model takes, in its precision."""
+        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        return ((pixels - mean) / std).to(self._parameter.dtype)
+
+    def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Returns (B, N) float32 logits of normalised features (B, D) and (N, D)."""
+        scale = self.base_model.logit_scale.float().exp()
+        return (text_features.float() @ image_features.float().t() * scale).t()  # CLIPModel's own order of operations
+
+    @contextmanager
+    def frozen(self) -> Iterator[ZeroShotClassifier]:
+        """Within it, this is the classifier of the base model: adapters are off."""
+        with adapters_off(self.model):
+            yield self
+
+    # -------------------------------------------------------------------------------------------------- prediction
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Any,
+        *,
+        class_names: Sequence[str] | None = None,
+        template: str | None = None,
+        top_k: int | None = None,
+        batch_size: int = 32,
+    ) -> list[list[dict[str, Any]]]:
+        """Classifies images.
+
+        Args:
+            images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
+            class_names: Other classes for this call.
+            template: Another text of a class for this call.
+            top_k: Return the k best classes; by default all.
+            batch_size: Images per forward pass.
+
+        Returns:
+            For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.
+
+        Raises:
+            ValueError: An image that cannot be read (the file is named), a `top_k` or `batch_size` below 1, class names or a
+                template that a classifier refuses, or logits that are not finite (the cause is named).
+        """
+        if class_names is not None or template is not None:
+            names = self.class_names if class_names is None else class_names
+            other = ZeroShotClassifier(
+                self.model, self.processor, names, self.template if template is None else template
+            )
+            return other.predict(images, top_k=top_k, batch_size=batch_size)
+        if batch_size < 1 or (top_k is not None and top_k < 1):
+            raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
+        if isinstance(images, str) or not isinstance(images, Sequence):  # a column of `datasets` is a sequence
+            images = [images]
+        with eval_mode(self):
+            texts = self.text_features()
+            scores = [self._scores(images[i : i + batch_size], texts) for i in range(0, len(images), batch_size)]
+        best = [row.topk(min(top_k or len(row), len(row))) for batch in scores for row in batch]
+        return [
+            [
+                {"label": self.class_names[i], "score": p}
+                for p, i in zip(b.values.tolist(), b.indices.tolist(), strict=True)
+            ]
+            for b in best
+        ]
+
+    def _scores(self, images: list[Any], texts: Tensor) -> Tensor:
+        logits = self.logits(self.image_features(self.transform.batch(images).to(self.device)), texts)
+        self._check_finite(logits, texts)
+        return logits.softmax(-1).cpu()
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def _check_adapter(self) -> None:
+        # at every run of the texts: another adapter may have become the active one since this was made
+        check_adapter_fits(self.model, self.class_names, self.template, self._before_name)
+
+    def _check_finite(self, logits: Tensor, texts: Tensor) -> None:
+        """Raises a ValueError that names the cause if logits (B, N) are not finite."""
+        if torch.isfinite(logits).all():
+            return
+        broken = (name for name, p in self.model.named_parameters() if not torch.isfinite(p).all())
+        parameter = next(broken, None)
+        bad_texts = (~torch.isfinite(texts).all(-1)).nonzero().flatten().tolist()
+        if parameter is not None:
+            cause = (
+                f"the weights {parameter} hold NaN or infinite values; the model is damaged or its training diverged"
+            )
+        elif bad_texts:
+            name = shown(self.class_names[bad_texts[0]])
+            cause = f"the text features of class {name} are not: prompts or weights are too large"
+        elif not torch.isfinite(self.base_model.logit_scale.float().exp()):
+            cause = f"the temperature overflows (logit_scale={float(self.base_model.logit_scale):.4g}, of which exp is taken)"
+        else:
+            cause = "the features of an image are not: prompts or weights are too large for the model's precision"
+        raise ValueError(
+            f"The logits are not finite, so that there are no scores: {cause}. Load another model or adapter."
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; a Trainer, for one, moves it without this classifier's own tensors."""
+        return self._parameter.device
+
+    @property
+    def base_model(self) -> Any:
+        """The CLIP, without PEFT's wrapper around it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter: Tensor = next(self.model.parameters())
+        return parameter
+
+
+def pooled(output: Any) -> Tensor:
+    """Returns the projected features of `get_image_features` or `get_text_features`, whose type differs by version."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def normalize(features: Tensor) -> Tensor:
+    """Scales each row to length 1."""
+    return features / features.norm(dim=-1, keepdim=True)

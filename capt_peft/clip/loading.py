@@ -1,0 +1,86 @@
+"""Models by name: an adapter with its base model and processor, or a bare CLIP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModel, AutoProcessor
+from transformers.utils import resolve_revision
+
+from ..tuner import CaptConfig
+from ..tuner.loading import load_pretrained
+from ..tuner.wording import cut
+
+
+def from_pretrained(name_or_path: str, **kwargs: Any) -> nn.Module:
+    """Loads the bare model of a CAPT adapter, with the adapter on it, or a bare CLIP.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        kwargs: As of `load_model`: `dtype` (float32 by default), `base`, `revision`, `token`, `cache_dir`, `subfolder`.
+
+    Returns:
+        A `PeftModel`, or a model of transformers, in eval mode.
+
+    Raises:
+        ValueError: As of `load_model`.
+    """
+    return load_model(name_or_path, **kwargs)[0]
+
+
+def load_model(
+    name_or_path: str, *, dtype: torch.dtype = torch.float32, base: str | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any]:
+    """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        dtype: Precision of the base model, whatever it is stored in. In half precision, gradients of the pixels vanish and
+            attacks look weaker than they are.
+        base: Folder or Hub id of the base model, instead of the one that the adapter names.
+        kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
+
+    Returns:
+        The model (`PeftModel` for an adapter) in eval mode, and its processor.
+
+    Raises:
+        ValueError: The adapter is of another method, damaged, or does not say what its base model is; or the base model needs
+            code of its own, which is never run.
+        OSError: There is no such model, the Hub cannot be reached or refuses, and the cache does not have it.
+    """
+    where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
+    # one commit for all files, whatever is pushed meanwhile
+    kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), **where)
+    try:
+        config = CaptConfig.from_pretrained(name_or_path, **kwargs)
+    except ValueError as error:
+        if "Can't find" not in str(error):
+            raise
+        _check_bare(name_or_path, error.__cause__, kwargs)
+        model = load_pretrained(AutoModel, name_or_path, dtype=dtype, **kwargs).eval()
+        return model, load_pretrained(AutoProcessor, name_or_path, **kwargs)
+    name, revision = (config.base_model_name_or_path, config.revision) if base is None else (base, None)
+    if not name:
+        raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
+    model = load_pretrained(AutoModel, name, revision=revision, dtype=dtype, **where)
+    processor = load_pretrained(AutoProcessor, name, revision=revision, **where)
+    return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
+
+
+def _check_bare(name_or_path: str, reason: BaseException | None, kwargs: Mapping[str, Any]) -> None:
+    """Raises unless an adapter's configuration was not found because there is none, rather than that the Hub failed."""
+    bare = os.path.isdir(name_or_path) or isinstance(reason, RemoteEntryNotFoundError | HFValidationError)
+    if not bare and isinstance(reason, LocalEntryNotFoundError):  # the Hub cannot be asked, but the cache may know
+        file = "/".join(filter(None, (kwargs.get("subfolder"), "config.json")))
+        where = {"cache_dir": kwargs.get("cache_dir"), "revision": kwargs.get("revision")}
+        bare = isinstance(try_to_load_from_cache(name_or_path, file, **where), str)
+    if not bare:
+        cause = reason.__cause__ if isinstance(reason, LocalEntryNotFoundError) else reason
+        raise OSError(f"{name_or_path} can be read neither from the Hub nor from the cache: {cut(cause)}") from reason

@@ -1,0 +1,99 @@
+"""The images of an evaluation, however they come."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from ..attacks import Attack, LogitsFn, ThreatModel
+from ..clip.classifier import ZeroShotClassifier
+from ..data.pixels import PixelDataset, digest_images
+from ..data.task import labels_by_name
+
+logger = logging.getLogger(__name__)
+
+_HASHED_AT_ONCE = 256  # images
+
+
+class Examples:
+    """Images as pixels in [0, 1] and their labels.
+
+    Args:
+        data: A split of a task (columns `image` and `label`), or pixels (n, 3, H, W) in [0, 1] and labels (n,) int64.
+        classifier: Makes pixels of images, and numbers the classes: labels are matched by the names that the split gives them.
+
+    Raises:
+        TypeError: `data` is neither, or of the wrong dtype.
+        ValueError: There are no images, numbers do not fit, pixels are not in [0, 1], or the classifier lacks a label's class.
+    """
+
+    def __init__(self, data: datasets.Dataset | tuple[Tensor, Tensor], classifier: LogitsFn) -> None:
+        self._pixels: Any
+        if isinstance(data, datasets.Dataset):
+            if not isinstance(classifier, ZeroShotClassifier):
+                raise TypeError(
+                    "A callable takes no images: give pixels and labels, (pixels, labels), instead of a dataset."
+                )
+            self.labels = torch.from_numpy(labels_by_name(data, classifier.class_names, "The dataset").astype("int64"))
+            self._pixels = PixelDataset(data, classifier.transform)
+        elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
+            pixels, self.labels = data
+            if len(pixels):
+                ThreatModel("linf", 0).check(pixels, self.labels)
+            self._pixels = pixels
+        else:
+            raise TypeError(f"data must be a datasets.Dataset or (pixels, labels), got {type(data).__name__}.")
+        if len(self.labels) == 0:
+            raise ValueError("There are no images to evaluate on: the dataset is empty.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns pixels (B, 3, H, W) and labels (B,) of the images at these places."""
+        if isinstance(self._pixels, Tensor):
+            pixels = self._pixels[list(indices)]
+        else:
+            pixels = torch.stack([self._pixels[i]["pixels"] for i in indices])
+        return pixels.to(device), self.labels[list(indices)].to(device)
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raises a ValueError unless every label is one of `num_classes`."""
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"Labels range from {low} to {high}, but the classifier knows {num_classes} classes (0 to {num_classes - 1}). "
+                "Give it the class names of this dataset, in the order of its labels."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns how many images there are, and a fingerprint of all of them and of their labels."""
+        if not isinstance(self._pixels, Tensor):
+            return {"n": len(self), "fingerprint": digest_images(self._pixels.dataset)}
+        digest = hashlib.sha256(self.labels.numpy(force=True).tobytes())
+        digest.update(f"{tuple(self._pixels.shape)} {self._pixels.dtype}".encode())
+        for some in self._pixels.split(_HASHED_AT_ONCE):
+            digest.update(some.contiguous().numpy(force=True).data)
+        return {"n": len(self), "fingerprint": digest.hexdigest()[:16]}
+
+
+def warn_of_units(attacks: Sequence[Attack], examples: Examples) -> None:
+    """Warns of L2 radii that only make sense in units of 0 to 255."""
+    diagonal = math.sqrt(examples.batch([0], torch.device("cpu"))[0].numel())
+    for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
+        if radius > diagonal / 5:
+            logger.warning(
+                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so "
+                "that %g levels of 255 are written '%g/255'.",
+                radius,
+                radius / diagonal,
+                radius,
+                radius,
+            )

@@ -1,0 +1,79 @@
+"""Pictures for people: images, their attacked twins, the noise, and what two classifiers say. Needs the extra `plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attacks import Attack
+from ..clip.classifier import ZeroShotClassifier
+from ..plotting import import_figure
+from ..randomness import example_generators
+
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def attack_picture(
+    classifiers: Mapping[str, ZeroShotClassifier],
+    images: Sequence[Any],
+    labels: Sequence[int],
+    attack: Attack,
+    path: str | Path,
+    seed: int = 0,
+) -> Path:
+    """Draws images, the twins that an attack on each classifier makes of them, the noise, and the classifiers' answers.
+
+    Each classifier is attacked itself (white box); the noise is scaled to fill the range.
+
+    Args:
+        classifiers: By name, over the same classes.
+        images: B images, anything `load_image` reads.
+        labels: Their B class indices.
+        attack: The attack.
+        path: Where to write; the suffix says the format (png, svg, pdf).
+        seed: Seed of the attack.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure_class = import_figure()
+    first = next(iter(classifiers.values()))
+    pixels = first.transform.batch(images).to(first.device)  # (B, 3, H, W)
+    truth = torch.tensor(list(labels), device=pixels.device)
+    rows: list[tuple[str, Tensor, list[tuple[str, bool]]]] = []
+    names = first.class_names
+    for name, classifier in classifiers.items():
+        generators = example_generators(seed, range(len(pixels)), stream="evaluation")
+        attacked = attack(classifier.with_fixed_texts(), pixels, truth, generators)
+        rows.append((f"image\n{name}", pixels, _answers(classifier, pixels, truth, names)))
+        rows.append((f"attacked\n{name}", attacked, _answers(classifier, attacked, truth, names)))
+        scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)
+        rows.append((f"noise x{scale:.0f}", (0.5 + scale * (attacked - pixels)).clamp(0, 1), []))
+    figure = figure_class(figsize=(1.25 * len(pixels) + 1.1, 1.42 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(pixels), squeeze=False)
+    for (title, row_pixels, answers), row in zip(rows, axes, strict=True):
+        for i, axis in enumerate(row):
+            axis.imshow(row_pixels[i].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if answers:
+                axis.set_xlabel(answers[i][0], color=RIGHT if answers[i][1] else WRONG, fontsize=9)
+        row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    figure.suptitle(f"{attack.name}, {attack.threat_model}; answers in green are right, in red wrong", fontsize=10)
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+@torch.no_grad()
+def _answers(
+    classifier: ZeroShotClassifier, pixels: Tensor, labels: Tensor, names: Sequence[str]
+) -> list[tuple[str, bool]]:
+    predicted = classifier(pixels).argmax(-1)
+    return [(names[i], right) for i, right in zip(predicted.tolist(), (predicted == labels).tolist(), strict=True)]

@@ -1,0 +1,285 @@
+"""The result of an evaluation: numbers, tables and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..attacks import ThreatModel
+from ..evaluation.resume import DamagedFileError, read_json
+from ..evaluation.signs import Sign
+from ..utils.files import write_json, written_whole
+from ..utils.markup import escape
+from .accuracy import Accuracy
+
+ROBUST, TRANSFER = "robust", "transfer"
+CLEAN = b"clean_correct"  # in the metadata of the examples
+
+
+@dataclass(frozen=True)
+class AttackOutcome:
+    """What became of the images under one attack.
+
+    Attributes:
+        attack: The attack's settings.
+        accuracy: The share of images that are right before and after it.
+        kind: "robust" for a white-box attack on what is measured, "transfer" for any other.
+        broken: Images whose right answer it turned.
+        forwards: Images that the attack ran the model on.
+        gradients: Those of them with a gradient.
+        parts: For an ensemble, how many images each attack was given and broke.
+        notes: What had to be changed for the model.
+        zero_gradient_share: Mean share of exactly zero pixel gradients at the first step; None without gradients.
+    """
+
+    attack: dict[str, Any]
+    accuracy: Accuracy
+    kind: str
+    broken: int
+    forwards: int
+    gradients: int
+    parts: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    zero_gradient_share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The attack's name."""
+        return str(self.attack["name"])
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """The ball that the attack stayed in."""
+        return ThreatModel(**self.attack["threat_model"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything, for results."""
+        numbers = {"broken": self.broken, "forwards": self.forwards, "gradients": self.gradients}
+        return {
+            "kind": self.kind,
+            "attack": self.attack,
+            **self.accuracy.to_dict(),
+            **numbers,
+            "zero_gradient_share": self.zero_gradient_share,
+            "parts": list(self.parts),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Clean accuracy, the accuracy under each attack, and the worst case over attacks, on the same images.
+
+    An image counts as robust if the classifier is right on it and on its attacked twin, so that robust never exceeds clean.
+
+    Attributes:
+        clean: Accuracy without an attack.
+        attacks: One outcome an attack, in the order they were given.
+        worst_case: For each threat model, the share of images that no white-box attack broke.
+        signs: Signs of masked gradients; empty where they were not looked for.
+        configuration: All that the figures depend on.
+        machine: What they were computed on.
+        examples: One row an image and attack: index, label, clean_prediction, attack, threat_model, prediction, broken,
+            broken_by and perturbation (its length in the threat model's norm).
+    """
+
+    clean: Accuracy
+    attacks: tuple[AttackOutcome, ...]
+    worst_case: dict[ThreatModel, Accuracy]
+    signs: tuple[Sign, ...]
+    configuration: dict[str, Any]
+    machine: str
+    examples: pa.Table = field(compare=False, repr=False)
+
+    @property
+    def robust(self) -> Accuracy:
+        """The worst case over attacks, where there is one threat model.
+
+        Raises:
+            ValueError: There is none, or several: `worst_case` has them all.
+        """
+        if len(self.worst_case) != 1:
+            raise ValueError(
+                f"There are {len(self.worst_case)} threat models with white-box attacks; look into `worst_case`."
+            )
+        return next(iter(self.worst_case.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything but the examples, in JSON types."""
+        return {
+            "kind": "evaluation",
+            "clean": self.clean.to_dict(),
+            "attacks": [outcome.to_dict() for outcome in self.attacks],
+            "worst_case": [{"threat_model": t.to_dict(), **a.to_dict()} for t, a in self.worst_case.items()],
+            "signs": [sign.to_dict() for sign in self.signs],
+            "configuration": self.configuration,
+            "machine": self.machine,
+        }
+
+    def table(self) -> str:
+        """Returns a Markdown table: which accuracy, under which attack, with n and the 95% interval."""
+        lines = ["| accuracy | threat model | attack | % (95% interval) |", "|---|---|---|---|"]
+        lines.append(f"| clean | | | {_percent(self.clean)} |")
+        for outcome in self.attacks:
+            kind = outcome.kind if outcome.kind == ROBUST else "under a transferred attack"
+            lines.append(f"| {kind} | {outcome.threat_model} | {escape(outcome.name)} | {_percent(outcome.accuracy)} |")
+        for threat, accuracy in self.worst_case.items():
+            if sum(o.kind == ROBUST and o.threat_model == threat for o in self.attacks) > 1:
+                lines.append(f"| **robust** | {threat} | worst case | **{_percent(accuracy)}** |")
+        return "\n".join([*lines, "", f"n = {self.clean.n} images."])
+
+    def warnings(self) -> list[str]:
+        """Returns the sentences of the signs that are raised."""
+        return [sign.sentence for sign in self.signs if sign.raised]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the figures to a JSON file and the examples to a parquet file beside it, each whole or not at all."""
+        path = Path(path)
+        name = examples_path(path).name
+        with (
+            written_whole(path.parent) as folder,
+            (folder / name).open("wb") as file,
+        ):  # pyarrow takes paths of UTF-8 alone
+            pq.write_table(self.examples.replace_schema_metadata({CLEAN: str(self.clean.correct)}), file)
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Reads what `save` wrote, and counts again what the examples show.
+
+        Raises:
+            ValueError: The file holds something else, is damaged, or its figures are not those of the examples (the last two are
+                a `DamagedFileError`).
+        """
+        path = Path(path)
+        content = read_json(path)
+        if content.get("kind") != "evaluation":
+            raise ValueError(f"{path} does not hold an evaluation.")
+        try:
+            with examples_path(path).open("rb") as file:
+                clean = (pq.read_schema(file).metadata or {}).get(CLEAN)
+                examples = pq.read_table(file, schema=EXAMPLE_SCHEMA)
+            return cls._read(content, examples, None if clean is None else int(clean))
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
+            raise DamagedFileError(
+                f"{path}, or the examples in {examples_path(path).name} beside it, are damaged ({str(error)[:200]})."
+            ) from error
+
+    @classmethod
+    def _read(cls, content: dict[str, Any], examples: pa.Table, clean: int | None) -> Evaluation:
+        evaluation = cls(
+            clean=Accuracy.from_dict(content["clean"]),
+            attacks=tuple(_outcome(row) for row in content["attacks"]),
+            worst_case={ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]},
+            signs=tuple(Sign(**sign) for sign in content["signs"]),
+            configuration=dict(content["configuration"]),
+            machine=str(content["machine"]),
+            examples=examples,
+        )
+        evaluation._check_counts(clean)
+        return evaluation
+
+    def _check_counts(self, clean: int | None) -> None:
+        """Raises a ValueError unless the figures are those of the examples; clean accuracy alone has no examples.
+
+        Args:
+            clean: How many clean images are right, as the file of the examples says; None: it does not, and they are counted. A
+                model that answers at random is right on other images each time.
+        """
+        if clean not in (None, self.clean.correct):
+            raise ValueError(f"{clean} clean images are right, not {self.clean.correct}")
+        n, rows = self.clean.n, [(outcome, self._examples_of(outcome)) for outcome in self.attacks]
+        if sum(len(of_attack) for _, of_attack in rows) != len(self.examples):
+            raise ValueError("there are examples of other attacks")
+        for outcome, of_attack in rows:
+            answers = {"before": of_attack["clean_prediction"], "after": of_attack["prediction"]}
+            right = {when: _count(pc.equal(answer, of_attack["label"])) for when, answer in answers.items()}
+            found = len(of_attack), right["before"], right["after"], _count(of_attack["broken"])
+            before = self.clean.correct if clean is None else found[1]
+            if found != (n, before, outcome.accuracy.correct, outcome.broken) or outcome.accuracy.n != n:
+                raise ValueError(
+                    f"the {found[0]} examples of {outcome.name} are {found[1]} right before it, {found[2]} after it and "
+                    f"{found[3]} broken, not {self.clean.correct}, {outcome.accuracy.correct} and {outcome.broken} of {n}"
+                )
+        wrong: dict[ThreatModel, set[int]] = {}
+        for outcome, of_attack in rows:
+            if outcome.kind == ROBUST:
+                turned = of_attack.filter(pc.not_equal(of_attack["prediction"], of_attack["label"]))
+                wrong.setdefault(outcome.threat_model, set()).update(turned["index"].to_pylist())
+        worst = {threat: Accuracy(n - len(indices), n) for threat, indices in wrong.items()}
+        if worst != self.worst_case:
+            raise ValueError(
+                f"the worst cases of the examples are {', '.join(map(str, worst.values())) or 'none'}, not "
+                f"{', '.join(map(str, self.worst_case.values())) or 'none'}"
+            )
+
+    def _examples_of(self, outcome: AttackOutcome) -> pa.Table:
+        threat = pc.equal(self.examples["threat_model"], str(outcome.threat_model))
+        return self.examples.filter(pc.and_(pc.equal(self.examples["attack"], outcome.name), threat))
+
+
+def examples_path(path: Path) -> Path:
+    """Returns where the examples of an evaluation lie."""
+    return path.with_suffix(".parquet")
+
+
+def examples_table(records: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> pa.Table:
+    """Returns one row an image and attack from (attack settings, record of a batch) pairs."""
+    columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_SCHEMA.names}
+    for attack, record in records:
+        n = len(record["index"])
+        threat = str(ThreatModel(**attack["threat_model"]))
+        rows = {
+            "index": record["index"],
+            "label": record["label"],
+            "clean_prediction": record["clean"],
+            "attack": [attack["name"]] * n,
+            "threat_model": [threat] * n,
+            "prediction": record["prediction"],
+            "broken": [by is not None for by in record["broken_by"]],
+            "broken_by": record["broken_by"],
+            "perturbation": record["norm"],
+        }
+        for name, values in rows.items():
+            columns[name].extend(values)
+    return pa.table(columns, schema=EXAMPLE_SCHEMA)
+
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("label", pa.int64()),
+        ("clean_prediction", pa.int64()),
+        ("attack", pa.string()),
+        ("threat_model", pa.string()),
+        ("prediction", pa.int64()),
+        ("broken", pa.bool_()),
+        ("broken_by", pa.string()),
+        ("perturbation", pa.float32()),
+    ]
+)
+
+
+def _percent(accuracy: Accuracy) -> str:
+    low, high = accuracy.interval
+    return f"{100 * accuracy.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _count(true: pa.ChunkedArray) -> int:
+    return pc.sum(true).as_py() or 0
+
+
+def _outcome(row: dict[str, Any]) -> AttackOutcome:
+    names = ("attack", "kind", "broken", "forwards", "gradients", "zero_gradient_share")
+    return AttackOutcome(
+        accuracy=Accuracy.from_dict(row),
+        parts=tuple(row["parts"]),
+        notes=tuple(row["notes"]),
+        **{name: row[name] for name in names},
+    )

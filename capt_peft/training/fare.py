@@ -1,0 +1,137 @@
+"""Adversarial fine-tuning of an image tower, which makes a robust backbone: TeCoA with class texts, FARE without labels.
+
+TeCoA is `CaptTrainer` with `AdversarialCrossEntropy` on a model whose text tower is frozen, and needs nothing more.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import Attack, AttackResult
+from ..clip.classifier import ZeroShotClassifier, pooled
+from ..data import Task
+from ..objectives import Views
+from ..randomness import example_generators
+from . import CaptTrainer
+from .arguments import CaptTrainingArguments
+from .batch import Batch
+from .settings import one_processor
+
+IMAGE_TOWER = ("vision_model.", "visual_projection.")
+
+
+def train_image_tower_alone(model: nn.Module) -> nn.Module:
+    """Freezes all of a CLIP but its image tower and the projection behind it, in place, and returns the model.
+
+    Raises:
+        ValueError: The model has no image tower of that name.
+    """
+    names = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_TOWER)]
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no `vision_model`: an image tower is fine-tuned in a bare CLIPModel. Of an adapter, "
+            "give the base model."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(IMAGE_TOWER))
+    return model
+
+
+class FeatureDistance:
+    r"""FARE's objective (Schlarmann et al. 2024, arXiv 2402.12336): `mean_i ‖φ(adversarial_i) - φ_original(clean_i)‖²`.
+
+    φ is the projected and not normalised image feature. `FareTrainer` puts φ of the adversarial images into
+    `Views.adversarial_features` and the original's of the clean images into `Views.frozen`, both (B, D).
+    """
+
+    needs_frozen = True
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its part `feature_distance`, the same without gradient."""
+        assert views.adversarial_features is not None and views.frozen is not None  # the trainer gives both
+        loss = squared_distance(views.adversarial_features, views.frozen).mean()
+        return loss, {"feature_distance": loss.detach()}
+
+
+class FareTrainer(CaptTrainer):
+    """Fine-tunes an image tower so that adversarial images have the features that clean ones had: FARE, without labels.
+
+    The loss is that of `FeatureDistance`, and the attack climbs the same distance. The original is a frozen copy of the model
+    as it is given; its features are kept for each image while nothing is augmented. The task's labels and class texts are for
+    the log alone.
+
+    Args:
+        model: A CLIP, bare; see `train_image_tower_alone`.
+        args: As of `CaptTrainer`; `attack_loss` has no say and stays "ce".
+        task: As of `CaptTrainer`.
+        processor: The model's processor.
+        processing_class: Another name of `processor`.
+        attack: The training attack; by default PGD with the arguments' settings.
+        kwargs: Further arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: Another `attack_loss`, or as of `CaptTrainer`.
+    """
+
+    teacher: ZeroShotClassifier
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: CaptTrainingArguments,
+        *,
+        task: Task,
+        processor: Any = None,
+        processing_class: Any = None,
+        attack: Attack | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.attack_loss != "ce":
+            raise ValueError(
+                f"attack_loss={args.attack_loss!r}: FARE's attack climbs the distance of the features. Leave it at 'ce'."
+            )
+        processor = one_processor(processor, processing_class)
+        original = ZeroShotClassifier(copy.deepcopy(model), processor, task.class_names, task.template)
+        super().__init__(
+            model,
+            args,
+            task=task,
+            processor=processor,
+            objective=FeatureDistance(),
+            attack=attack,
+            teacher=original,
+            **kwargs,
+        )
+
+    def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
+        """Attacks the features: two "logits" whose cross-entropy against class 0 is a rising function of the distance."""
+        target = self._frozen(batch.pixels, batch.indices)  # (B, D)
+        generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
+
+        def logits_fn(images: Tensor) -> Tensor:
+            with self._attack_precision():
+                features = self._image_features(images)  # (B, D)
+            distance = squared_distance(features.float(), target)  # (B,)
+            return torch.stack([-distance, torch.zeros_like(distance)], dim=1)  # log-odds against class 0: the distance
+
+        return self.attack.run(logits_fn, batch.pixels, torch.zeros_like(batch.labels), generators)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return embed(self.classifier, pixels)
+
+    def _run_frozen(self, pixels: Tensor) -> Tensor:
+        return embed(self.teacher.to(pixels.device), pixels)
+
+
+def embed(classifier: ZeroShotClassifier, pixels: Tensor) -> Tensor:
+    """Returns the projected image features φ, not normalised: (B, 3, H, W) pixels in [0, 1] -> (B, D)."""
+    return pooled(classifier.model.get_image_features(pixel_values=classifier.pixel_values(pixels)))
+
+
+def squared_distance(features: Tensor, target: Tensor) -> Tensor:
+    """Returns the squared Euclidean distance of each row, in float32: (B, D), (B, D) -> (B,)."""
+    return (features.float() - target.float()).square().sum(-1)

@@ -1,0 +1,284 @@
+"""Class texts: what the tokenizer makes of them, and which the model could not tell apart."""
+
+import copy
+import json
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY_CLIP, shake
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from transformers import (
+    AutoProcessor,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipModel,
+)
+
+from capt_peft import CaptConfig, ZeroShotClassifier
+
+PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+CAFE = "caf\u00e9"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return CLIPModel.from_pretrained(TINY_CLIP).eval()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Crane", "crane"),
+        ("cat ", "cat"),
+        ("cat\n", "cat"),
+        ("sea  lion", "sea lion"),
+        ("sea\u00a0lion", "sea lion"),
+        (unicodedata.normalize("NFD", CAFE), CAFE),
+    ],
+)
+def test_two_classes_that_are_one_text_are_refused_by_name(base, processor, first, second):
+    alike = r"the same text|must differ"  # refused by their names, or by their texts
+    with pytest.raises(ValueError, match=alike) as caught:
+        ZeroShotClassifier(base, processor, ["dog", first, second])
+    assert repr(first) in str(caught.value) and repr(second) in str(caught.value)
+    classifier = ZeroShotClassifier(base, processor, ["dog", "cat"])
+    with pytest.raises(ValueError, match=alike):
+        classifier.predict([], class_names=[first, second])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    names=st.lists(
+        st.sampled_from(["a", "A", "b", " b", "b ", "b.", "c\u0327", "\u00e7", "1", "1 "]), min_size=2, unique=True
+    )
+)
+def test_accepted_classes_have_different_tokens_up_to_the_end(names):
+    model, processor = _tiny()
+    tokens = [tuple(processor.tokenizer(f"a photo of a {name}.")["input_ids"]) for name in names]
+    try:
+        ZeroShotClassifier(model, processor, names)
+    except ValueError:
+        assert len(set(tokens)) < len(tokens)
+    else:
+        assert len(set(tokens)) == len(tokens)
+
+
+def _tiny(loaded=[]):  # noqa: B006
+    if not loaded:
+        loaded.extend([CLIPModel.from_pretrained(TINY_CLIP).eval(), AutoProcessor.from_pretrained(TINY_CLIP)])
+    return loaded
+
+
+@pytest.mark.parametrize("token", ["<|endoftext|>", "<|startoftext|>"])
+def test_special_tokens_in_a_name_or_template_are_refused(base, processor, token):
+    with pytest.raises(ValueError, match="special token"):
+        ZeroShotClassifier(base, processor, [f"cat {token} red", f"cat {token} blue"])
+    with pytest.raises(ValueError, match="special token"):
+        ZeroShotClassifier(base, processor, ["cat", "dog"], "a photo " + token + " of a {}.")
+
+
+def test_texts_are_padded_on_the_side_that_clip_reads(base, processor):
+    left = copy.deepcopy(processor)
+    left.tokenizer.padding_side = "left"
+    names = ["cat", "a very big grey dog"]
+    with torch.no_grad():
+        expected = ZeroShotClassifier(base, processor, names)(PIXELS)
+        assert torch.equal(ZeroShotClassifier(base, left, names)(PIXELS), expected)
+    assert left.tokenizer.padding_side == "left"
+
+
+def test_a_message_never_holds_more_than_a_few_hundred_characters_of_a_name(base, processor):
+    huge = "x" * 5_000_000
+    for names, template in (([huge, "dog"], "a photo of a {}."), (["cat", "dog"], f"{huge} {{}}")):
+        with pytest.raises(ValueError, match="too long") as caught:
+            ZeroShotClassifier(base, processor, names, template)
+        assert len(str(caught.value)) < 1000
+
+
+# ------------------------------------------------------------------------------------------- adapters that become active
+
+
+def two_adapters(first="short", active="short"):
+    torch.manual_seed(0)
+    long = CaptConfig(num_text_tokens=8, template="this is a very nice photo of a {}.")
+    short = CaptConfig(num_text_tokens=2)
+    configs = {"short": short, "long": long}
+    second = "long" if first == "short" else "short"
+    model = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), configs[first], adapter_name=first)
+    model.add_adapter(second, configs[second])
+    model.set_adapter(active)
+    return model.eval()
+
+
+NAMES = ["golden retriever", "golden hamster"]
+
+
+def test_prompts_that_would_overwrite_the_class_name_are_refused_whenever_they_become_active(processor):
+    model = two_adapters()
+    classifier = ZeroShotClassifier(model, processor, NAMES)
+    expected = classifier(PIXELS)
+    model.set_adapter("long")
+    for use in (lambda: classifier(PIXELS), classifier.with_fixed_texts, lambda: classifier.predict([PIXELS[0].numpy().T]),
+                classifier.text_inputs, lambda: ZeroShotClassifier(model, processor, NAMES)):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"4 tokens before the class name, but the 8 text prompts of adapter 'long'"
+        ):
+            use()
+    with classifier.frozen():
+        classifier(PIXELS)
+    model.set_adapter("short")
+    assert torch.equal(classifier(PIXELS), expected)
+
+
+@pytest.mark.parametrize("first", ["short", "long"])
+def test_inactive_adapters_never_make_a_classifier_refuse(processor, first):
+    ZeroShotClassifier(two_adapters(first), processor, NAMES)(PIXELS)
+
+
+def test_a_word_that_the_tokenizer_joins_with_the_name_counts_to_the_name(processor):
+    model = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), CaptConfig(num_text_tokens=4))
+    ZeroShotClassifier(model, processor, ["cat", "dog"], "a photo of a {}.")
+    with pytest.raises(ValueError, match="3 tokens before the class name"):
+        ZeroShotClassifier(model, processor, ["cat", "dog"], "a photo of a{}.")
+
+
+def test_an_adapter_that_is_switched_off_in_part_is_refused(processor):
+    model = CLIPModel.from_pretrained(TINY_CLIP)
+    model.add_adapter(CaptConfig(modules_to_save=["text_projection"]))
+    classifier = ZeroShotClassifier(model.eval(), processor, NAMES)
+    model.disable_adapters()
+    model.enable_adapters()  # transformers forgets modules_to_save
+    with pytest.raises(ValueError, match="switched off in some modules"):
+        classifier(PIXELS)
+
+
+# ----------------------------------------------------------------------------------------------------------------- SigLIP
+
+
+@pytest.fixture
+def siglip(processor):
+    torch.manual_seed(0)
+    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 16, "projection_size": 32}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+              "patch_size": 8}  # fmt: skip
+    return SiglipConfig(text_config=text, vision_config=vision)
+
+
+def test_siglips_texts_are_padded_to_their_full_length_whatever_the_tokenizers_name(siglip, processor):
+    classifier = ZeroShotClassifier(SiglipModel(siglip).eval(), processor, ["cat", "dog"])
+    assert classifier.input_ids.shape == (2, 16)
+    assert set(classifier.text_inputs()) == {"input_ids"}
+
+
+def test_every_word_before_the_name_is_counted_without_a_start_token(siglip, processor):
+    """The tokenizer here has a start token, at which SigLIP's prompts begin; there are 5 tokens before the name."""
+    for tokens, fits in ((5, True), (6, False)):
+        model = get_peft_model(SiglipModel(siglip).eval(), CaptConfig(num_text_tokens=tokens))
+        if fits:
+            ZeroShotClassifier(model, processor, ["cat", "dog"])
+        else:
+            with pytest.raises(ValueError, match="has 5 tokens before the class name"):
+                ZeroShotClassifier(model, processor, ["cat", "dog"])
+
+
+def test_heads_for_classification_are_refused_by_name(siglip, processor):
+    siglip.num_labels = 2
+    clip = CLIPConfig.from_pretrained(TINY_CLIP)
+    for model in (SiglipForImageClassification(siglip), CLIPForImageClassification(clip)):
+        name = type(model).__name__
+        with pytest.raises(ValueError, match=f"does not support {name}"):
+            ZeroShotClassifier(model, processor, ["cat", "dog"])
+        with pytest.raises(ValueError, match=f"does not support {name}"):
+            get_peft_model(model, CaptConfig())
+
+
+# ---------------------------------------------------------------------------------------------- scores that are not finite
+
+
+def break_weight(model):
+    model.base_model.model.visual_projection.weight.data[0, 0] = float("nan")
+
+
+def break_temperature(model):
+    model.base_model.model.logit_scale.data.fill_(100.0)
+
+
+def break_prompts(model):
+    for name, p in model.named_parameters():
+        if "capt_prompt" in name and "text_model" in name:
+            p.data.fill_(3e38)
+
+
+def break_images(model):
+    for name, p in model.named_parameters():
+        if "capt_prompt" in name and "vision_model" in name:
+            p.data.fill_(3e38)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (break_weight, "visual_projection.weight hold NaN"),
+        (break_temperature, r"the temperature overflows \(logit_scale=100"),
+        (break_prompts, "the text features of class 'cat'"),
+        (break_images, "the features of an image"),
+    ],
+)
+def test_predict_gives_no_scores_of_a_model_that_is_not_finite(processor, change, cause):
+    model = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), CaptConfig()).eval()
+    shake(model)
+    classifier = ZeroShotClassifier(model, processor, ["cat", "dog"])
+    image = (PIXELS[0].permute(1, 2, 0) * 255).byte().numpy()
+    assert len(classifier.predict(image)[0]) == 2
+    change(model)
+    with pytest.raises(ValueError, match=cause):
+        classifier.predict(image)
+
+
+# ----------------------------------------------------------------------------------------------------- code of a base model
+
+
+@pytest.mark.parametrize("model_type", ["clip", "clip_of_their_own"])
+@pytest.mark.parametrize("load", ["from_pretrained", "adapter", "tokenizer"])
+def test_code_that_comes_with_a_base_model_is_never_run_nor_asked_about(tmp_path, monkeypatch, model_type, load):
+    base, adapter, proof = tmp_path / "base", tmp_path / "adapter", tmp_path / "proof"
+    CLIPModel.from_pretrained(TINY_CLIP).save_pretrained(base)
+    AutoProcessor.from_pretrained(TINY_CLIP).save_pretrained(base)
+    get_peft_model(CLIPModel.from_pretrained(base), CaptConfig(class_names=["cat", "dog"])).save_pretrained(adapter)
+    (base / "evil.py").write_text(f"open({str(proof)!r}, 'w').close()\nclass Evil: pass\n")
+    for file in base.glob("*config.json"):
+        content = json.loads(file.read_text())
+        classes = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor")
+        content["auto_map"] = dict.fromkeys(classes, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", None]}
+        if file.name == "config.json":
+            content["model_type"] = model_type
+        file.write_text(json.dumps(content))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
+    names = ["cat", "dog"]
+    if load == "tokenizer":
+        model = CLIPModel.from_pretrained(TINY_CLIP)
+        get_peft_model(model, CaptConfig(base_model_name_or_path=str(base)))
+    else:
+        with pytest.raises(ValueError, match="runs no code"):
+            ZeroShotClassifier.from_pretrained(str(base if load == "from_pretrained" else adapter), class_names=names)
+    assert not proof.exists()
+
+
+def test_one_function_loads_models_and_processors_so_that_none_forgets_to_refuse_their_code():
+    root = Path(__file__).parents[2]
+    files = [*root.glob("capt_peft/**/*.py"), *root.glob("examples/*.py")]
+    assert len(files) > 100
+    assert not [
+        str(f)
+        for f in files
+        if re.search(r"\bAuto(Model|Processor|Tokenizer|Config)\w*\.from_pretrained\(\w", f.read_text())
+    ]

@@ -1,0 +1,514 @@
+"""The page as users and strangers meet it: its functions, the running app's API, and the page in a real browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
+from helpers import TINY_CLIP
+from PIL import Image
+from train import main as train
+
+from capt_peft import ThreatModel, ZeroShotClassifier, parse_attack
+from capt_peft.randomness import example_generator
+
+ROOT = Path(__file__).parents[2]
+SPACE = ROOT / "examples" / "space"
+NAMES = ", ".join("0123456789")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SWITCHES = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned") / "adapter"
+    quick = ["--num_train_epochs", "15", "--eval_limit", "10", "--eval_attack", "pgd-2", "--save_strategy", "no"]
+    train([*quick, "--use_cpu", "--disable_tqdm", "true", "--output_dir", str(folder)])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def page(adapter):
+    return Page(adapter)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return [row[0] for row in example_files(str(tmp_path_factory.mktemp("digits")))]
+
+
+@pytest.fixture(scope="module")
+def withstood(page, digits):
+    """A digit that CLIP loses to the attack and the adapter does not."""
+    for digit, path in enumerate(digits):
+        (clip, capt), _ = page.run(path, NAMES, DIGITS_TEMPLATE, 10, 20, str(digit))
+        if capt.held and not clip.held and max(clip.clean, key=clip.clean.get) == str(digit):
+            return digit
+    pytest.fail("The adapter withstands no attack that CLIP falls to.")
+
+
+# ------------------------------------------------------------------------------------------------------ functions
+
+
+def test_each_model_is_attacked_itself_and_clip_alone_is_fooled(page, digits, withstood):
+    outcomes, description = page.run(digits[withstood], NAMES, DIGITS_TEMPLATE, 10, 20, str(withstood))
+    assert [o.name for o in outcomes] == [CLIP, CAPT]
+    clip, capt = outcomes
+    assert clip.sentence.startswith("is fooled") and capt.sentence.startswith("holds")
+    assert "white box" in description and "PGD-20" in description and "L-inf 10/255" in description
+    for o in outcomes:
+        assert list(o.clean) == list(o.attacked) == list("0123456789")
+        assert sum(o.clean.values()) == pytest.approx(1, abs=1e-5)
+        image, attacked, noise = (np.asarray(p, dtype=int) for p in o.images)
+        assert image.shape == (256, 256, 3)
+        assert 0 < np.abs(attacked - image).max() <= 11  # 10 levels, and half a level of rounding on each side
+        assert noise.min() < 64 and noise.max() > 191  # visible
+    assert outcomes[0].images[1].tobytes() != outcomes[1].images[1].tobytes()
+
+
+def test_scores_are_those_of_the_package(page, digits, adapter):
+    (_, capt), _ = page.run(digits[3], NAMES, DIGITS_TEMPLATE, 4, 5, "3")
+    classifier = ZeroShotClassifier.from_pretrained(adapter)
+    pixels = classifier.transform.batch([digits[3]])
+    attack = parse_attack("pgd-5", ThreatModel("linf", "4/255"))
+    attacked = attack(classifier, pixels, torch.tensor([3]), [example_generator(0, 0, stream="evaluation")])
+    with torch.no_grad():
+        clean, after = classifier(pixels).softmax(-1)[0], classifier(attacked).softmax(-1)[0]
+    assert list(capt.clean.values()) == pytest.approx(clean.tolist(), abs=1e-5)
+    assert list(capt.attacked.values()) == pytest.approx(after.tolist(), abs=1e-3)
+
+
+def test_without_a_true_class_each_models_own_answer_counts(page, digits):
+    outcomes, description = page.run(digits[8], NAMES, DIGITS_TEMPLATE, 0, 1)
+    assert all(o.true_class == max(o.clean, key=o.clean.get) for o in outcomes)
+    assert all(o.held for o in outcomes)  # epsilon 0 changes nothing
+    assert "No true class was chosen" in description
+
+
+def test_without_an_adapter_there_is_clip_alone(digits):
+    (clip,), description = Page().run(digits[0], "cat\n dog \n", "a photo of a {}.", 255, 1, " dog ")
+    assert clip.name == CLIP and list(clip.clean) == ["cat", "dog"] and clip.true_class == "dog"
+    assert "1 step up" in description and "L-inf 1 " in description
+
+
+def test_a_class_name_may_hold_a_comma(page, digits):
+    (clip, _), _ = page.run(digits[0], "bee, honey\nbee, bumble", DIGITS_TEMPLATE, 1, 1)
+    assert list(clip.clean) == ["bee, honey", "bee, bumble"]
+
+
+def test_an_adapter_from_another_machine_finds_tiny_clip(page, adapter, tmp_path, digits):
+    moved = move(adapter, tmp_path / "moved")
+    here, _ = page.run(digits[0], NAMES, DIGITS_TEMPLATE, 4, 2)
+    there, _ = Page(str(moved)).run(digits[0], NAMES, DIGITS_TEMPLATE, 4, 2)
+    assert [o.attacked for o in here] == [o.attacked for o in there]
+
+
+def move(adapter, folder):
+    """Copies an adapter as if it had been tuned in a folder that is not here."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == TINY_CLIP
+    config["base_model_name_or_path"] = "/somewhere/else/tiny_clip"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+GOOD = {"class_names": "a, b", "template": "a photo of a {}.", "epsilon_levels": 10, "steps": 2, "true_class": None}
+HOSTILE = {
+    "no classes": ({"class_names": ",,"}, "2 to 100 class names are needed, got 0"),
+    "one class": ({"class_names": "a,, "}, "got 1"),
+    "101 classes": ({"class_names": ",".join(map(str, range(101)))}, "got 101"),
+    "thousands of classes": ({"class_names": ",".join(map(str, range(5000)))}, "up to 100 class names"),
+    "a novel": ({"class_names": "a" * 10_000_000}, "up to 100 class names"),
+    "a list of classes": ({"class_names": ["a", "b"]}, "must be a text"),
+    "a long name": ({"class_names": "a" * 101 + ", b"}, "has 101 characters"),
+    "a name too long for the model": ({"class_names": "zq" * 50 + ", b"}, "tokens, but the model takes"),
+    "the same twice": ({"class_names": "a, b, a "}, "“a” is there twice"),
+    "half a character": ({"class_names": "a, \ud800"}, "cannot be shown"),
+    "a control character": ({"class_names": "a\x00, b"}, "cannot be shown"),
+    "no place for the name": ({"template": "a photo"}, "must hold {} once"),
+    "an attribute in the template": ({"template": "a photo of {.__class__}"}, "must hold {} once"),
+    "attributes beside it": ({"template": "a photo of {} {0.__class__}"}, "must hold {} once"),
+    "a template of many words": ({"template": "a photo of a {}" + " x" * 200}, "up to 200 characters"),
+    "a template that prompts would overwrite": ({"template": "{}"}, "Put more words before"),
+    "no template": ({"template": None}, "must be one line"),
+    "an unknown true class": ({"true_class": "c"}, "is not among the class names"),
+    "a number as true class": ({"true_class": 10**400}, "is not among the class names"),
+    "epsilon beyond 1": ({"epsilon_levels": 255.5}, "0 to 255 levels"),
+    "a negative epsilon": ({"epsilon_levels": -1}, "got -1"),
+    "epsilon nan": ({"epsilon_levels": float("nan")}, "got nan"),
+    "an infinite epsilon": ({"epsilon_levels": float("inf")}, "got inf"),
+    "a huge epsilon": ({"epsilon_levels": 10**400}, "got a huge number"),
+    "a word as epsilon": ({"epsilon_levels": "much" * 99}, "got 'much"),
+    "true as epsilon": ({"epsilon_levels": True}, "got True"),
+    "no steps": ({"steps": 0}, "from 1 to 200, got 0"),
+    "too many steps": ({"steps": 201}, "got 201"),
+    "half a step": ({"steps": 2.5}, "got 2.5"),
+    "infinitely many steps": ({"steps": float("inf")}, "got inf"),
+    "nan steps": ({"steps": float("nan")}, "got nan"),
+    "a list of steps": ({"steps": [1]}, "whole number of steps"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_bad_values_are_refused_with_a_sentence(page, digits, case):
+    change, words = HOSTILE[case]
+    with pytest.raises(Refused, match=re.escape(words)) as refusal:
+        page.run(digits[0], **{**GOOD, **change})
+    check_sentence(str(refusal.value))
+
+
+def check_sentence(message):
+    assert message.endswith(".") and "Traceback" not in message and "\n" not in message and len(message) < 400
+
+
+def png_that_claims(width, height):
+    """A PNG of a few bytes whose header claims any size."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    data = b"IDAT" + zlib.compress(b"\x00" * 100)
+    chunks = [(len(c) - 4).to_bytes(4, "big") + c + zlib.crc32(c).to_bytes(4, "big") for c in (header, data, b"IEND")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+IMAGES = {
+    "a bomb": (png_that_claims(60_000, 60_000), "too large"),
+    "a large image": (png_that_claims(4097, 4096), "4097 x 4096 pixels; up to 4096"),
+    "a thread": (png_that_claims(4096, 1), "one side may be 20 times"),
+    "a hollow image": (png_that_claims(512, 512), "damaged or cut short"),
+    "a text": (b"hello", "cannot be read as an image"),
+    "nothing": (b"", "cannot be read as an image"),
+    "a drawing": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot be read as an image"),
+    "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image"),
+    "eleven megabytes": (b"\x89PNG" + b"0" * 11_000_000, "11.0 MB"),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_bad_images_are_refused_with_a_sentence(page, tmp_path, case):
+    content, words = IMAGES[case]
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=words) as refusal:
+        page.run(str(path), **GOOD)
+    check_sentence(str(refusal.value))
+
+
+@pytest.mark.parametrize("image", [None, "/no/such/file.png", "/", 3, "\x00", b"png"])
+def test_what_is_not_a_file_is_refused(page, image):
+    with pytest.raises(Refused, match="There is no image"):
+        page.run(image, **GOOD)
+
+
+def test_every_cut_of_a_jpeg_is_shown_or_refused(page, tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    content = path.read_bytes()
+    for end in range(0, len(content), len(content) // 20):
+        path.write_bytes(content[:end])
+        with pytest.raises(Refused):
+            page.run(str(path), **GOOD)
+
+
+def test_an_attack_ends_when_it_is_cancelled(page, digits):
+    asked = iter([False] * 5)
+    with pytest.raises(Cancelled):
+        page.run(digits[0], NAMES, DIGITS_TEMPLATE, 10, 200, "0", lambda: next(asked, True))
+
+
+def test_an_adapter_is_not_shown_as_clip(adapter):
+    with pytest.raises(ValueError, match="is an adapter"):
+        Page(base=adapter)
+
+
+def user(i, digits):
+    """What user i of 20 asks for: an image, class names and settings that no other user has."""
+    names = ", ".join(f"thing {i} {letter}" for letter in "abcdefghij"[: 2 + i % 9])
+    return digits[i % 10], names, f"a photo of the {{}} number {i}.", 2 + i % 5, 2 + i % 3
+
+
+def test_20_users_at_once_get_what_each_would_get_alone(page, digits):
+    requests = [user(i, digits) for i in range(20)]
+    alone = [page.run(*request)[0] for request in requests]
+    with ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(lambda request: page.run(*request)[0], requests))
+    for a, b in zip(alone, together, strict=True):
+        for one, other in zip(a, b, strict=True):
+            assert (one.name, one.true_class) == (other.name, other.true_class)
+            assert one.images[0].tobytes() == other.images[0].tobytes()
+            assert other.clean == pytest.approx(one.clean, abs=1e-5)
+            assert other.attacked == pytest.approx(one.attacked, abs=1e-2)
+
+
+def test_requests_do_not_change_the_shared_tokenizer_under_each_other(page):
+    def texts(i):
+        names = [f"thing {i} {j}" for j in range(2 + 4 * i)]
+        return [len(classifier.input_ids) for _, classifier in page._classifiers(names, DIGITS_TEMPLATE)]
+
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(texts, 10 * list(range(20)))) == 10 * [2 * [2 + 4 * i] for i in range(20)]
+
+
+# -------------------------------------------------------------------------------------------- the app, as a Space
+
+
+@pytest.fixture(scope="module")
+def app(adapter, tmp_path_factory):
+    """The address of the app, started in a Space that was made as its README says."""
+    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'capt-peft[app]'")
+    home = tmp_path_factory.mktemp("space")
+    space, moved = home / "space", move(adapter, home / "adapter")
+    (commands,) = re.findall(r"```bash\n(.*?)```", (SPACE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    environment = {**os.environ, "SPACE": str(space), "ADAPTER": str(moved), "OMP_NUM_THREADS": "1"}
+    subprocess.run(["bash", "-euc", commands], cwd=ROOT, env=environment, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment |= {"GRADIO_TEMP_DIR": str(home / "uploads"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+    log = home / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=space, env=environment, stdout=file, stderr=file,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while "Running on local URL" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+        assert "Traceback" not in log.read_text(), log.read_text()
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Api:
+    """The app's API over plain HTTP, as anybody may call it."""
+
+    def __init__(self, address):
+        self.http = pytest.importorskip("httpx").Client(base_url=f"{address}/gradio_api", timeout=120, trust_env=False)
+
+    def upload(self, path):
+        (stored,) = self.http.post("/upload", files={"files": Path(path).read_bytes()}).json()
+        return {"path": stored, "meta": {"_type": "gradio.FileData"}}
+
+    def attack(self, *values):
+        """Returns what the API answers: the event, and its data."""
+        # not json=values, which could not send half a character, nan or a number of 400 digits
+        content, kind = json.dumps({"data": values}), {"content-type": "application/json"}
+        request = self.http.post("/call/attack", content=content, headers=kind)
+        assert request.status_code == 200, request.text
+        text = self.http.get(f"/call/attack/{request.json()['event_id']}").text
+        event, data = re.fullmatch(r"event: (\w+)\ndata: (.*)", text.strip()).groups()
+        return event, json.loads(data)
+
+
+@pytest.fixture
+def api(app):
+    return Api(app)
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_the_api_refuses_bad_values_with_a_sentence(api, digits, case):
+    change, words = HOSTILE[case]
+    event, data = api.attack(api.upload(digits[0]), *{**GOOD, **change}.values())
+    assert event == "error" and words.replace("\x00", "") in data["error"]
+    check_sentence(data["error"])
+
+
+@pytest.mark.parametrize("case", [case for case in IMAGES if case != "eleven megabytes"])
+def test_the_api_refuses_bad_images_with_a_sentence(api, tmp_path, case):
+    content, words = IMAGES[case]
+    (tmp_path / "image.png").write_bytes(content)
+    event, data = api.attack(api.upload(tmp_path / "image.png"), *GOOD.values())
+    assert event == "error" and words in data["error"]
+    check_sentence(data["error"])
+
+
+def test_large_files_are_not_even_stored(api):
+    answer = api.http.post("/upload", files={"files": b"0" * 10_000_001})
+    assert answer.status_code == 413 and "exceeded" in answer.text and "Traceback" not in answer.text
+
+
+def test_the_api_opens_no_file_that_was_not_uploaded_and_no_address(api, digits):
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    own = {"path": digits[0]}
+    address = {"path": f"{api.http.base_url}/info", **meta}
+    data_url = {"url": "data:image/png;base64,AAAA", **meta}
+    stream = {**own, **meta, "is_stream": True}
+    for image in (own, {**own, **meta}, stream, address, data_url, "a", 3, [digits[0]], {"path": 3}, {"path": "\x00"}):
+        event, data = api.attack(image, *GOOD.values())
+        assert event == "error", image
+        check_sentence(data["error"])
+        assert digits[0] not in data["error"]
+
+
+def test_the_api_refuses_too_few_values_with_a_sentence(api):
+    event, data = api.attack(None)
+    assert event == "error"
+    check_sentence(data["error"])
+
+
+def test_requests_that_nobody_waits_for_do_not_hold_the_page(api, digits):
+    slow = json.dumps({"data": [api.upload(digits[0]), *{**GOOD, "steps": 200}.values()]})
+    alone = timed(api, digits)
+    for _ in range(30):
+        assert api.http.post("/call/attack", content=slow, headers={"content-type": "application/json"}).is_success
+    assert timed(api, digits) < alone + 8  # all of them would take a minute
+
+
+def timed(api, digits):
+    start = time.monotonic()
+    event, _ = api.attack(api.upload(digits[0]), *GOOD.values())
+    assert event == "complete"
+    return time.monotonic() - start
+
+
+def test_20_users_of_the_api_at_once_get_their_own_results(app, api, page, digits):
+    def ask(i):
+        path, *settings = user(i, digits)
+        mine = Api(app)
+        return mine.attack(mine.upload(path), *settings, None)
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, range(20)))
+    for i, (event, data) in enumerate(answers):
+        assert event == "complete"
+        outcomes, description = page.run(*user(i, digits))
+        assert data[0] == description
+        for k, outcome in enumerate(outcomes):
+            clean, attacked = data[5 + 6 * k], data[6 + 6 * k]
+            assert clean["label"] == max(outcome.clean, key=outcome.clean.get)
+            for shown, scores in ((clean, outcome.clean), (attacked, outcome.attacked)):
+                for entry in shown["confidences"]:
+                    assert entry["confidence"] == pytest.approx(scores[entry["label"]], abs=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------ a browser
+
+
+@pytest.fixture
+def browser(app):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium from the system's packages: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=SWITCHES)
+        view = chromium.new_page(viewport={"width": 1200, "height": 800})
+        view.set_default_timeout(60_000)
+        view.strange = []
+        view.on(
+            "request", lambda r: view.strange.append(r.url) if not r.url.startswith((app, "data:", "blob:")) else None
+        )
+        view.on("pageerror", lambda error: view.strange.append(str(error)))
+        view.on("dialog", lambda dialog: view.strange.append(dialog.message))
+        view.goto(app)
+        view.wait_for_selector("#examples img")
+        yield view
+        chromium.close()
+
+
+def test_a_browser_shows_how_clip_is_fooled_and_the_adapter_holds(browser, withstood):
+    browser.locator("#examples img").nth(withstood).click()
+    browser.wait_for_selector("#upload img")
+    browser.wait_for_function(f"document.querySelector('#true_class input').value == '{withstood}'")
+    browser.click("#attack")
+    assert browser.inner_text("#clip_verdict .fooled").startswith(f"Tiny CLIP is fooled: “{withstood}”")
+    assert browser.inner_text("#capt_verdict .held").startswith(f"Tiny CLIP + CAPT holds: “{withstood}”")
+    for model, before, after in (("clip", True, False), ("capt", True, True)):
+        for part, right in (("before", before), ("after", after)):
+            heading = browser.inner_text(f"#{model}_{part} h2").strip()
+            assert (heading == str(withstood)) == right
+        for part in ("image", "attacked", "noise"):
+            assert browser.locator(f"#{model}_{part} img").evaluate("i => i.decode().then(() => i.naturalWidth)") >= 256
+    assert "white box" in browser.inner_text("#description") and "L-inf 10/255" in browser.inner_text("#description")
+    assert browser.strange == []
+
+
+def test_a_browser_shows_names_as_they_were_written_and_errors_as_sentences(browser):
+    name = "<img src=x onerror=alert(1)>"
+    browser.locator("#examples img").nth(3).click()
+    browser.wait_for_selector("#upload img")
+    browser.fill("#names textarea", f"{name}, b")
+    browser.wait_for_function("document.querySelector('#true_class input').value == ''")  # "3" is no class any more
+    browser.click("#attack")
+    browser.wait_for_selector("#capt_verdict div.held, #capt_verdict div.fooled")
+    assert name in browser.inner_text("body")
+    browser.fill("#names textarea", f"{name}, {name}")
+    browser.click("#attack")
+    toast = browser.wait_for_selector(".toast-body")
+    assert f"“{name}” is there twice; class names must differ." in toast.inner_text()
+    assert "Traceback" not in browser.inner_text("body")
+    assert browser.strange == []
+
+
+def test_a_browser_attacks_once_there_is_an_image_and_shows_an_error_once(browser, tmp_path):
+    button = browser.locator("#attack")
+    assert button.is_disabled()
+    browser.locator("#examples img").nth(3).click()
+    browser.wait_for_function("!document.querySelector('#attack').disabled")
+    browser.fill("#names textarea", "alone")
+    button.click()
+    browser.wait_for_selector(".toast-body")
+    browser.wait_for_timeout(500)
+    assert browser.locator(".toast-body").count() == 1
+    assert browser.locator(".wrap span.error").count() == 1  # Gradio's stamp on an output
+    browser.click("#upload button[aria-label='Remove Image']")
+    browser.wait_for_function("document.querySelector('#attack').disabled")
+
+
+def test_a_browser_that_leaves_cancels_its_attack(app, browser, api, digits):
+    browser.locator("#examples img").nth(3).click()
+    browser.locator("#steps input[type=number]").fill("200")
+    browser.locator("#steps input[type=number]").press("Tab")
+    for _ in range(3):
+        browser.click("#attack")
+    browser.wait_for_timeout(300)
+    browser.goto("about:blank")
+    assert timed(api, digits) < 15
+
+
+def test_a_browser_refuses_a_broken_upload_with_a_sentence(browser, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(png_that_claims(512, 512))
+    browser.set_input_files("#upload input[type=file]", broken)
+    browser.wait_for_selector("#upload img")
+    browser.click("#attack")
+    toast = browser.wait_for_selector(".toast-body")
+    assert "The image is damaged or cut short" in toast.inner_text()
+
+
+# ------------------------------------------------------------------------------------------------------ the Space
+
+
+def test_the_space_installs_what_the_package_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["app"],
+        *project["optional-dependencies"]["toy"],
+    ]
+    assert set(needed) <= set((SPACE / "requirements.txt").read_text().splitlines())
+
+
+def test_the_front_matter_of_the_space_names_the_app_and_the_tested_gradio():
+    front = yaml.safe_load((SPACE / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert front["sdk"] == "gradio" and front["app_file"] == "app.py" and len(front["short_description"]) <= 60
+    assert f"gradio=={front['sdk_version']}" in (ROOT / "constraints.txt").read_text()

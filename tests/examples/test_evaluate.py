@@ -1,0 +1,200 @@
+"""examples/evaluate.py as users run it: base, adapter, two processes, killed and resumed, and with bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate import main
+from helpers import TINY_CLIP, shake
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
+
+from capt_peft import CaptConfig, load_task
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
+QUICK = [
+    "--limit",
+    "23",
+    "--batch_size",
+    "5",
+    "--use_cpu",
+    "--epsilon",
+    "2/255,4/255",
+    "--attacks",
+    "clean,pgd-3,square-20",
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    digits = load_task("digits")
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    config = CaptConfig(template=digits.template, class_names=list(digits.class_names))
+    model = get_peft_model(base, config)
+    shake(model)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
+
+
+def launch(*command):
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_an_adapter_is_measured_at_every_epsilon(adapter, tmp_path, capsys, caplog):
+    output = tmp_path / "results.json"
+    result = main(["--adapter", adapter, *QUICK, "--output", str(output)])
+    shown = capsys.readouterr().out
+    assert result.table() in shown and "Signs of masked gradients" in shown and "L-inf 2/255" in shown
+    content = json.loads(output.read_text())
+    assert [(row["attack"]["name"], row["kind"]) for row in content["attacks"]] == 2 * [
+        ("pgd-3", "robust"), ("square-20", "robust"),
+    ]  # fmt: skip
+    assert content["clean"]["n"] == 23 and len(content["worst_case"]) == 2
+    assert content["configuration"]["task"] == {"name": "digits", "source": "digits", "split": "test", "limit": 23}
+    assert content["configuration"]["model"]["adapter"]["fingerprint"]
+    main(["--adapter", adapter, *QUICK, "--attacks", "clean", "--output", str(output)])
+    assert "attacks has 0 entries now and had 4" in caplog.text
+    assert json.loads((tmp_path / "results.old1.json").read_text()) == content
+
+
+def test_every_evaluation_has_a_file_of_its_own_beside_the_adapter(adapter, tmp_path):
+    one, other = (Path(shutil.copytree(adapter, tmp_path / name)) for name in ("one", "other"))
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, other / "adapter_model.safetensors")
+    clean = ["--attacks", "clean", "--use_cpu", "--limit", "4"]
+    main(["--adapter", str(other), *clean])
+    for settings in ([], ["--limit", "5"], ["--split", "validation"], ["--seed", "1"], ["--template", "the digit {}."]):
+        main(["--adapter", str(one), *clean, *settings])
+    found = sorted(path.name for path in (one / "evaluations").glob("*.json"))
+    assert len(found) == 5 and all(name.startswith(("digits-test-", "digits-validation-4-clean-")) for name in found)
+    shutil.copy(other / "adapter_model.safetensors", one)  # tuned again into the same folder
+    main(["--adapter", str(one), *clean])
+    assert len(list((one / "evaluations").glob("*.json"))) == 6
+    main(["--adapter", str(one), *clean, "--epsilon", "2/255,4/255", "--attacks", "clean,pgd-1"])
+    assert list((one / "evaluations").glob("digits-test-4-linf-2of255+4of255-clean+pgd-1-*.json"))
+
+
+def test_without_a_folder_of_its_own_a_model_has_one_in_outputs(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["--base", TINY_CLIP, "--attacks", "clean", "--limit", "4", "--use_cpu"])
+    (found,) = (tmp_path / "outputs" / "evaluation").glob("*/*.json")
+    assert found.parent.name.endswith("tiny_clip") and found.name.startswith("digits-test-4-clean-")
+
+
+def test_a_base_is_measured_zero_shot(tmp_path, capsys):
+    result = main(["--base", TINY_CLIP, *QUICK, "--attacks", "clean", "--output", str(tmp_path / "r.json")])
+    assert result.attacks == () and result.clean.correct > 15
+    assert result.configuration["model"]["adapter"] is None
+    assert "robust" not in capsys.readouterr().out
+
+
+def test_two_processes_count_each_example_once_and_end_in_the_same_file(adapter, tmp_path):
+    one, two = tmp_path / "one" / "r.json", tmp_path / "two" / "r.json"
+    arguments = [str(SCRIPT), "--adapter", adapter, *QUICK]
+    launch(sys.executable, *arguments, "--output", str(one))
+    out = launch(
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *arguments,
+        "--output", str(two),
+    )  # fmt: skip
+    assert one.read_bytes() == two.read_bytes()
+    assert one.with_suffix(".parquet").read_bytes() == two.with_suffix(".parquet").read_bytes()
+    assert out.count("n = 23 images.") == 1
+    assert not two.with_suffix(".partial").exists()
+
+
+def test_a_killed_process_goes_on_where_it_was(adapter, tmp_path):
+    whole, killed = tmp_path / "whole" / "r.json", tmp_path / "killed" / "r.json"
+    arguments = [str(SCRIPT), "--adapter", adapter, *QUICK, "--attacks", "clean,pgd-3,square-300", "--epsilon", "1/255"]
+    launch(sys.executable, *arguments, "--output", str(whole))
+    jobs = killed.with_suffix(".partial") / "jobs"
+    for at in (2, 7, 11):
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--output", str(killed)],
+            env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(jobs.glob("*.json"))) < at and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not killed.exists()
+    kept = {path: path.stat().st_mtime_ns for path in jobs.glob("*.json")}
+    assert len(kept) >= 7
+    launch(sys.executable, *arguments, "--output", str(killed))
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not jobs.exists()
+
+
+def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
+    from capt_peft.evaluation import curve
+
+    monkeypatch.setattr(curve, "EPSILONS", (0, 4))
+    monkeypatch.setattr(curve, "STEPS", (1, 2))
+    few = ["--limit", "6", "--attacks", "clean", "--curve", "--use_cpu"]
+    main(["--adapter", adapter, *few, "--output", str(tmp_path / "r.json")])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {
+        "r.json",
+        "r.curve.json",
+        "r.curve.png",
+        "r.curve.svg",
+        "r.curve.zero-shot.json",
+        "r.curve.CAPT.json",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--attacks", "cw"], r"unknown attack 'cw'. Known: .*autoattack"),
+        (["--epsilon", "4"], "more than the whole range of a pixel.*'4/255'"),
+        (["--epsilon=-1/255"], "must be finite and at least 0"),
+        (["--epsilon", ""], "'' is not a number"),
+        (["--norm", "l1"], "unknown norm 'l1'"),
+        (["--split", "holdout"], "no split 'holdout'"),
+        (["--dtype", "int8"], "dtype='int8' must be"),
+        (["--limit", "0"], "no images to evaluate"),
+        (["--limit", "-3"], "limit=-3"),
+        (["--attack_target", "clip"], "attack_target='clip' is unknown"),
+        (["--attack_template", "a photo"], r"must hold exactly one \{\}"),
+        (["--attack_target", "frozen"], "--attack_target frozen needs --adapter"),
+        (["--attacks", "clean", "--save_images"], "--save_images has no effect on clean accuracy"),
+        (["--attacks", ","], "names nothing"),
+        (["--attacks", "pgd-2,pgd-2"], "names pgd-2 twice"),
+        (["--epsilon", "4/255, 4/255"], "names L-inf 4/255 twice"),
+        (["--batch_size", "0"], "batch_size=0"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(tmp_path, arguments, message):
+    with pytest.raises((ValueError, KeyError), match=message):
+        main(["--base", TINY_CLIP, *QUICK, "--output", str(tmp_path / "r.json"), *arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_not_measured_as_a_base_nor_a_base_as_an_adapter(adapter, tmp_path):
+    few = ["--attacks", "clean", "--limit", "4", "--use_cpu", "--output", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match=r"is an adapter\. Measure it with --adapter"):
+        main(["--base", adapter, *few])
+    with pytest.raises(ValueError, match="is a CLIP without an adapter"):
+        main(["--adapter", TINY_CLIP, *few])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Give --adapter .* or --base"):
+        main([*QUICK, "--output", str(tmp_path / "r.json")])
