@@ -15,8 +15,8 @@ from ..data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from ..data.transforms import PixelTransform
 from ..tuner import PromptLayer, adapters_off
 from ..tuner.clip import check_supported
-from ..tuner.wording import shown
 from ..utils.modules import eval_mode
+from ..utils.text import shown
 from .activations import lean_activations
 from .chunks import TextPart, TextParts, split_texts
 from .loading import load_model

@@ -16,7 +16,7 @@ from transformers.utils import resolve_revision
 
 from ..tuner import CaptConfig
 from ..tuner.loading import load_pretrained
-from ..tuner.wording import cut
+from ..utils.text import cut
 
 
 def from_pretrained(name_or_path: str, **kwargs: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..tuner import CaptConfig, PromptLayer
 from ..tuner.clip import end_token, is_siglip, text_config
 from ..tuner.switching import adapted_modules
-from ..tuner.wording import shown
+from ..utils.text import shown
 
 TEXT_INPUTS = ("input_ids", "attention_mask")
 MAX_CHARACTERS = 10_000  # of a text; no model reads a hundredth of it

@@ -12,9 +12,9 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
+from ..utils.text import cut, shown
 from .loading import PICKLE_NAME, SAFETENSORS_NAME, check_adapter_files
 from .registration import CAPT
-from .wording import cut, shown
 
 COUPLINGS = ("none", "text_to_vision", "vision_to_text")
 INITS = ("template", "random", "normal")

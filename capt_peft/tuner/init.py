@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..utils.text import cut, shown
 from .clip import Tower
 from .config import CaptConfig
 from .loading import load_pretrained
-from .wording import cut, shown
 
 logger = logging.getLogger(__name__)
 

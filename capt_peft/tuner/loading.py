@@ -13,8 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..utils.text import cut, shown
 from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME, base_parameters
-from .wording import cut, shown
 
 PICKLE_NAME = "adapter_model.bin"
 MAX_HEADER = 1 << 20  # bytes; the 9 layers of a ViT-L take 5 thousand, a whole CLIP in modules_to_save 80 thousand

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..utils.text import cut
 from .clip import Site, check_supported, end_token, find_sites, find_towers
 from .config import DEFAULT_DEPTH, CaptConfig
 from .fingerprint import base_fingerprint
@@ -20,7 +21,6 @@ from .init import template_ids, text_start
 from .layer import PromptLayer
 from .loading import check_adapter_tensors, check_saved_modules, check_size
 from .switching import adapted_modules, switched_off
-from .wording import cut
 
 logger = logging.getLogger(__name__)
 

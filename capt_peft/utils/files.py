@@ -19,6 +19,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from .text import short
+
 PROBE_BYTES = 1 << 20  # what is written to try a folder: more than an adapter has
 DAY = 24 * 60 * 60
 _LEFTOVER = re.compile(r"\.capt-([0-9a-f]{8})-(\d+)-.+")
@@ -180,12 +182,6 @@ def unwritable(folder: str | Path, error: Exception, given: str = "output") -> V
         f"Nothing can be written into {given}={short(folder)!r} ({short(reason)}{f': {short(place)}' if place else ''}). Give "
         f"another {given}, or make this one writable. Nothing was done yet."
     )
-
-
-def short(text: Any, limit: int = 300) -> str:
-    """Returns the end of a long path or message, for an error."""
-    text = os.fsdecode(text) if isinstance(text, bytes) else str(text)
-    return text if len(text) <= limit else f"...{text[-limit:]}"
 
 
 def open_regular(path: str | Path) -> BufferedReader:

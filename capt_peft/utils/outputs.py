@@ -21,7 +21,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from .files import short, written_whole
+from .files import written_whole
+from .text import short
 
 logger = logging.getLogger(__name__)
 
