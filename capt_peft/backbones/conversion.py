@@ -14,6 +14,7 @@ from transformers import CLIPConfig
 
 from ..tuner.fingerprint import tensors_fingerprint
 from ..utils.files import entries, make_writable, write_json, written_whole
+from ..utils.text import some
 from .architecture import build, check_same_architecture, describe, make_config
 from .base import Base, base_similarity, check_settings, load_transformers, warn_if_far
 from .layout import Tower, infer_text, infer_vision, openai_names, take_constants, targets
@@ -207,7 +208,7 @@ def convert_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Tower]) -
     for what, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
         if names:
             raise ValueError(
-                f"The checkpoint {what} {_some(sorted(names))}{'' if what == 'lacks' else ' too many'}, by the architecture that "
+                f"The checkpoint {what} {some(sorted(names))}{'' if what == 'lacks' else ' too many'}, by the architecture that "
                 f"its shapes show ({_towers(towers)}). Convert a whole CLIP or a whole image tower, of this architecture."
             )
     converted: Weights = {}
@@ -222,11 +223,6 @@ def convert_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Tower]) -
         for new, part in zip(target.names, target.change(tensor.detach().float()), strict=True):
             converted[new] = part.clone(memory_format=torch.contiguous_format)
     return converted
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{', '.join(names[:limit])}{more}"
 
 
 def _towers(towers: Mapping[str, Tower]) -> str:

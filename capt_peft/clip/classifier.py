@@ -18,9 +18,18 @@ from ..tuner.clip import check_supported
 from ..utils.modules import eval_mode
 from ..utils.text import shown
 from .activations import lean_activations
-from .chunks import TextPart, TextParts, split_texts
 from .loading import load_model
-from .texts import TEXT_INPUTS, check_adapter_fits, check_end_tokens, check_texts_differ, tokenize, tokens_before_name
+from .texts import (
+    TEXT_INPUTS,
+    TextPart,
+    TextParts,
+    check_adapter_fits,
+    check_end_tokens,
+    check_texts_differ,
+    split_texts,
+    tokenize,
+    tokens_before_name,
+)
 
 
 class ZeroShotClassifier(nn.Module):

@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..utils.text import cut, shown
+from ..utils.text import cut, shown, some
 from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME, base_parameters
 
 PICKLE_NAME = "adapter_model.bin"
@@ -128,7 +128,10 @@ def check_adapter_tensors(
     """
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        parts = [f"lacks {_some(missing)}" if missing else "", f"has unexpectedly {_some(extra)}" if extra else ""]
+        parts = [
+            f"lacks {_tensors(missing)}" if missing else "",
+            f"has unexpectedly {_tensors(extra)}" if extra else "",
+        ]
         raise ValueError(
             f"{source} does not hold the adapter that its configuration describes: it {' and '.join(filter(None, parts))}. {MEND}"
         )
@@ -187,7 +190,7 @@ def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str]) -> 
         needed = {name for name in names if any(module.endswith(entry) for module in _ancestors(name)[:-1])}
         missing = sorted(name for name in needed if PEFT_PREFIX + name not in held)
         if shapes is not None and missing:
-            raise ValueError(f"{given} is to be saved, but {config._weights_file} lacks {_some(missing)}. {MEND}")
+            raise ValueError(f"{given} is to be saved, but {config._weights_file} lacks {_tensors(missing)}. {MEND}")
 
 
 def _ancestors(name: str) -> list[str]:
@@ -208,6 +211,5 @@ def _mismatch(found: torch.Size, needed: torch.Size) -> str:
     )
 
 
-def _some(names: list[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(cut(name, 80) for name in names[:limit])}{more})"
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({some(cut(name, 80) for name in names)})"

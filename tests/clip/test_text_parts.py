@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier
-from capt_peft.clip.chunks import SIZE, WHOLE, split_texts
+from capt_peft.clip.texts import SIZE, WHOLE, split_texts
 
 WORDS = ["red", "green apple", "big blue house", "old dog", "tree", "small white cat on it", "car", "seven"]
 
