@@ -6,14 +6,136 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..report.lines import contradiction
-from .plan import ZERO_SHOT, Cell
+from ..results.accuracy import Accuracy
+from .plan import Cell
 
 logger = logging.getLogger(__name__)
+
+DIGESTS = (
+    "measured_images", "measured_data", "training_images", "training_data", "base_model_fingerprint", "base_configuration",
+    "processor", "teacher_fingerprint",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured on one target.
+
+    Attributes:
+        task: Name of the data set.
+        classes: "all", "base" or "new".
+        clean: Accuracy without an attack.
+        attacks: Accuracy under each attack, by its name.
+        worst_case: The share of images that no attack broke; None in lines of versions that did not count it.
+        template: The text of a class; None in such lines.
+    """
+
+    task: str
+    classes: str
+    clean: Accuracy
+    attacks: Mapping[str, Accuracy]
+    worst_case: Accuracy | None = None
+    template: str | None = None
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Result:
+        """Reads one of the `results` of a line.
+
+        Raises:
+            KeyError, TypeError, AttributeError: A figure is missing.
+            ValueError: Figures that cannot be, such as more correct images under an attack than without.
+        """
+        if why := _contradiction(row):
+            raise ValueError(why)
+        attacks = {name: _accuracy(count) for name, count in row["attacks"].items()}
+        worst = None if row.get("worst_case") is None else _accuracy(row["worst_case"])
+        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, row.get("template"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one run of a cell left.
+
+    Attributes:
+        key: The key of the cell.
+        cell: The cell.
+        results: A result for each target; empty if the run failed.
+        error: Why it failed, as "ValueError: ..."; None if it finished.
+        collapsed: How the tuned model collapsed; None if it did not.
+        digests: What of `DIGESTS` the line has, which say of which images and models its figures are.
+    """
+
+    key: str
+    cell: Cell
+    results: tuple[Result, ...] = ()
+    error: str | None = None
+    collapsed: str | None = None
+    digests: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, Any]) -> Line:
+        """Reads the JSON object of a line.
+
+        Raises:
+            KeyError, TypeError, AttributeError: Something is missing.
+            ValueError: It says what cannot be.
+        """
+        cell = Cell.from_dict(line["cell"])
+        if line["status"] == "failed":
+            return cls(line["key"], cell, error=f"{line['error']['type']}: {line['error']['message']}")
+        if line["status"] != "finished":
+            raise ValueError(f"the status is {line['status']!r}")
+        results = tuple(map(Result.from_dict, line["results"]))
+        digests = {name: line[name] for name in DIGESTS if line.get(name)}
+        return cls(line["key"], cell, results, None, (line.get("training") or {}).get("collapsed"), digests)
+
+
+def read(*paths: str | Path) -> list[Line]:
+    """Reads the lines of one or several files, given in the order in which they were written.
+
+    Returns:
+        The last line of each key, in the order of the files. A last line that was cut off is left out, with a warning.
+
+    Raises:
+        ValueError: A line is broken, or says what cannot be; the message has its number.
+    """
+    lines: dict[str, Line] = {}
+    for path in map(Path, paths):
+        for number, content in _objects(path):
+            try:
+                line = Line.from_dict(content)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise _broken(path, number, error) from error
+            lines.pop(line.key, None)  # so that the later line also stands at the later place
+            lines[line.key] = line
+    return list(lines.values())
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the JSON objects of a file that have a key, and the numbers of their lines."""
+    content = path.read_bytes().split(b"\n")
+    for number, text in enumerate(content, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            line["key"]
+        except (ValueError, KeyError, TypeError) as error:  # also where a letter of several bytes was cut
+            if number < len(content):
+                raise _broken(path, number, error) from error
+            logger.warning("The last line (%d) of %s was cut off and is left out.", number, path)
+            return
+        yield number, line
+
+
+def _broken(path: Path, number: int, error: Exception) -> ValueError:
+    why = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return ValueError(f"Line {number} of {path} is not a line of a benchmark ({why[:200]}). Fix or remove it.")
 
 
 class Lines:
@@ -36,22 +158,17 @@ class Lines:
         if not self.path.exists():
             return {}
         lines = {}
-        content = self.path.read_bytes().split(b"\n")
-        for number, text in enumerate(content, 1):
-            if not text.strip():
-                continue
+        for number, line in _objects(self.path):
+            lines[line["key"]] = line
             try:
-                line = json.loads(text)
-                lines[line["key"]] = line
-            except (ValueError, KeyError, TypeError) as error:
-                if number < len(content):
-                    raise ValueError(
-                        f"Line {number} of {self.path} is not a line of a benchmark ({str(error)[:200]}). Fix or remove it."
-                    ) from error
-                logger.warning("The last line of %s was cut short; its cell runs again.", self.path)
-                continue
-            if why := _contradiction(line):
-                raise ValueError(f"Line {number} of {self.path} has figures that cannot be ({why}). Fix or remove it.")
+                for row in line["results"]:
+                    Result.from_dict(row)
+            except (KeyError, TypeError, AttributeError):  # not whole, so that its cell runs again
+                pass
+            except ValueError as error:
+                raise ValueError(
+                    f"Line {number} of {self.path} has figures that cannot be ({error}). Fix or remove it."
+                ) from error
         return lines
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -88,13 +205,6 @@ class Lines:
         return 0
 
 
-def _contradiction(line: Mapping[str, Any]) -> str | None:
-    try:
-        return next(filter(None, map(contradiction, line["results"])), None)
-    except (KeyError, TypeError, AttributeError):
-        return None  # not whole, so that its cell runs again
-
-
 def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:
     """Returns whether a line is finished and has every figure of its cell."""
     try:
@@ -110,7 +220,7 @@ def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:
                 for result in results
                 for count in (result["clean"], result["worst_case"], *result["attacks"].values())
             )
-            and (cell.method == ZERO_SHOT or isinstance(line["training"], dict))
+            and (not cell.tuned or isinstance(line["training"], dict))
         )
     except (KeyError, TypeError, AttributeError):
         return False
@@ -122,3 +232,26 @@ def _is_json(text: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _contradiction(row: Mapping[str, Any]) -> str | None:
+    """Returns why the figures of a result cannot be: an image counts under an attack only if it counts without."""
+    clean, attacks, worst = row["clean"], row["attacks"], row.get("worst_case")
+    counts = {"clean": clean, **attacks} | ({} if worst is None else {"the worst case": worst})
+    for name, count in counts.items():
+        if count["n"] < 1 or not 0 <= count["correct"] <= count["n"]:
+            return f"{name}: {count['correct']} of {count['n']} is no accuracy"
+        if count["n"] != clean["n"] or count["correct"] > clean["correct"]:
+            return f"{name}: {_of(count)} cannot be beside {_of(clean)} of clean images"
+    for name, count in attacks.items():
+        if worst is not None and worst["correct"] > count["correct"]:
+            return f"the worst case: {_of(worst)} cannot be beside {_of(count)} under {name}"
+    return None
+
+
+def _of(count: Mapping[str, Any]) -> str:
+    return f"{count['correct']} of {count['n']}"
+
+
+def _accuracy(count: Mapping[str, Any]) -> Accuracy:
+    return Accuracy(count["correct"], count["n"])

@@ -19,8 +19,9 @@ from .suites import Suite
 logger = logging.getLogger(__name__)
 
 PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
+TRANSFERS = ("cross-dataset", "shift")  # tuned on the suite's source, measured on it and on other test sets
 ZERO_SHOT = "zero-shot"
-Shots = int | str
+Shots = int | str  # training images per class, or "all"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,23 @@ class Cell:
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return content
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Cell:
+        """Reads what `to_dict` returned, also of versions that had fewer fields.
+
+        Raises:
+            KeyError, TypeError: Something else is missing.
+            ValueError: An unknown protocol, or a number of shots that cannot be.
+        """
+        if content["protocol"] not in PROTOCOLS:
+            raise ValueError(f"the protocol is {content['protocol']!r}")
+        if content["shots"] != "all" and not isinstance(content["shots"], int):
+            raise ValueError(f"the number of shots is {content['shots']!r}")
+        values = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        attacks, targets = content["attacks"] or (), content.get("targets") or ()
+        values |= {"attacks": tuple(attacks), "targets": tuple(Target(**target) for target in targets)}
+        return cls(**{"variant": "", "eval_step_size": None, "limit": None, **values})
+
     @property
     def key(self) -> str:
         """Identifies the cell: 12 hexadecimal digits of a hash of all fields."""
@@ -101,9 +119,24 @@ class Cell:
         """The method, and the variant if it has one."""
         return f"{self.method} ({self.variant})" if self.variant else self.method
 
+    @property
+    def tuned(self) -> bool:
+        """Whether it tunes an adapter; zero-shot stands for every number of shots and every seed."""
+        return self.method != ZERO_SHOT
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The threat model of its attacks."""
+        return ThreatModel(self.norm, self.epsilon)
+
     def __str__(self) -> str:
-        shots = "" if self.method == ZERO_SHOT else f", {self.shots} shot{'s' * (self.shots != 1)}"
+        shots = f", {shots_name(self.shots)}" if self.tuned else ""
         return f"{self.protocol}: {self.label} on {self.task}{shots}, seed {self.seed}"
+
+
+def shots_name(shots: Shots) -> str:
+    """Returns "1 shot", "4 shots" or "all shots"."""
+    return f"{shots} shot{'' if shots == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from ..attacks import ThreatModel, parse_attack
+from ..attacks import parse_attack
 from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import Evaluation, evaluate
 from ..methods import METHODS
@@ -192,7 +192,7 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     task = read_task(target.task, target.classes, root)
     template = template_of(cell, task)
     classifier = ZeroShotClassifier(model, processor, task.class_names, template)
-    threat = ThreatModel(cell.norm, cell.epsilon)
+    threat = cell.threat
     attacks = []
     for name in cell.attacks:
         step_size = cell.eval_step_size if name.startswith("pgd") else None

@@ -3,10 +3,17 @@
 import json
 import multiprocessing
 import resource
+from pathlib import Path
 
 import pytest
+from report.benchmark_lines import line as made
+from report.benchmark_lines import write
 
 from capt_peft.benchmark import Lines
+from capt_peft.benchmark.lines import read
+from capt_peft.results.accuracy import Accuracy
+
+PUBLISHED = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*/lines.jsonl"))
 
 A, B = {"key": "a", "status": "finished", "n": 1}, {"key": "b", "status": "failed", "n": 2}
 
@@ -47,7 +54,7 @@ def test_a_torn_last_line_is_ignored_and_removed_by_the_next_append(lines, caplo
     torn = filled(lines, {**B, "name": "λ" * 10, "end": "of a long line"})
     lines.path.write_bytes(torn[:-1][:-cut])
     assert lines.read() == {"a": A}
-    assert "was cut short" in caplog.text
+    assert "was cut off" in caplog.text
     filled(lines, B)
     assert lines.path.read_bytes() == whole + json.dumps(B).encode() + b"\n"
 
@@ -130,3 +137,45 @@ def test_a_full_disk_leaves_the_file_as_it_was(lines, length, room):
 def test_a_folder_is_no_file_of_lines(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder; the lines go to a file, such as .*lines\.jsonl"):
         Lines(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- typed lines
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_published_lines_are_read_and_known_by_their_keys(path):
+    found = read(path)
+    assert len(found) == len(Lines(path).read()) > 0
+    assert all(line.key == line.cell.key and line.error is None for line in found)
+
+
+def test_a_typed_line_has_the_cell_and_its_counts_or_the_error(tmp_path):
+    lines = [made(clean=85, robust=45) | {"training_data": "a"}, made(seed=1, error="out of memory")]
+    finished, failed = read(write(tmp_path / "a.jsonl", lines))
+    assert (finished.cell.label, finished.cell.tuned, finished.error) == ("capt", True, None)
+    assert str(finished.cell.threat) == "L-inf 10/255"
+    assert finished.results[0].clean == Accuracy(170, 200)
+    assert finished.results[0].attacks == {"pgd-20": Accuracy(90, 200)}
+    assert finished.digests == {"training_data": "a"}
+    assert (failed.cell.seed, failed.results, failed.error) == (1, (), "ValueError: out of memory")
+
+
+def test_of_several_files_the_later_line_of_a_key_counts_and_stands_last(tmp_path):
+    first = write(tmp_path / "a.jsonl", [made(error="no"), made(seed=1)])
+    second = write(tmp_path / "b.jsonl", [made()], end=json.dumps(made(seed=2))[:-5])
+    assert [(line.cell.seed, line.error) for line in read(first, second)] == [(1, None), (0, None)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"protocol": "zero"}, "the protocol is 'zero'"),
+        ({"shots": "many"}, "the number of shots is 'many'"),
+        ({"results": [{"task": "shapes", "classes": "all", "clean": {"correct": 3, "n": 2}, "attacks": {}}]}, "3 of 2"),
+        ({"results": [{"task": "shapes"}]}, "KeyError: 'clean'"),
+    ],
+)
+def test_a_typed_line_that_says_what_cannot_be_is_refused(tmp_path, changes, why):
+    path = write(tmp_path / "lines.jsonl", [made(), made(**changes)])
+    with pytest.raises(ValueError, match=rf"Line 2 of .*lines\.jsonl is not a line of a benchmark \(.*{why}"):
+        read(path)

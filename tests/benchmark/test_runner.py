@@ -153,7 +153,7 @@ def test_figures_that_cannot_be_are_refused_with_the_number_of_their_line(output
     Lines(output).append(damaged(line(cells[1]), "results", 0, *path, to=to))
     with pytest.raises(ValueError, match=rf"Line 2 of .* figures that cannot be \({why}\). Fix or remove it"):
         go(cells, output, Engine())
-    with pytest.raises(ValueError, match=f"line 2: this is not a benchmark line .*{why}"):
+    with pytest.raises(ValueError, match=f"(?i)line 2.*{why}"):
         read_lines(output)
 
 
