@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from ..results.accuracy import Accuracy, wilson_interval
-from ..results.evaluation import AttackOutcome, Evaluation
+from ..results.evaluation import AttackOutcome, Evaluation, Sign
 from .batch import outcomes
 from .loop import evaluate
-from .signs import Sign
 
 __all__ = [
     "Accuracy",

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn, ThreatModel
+from ..results.earlier import changes, set_aside
 from ..results.evaluation import Evaluation, examples_path
-from ..utils.files import make_writable, written_whole
+from ..utils.files import DamagedFileError, make_writable, read_json, written_whole
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.versions import describe_machine, versions
 from .batch import attack_batch
 from .images import Examples, warn_of_units
 from .merge import black_box_needed, merge, standing
-from .resume import DamagedFileError, Jobs, differences, read_json, set_aside
+from .resume import Jobs
 from .sample import sample_logits, spread
 from .signs import PROBES, probe, probe_black_box
 from .subject import Subject, subject_of
@@ -178,7 +179,7 @@ def _agreed(configuration: dict[str, Any]) -> dict[str, Any]:
         return configuration
     first, *others = gather_object([configuration])
     for number, other in enumerate(others, 1):
-        if found := differences(other, first):
+        if found := changes(other, first):
             raise ValueError(f"Process {number} does not measure what process 0 does: {'; '.join(found[:5])}.")
     return dict(first)
 
@@ -211,7 +212,7 @@ def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
         return False
     if content.get("kind") != "evaluation":
         raise ValueError(f"{output} holds something else than an evaluation. Give another output, or overwrite=True.")
-    changed = differences(configuration, content.get("configuration") or {})
+    changed = changes(configuration, content.get("configuration") or {})
     if changed:
         set_aside(output, (".json", ".parquet", ".images"), changed)
     return not changed

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..attacks import Attack, Square, ThreatModel
 from ..results.accuracy import Accuracy
-from ..results.evaluation import ROBUST, TRANSFER, AttackOutcome, Evaluation, examples_table
-from .signs import Sign, read_signs
+from ..results.evaluation import ROBUST, TRANSFER, AttackOutcome, Evaluation, Sign, examples_table
+from .signs import read_signs
 from .subject import Subject
 
 Records = list[dict[str, Any]]

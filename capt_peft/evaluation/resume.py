@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from ..utils.files import make_writable, open_regular, write_json
+from ..results.earlier import changes, set_aside
+from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
-from .sample import logit_differences
-
-LOGITS = "model.logits"  # the part of a configuration that is compared but for rounding
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +68,7 @@ class Jobs:
                 logger.warning("%s is missing. All pieces of work in %s are measured again.", path, folder)
         except DamagedFileError as error:  # nobody knows what these are results of
             logger.warning("%s All pieces of work in %s are measured again.", error, folder)
-        changed = [] if found is None else differences(configuration, found)
+        changed = [] if found is None else changes(configuration, found)
         if changed and not overwrite:
             set_aside(folder, (".partial", ".images"), changed)
         if found is None or changed:
@@ -95,29 +91,6 @@ class Jobs:
                 self._lock.release()
 
 
-class DamagedFileError(ValueError):
-    """A file that holds something else than what was written to it; the message names it."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file that holds an object.
-
-    Raises:
-        DamagedFileError: It holds something else.
-        FileNotFoundError: There is no such file.
-    """
-    try:
-        with open_regular(path) as file:
-            content = json.loads(file.read().decode())
-    except FileNotFoundError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged ({str(error)[:200]}).") from error
-    if not isinstance(content, dict):
-        raise DamagedFileError(f"{path} is damaged (not a JSON object).")
-    return content
-
-
 def _unsealed(path: Path) -> Any:
     content = read_json(path)
     if "result" not in content or content.get("hash") != _hash(content["result"]):
@@ -134,45 +107,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def set_aside(path: Path, suffixes: Sequence[str], changed: Sequence[str]) -> None:
-    """Renames results of another configuration, which nobody asked to throw away, and says so in a warning.
-
-    Args:
-        path: One of their files or folders.
-        suffixes: Endings of all of them; those that are not there are left out.
-        changed: Sentences that say how the configurations differ.
-    """
-    found = [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).exists()]
-    number = next(n for n in count(1) if not any(path.parent.glob(f"{glob.escape(path.stem)}.old{n}.*")))
-    for old in found:
-        old.rename(old.with_name(f"{path.stem}.old{number}{old.suffix}"))
-    logger.warning(
-        "%s held results of another configuration: %s%s. They are kept as %s; this evaluation is measured for itself.",
-        path,
-        "; ".join(changed[:5]),
-        f" and {len(changed) - 5} more" if len(changed) > 5 else "",
-        path.with_name(f"{path.stem}.old{number}{path.suffix}"),
-    )
-
-
-def differences(new: Any, old: Any, path: str = "") -> list[str]:
-    """Returns sentences that say where two JSON contents differ."""
-    if path == LOGITS and isinstance(new, Mapping):
-        return logit_differences(new, old, path)
-    if isinstance(new, Mapping) and isinstance(old, Mapping):
-        keys = [*new, *(key for key in old if key not in new)]
-        return [line for key in keys for line in differences(new.get(key), old.get(key), f"{path}.{key}".lstrip("."))]
-    if isinstance(new, list) and isinstance(old, list) and len(new) == len(old):
-        return [
-            line for i, pair in enumerate(zip(new, old, strict=True)) for line in differences(*pair, f"{path}[{i}]")
-        ]
-    if isinstance(new, list) and isinstance(old, list):
-        return [f"{path} has {len(new)} entries now and had {len(old)}"]
-    return [] if new == old else [f"{path} is {_short(new)} now and was {_short(old)}"]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,15 +11,12 @@ from torch import Tensor
 
 from ..attacks import LogitsFn
 from ..randomness import own_random_state
+from ..results.earlier import RANDOM, TOLERANCE, logit_distance
 from .images import Examples
 from .subject import Subject
 
 SAMPLED = 16  # images
 KEPT = 32  # numbers per image
-TOLERANCE = (
-    1e-4  # of a class's largest number: far above what threads and processors change, far below what settings change
-)
-RANDOM = "random"
 
 
 def spread(values: Sequence[int], count: int) -> list[int]:
@@ -64,7 +61,7 @@ def _logits(function: LogitsFn, batches: Sequence[Tensor], device: torch.device)
 
 def _numbers(runs: list[Tensor]) -> str | list[list[float]]:
     first, again = map(_projected, runs)
-    if _distance(first, again) > TOLERANCE / 2:
+    if logit_distance(first, again) > TOLERANCE / 2:
         return RANDOM
     return [[float(f"{value:.7g}") for value in row] for row in first.tolist()]
 
@@ -77,40 +74,3 @@ def _projected(logits: Tensor) -> Tensor:
     logits = logits.sign() * logits.abs().log1p()  # or a masked class, at -1e9, would drown all others
     signs = torch.randint(0, 2, (width, KEPT), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     return logits @ signs / width**0.5
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Returns the largest difference, as a share of the largest number of the same column."""
-    largest = torch.maximum(a.abs(), b.abs()).amax(0).clamp_min(1e-30)
-    return float(((a - b).abs() / largest).max())
-
-
-def logit_differences(new: Mapping[str, Any], old: Any, path: str) -> list[str]:
-    """Returns sentences that say where the logits of two records differ, but for rounding."""
-    if not isinstance(old, Mapping) or new.get("images") != old.get("images"):
-        return [f"{path} has no logits on the same sample images"]
-    return [
-        line for name in ("scored", "attacked") if (line := _difference(new.get(name), old.get(name), f"{path}.{name}"))
-    ]
-
-
-def _difference(new: Any, old: Any, path: str) -> str | None:
-    if not isinstance(new, list) or not isinstance(old, list):
-        return None if new == old else f"{path} is {_kind(new)} now and was {_kind(old)}"
-    try:
-        a, b = torch.tensor(new, dtype=torch.float64), torch.tensor(old, dtype=torch.float64)
-    except (TypeError, ValueError):
-        return f"{path} holds no logits"
-    if a.shape != b.shape or a.numel() == 0:
-        return f"{path} is {tuple(a.shape)} now and was {tuple(b.shape)}"
-    distance = _distance(a, b)
-    if distance <= TOLERANCE:
-        return None
-    cause = "the model or its settings are not the same"
-    if distance < 100 * TOLERANCE:
-        cause += ", or it runs on another machine, device or number of threads"
-    return f"{path}, on {len(a)} sample images, differ by up to {100 * distance:.2g}% ({cause})"
-
-
-def _kind(value: Any) -> str:
-    return "not there" if value is None else "random" if value == RANDOM else "not random"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..attacks import APGD, PGD, Square, ThreatModel
 from ..attacks.losses import cross_entropy, pixel_gradient
 from ..randomness import example_generators
+from ..results.evaluation import Sign
 from .precision import precision_of
 from .subject import Subject
 
@@ -24,29 +24,6 @@ QUERIES = 300  # of Square, where no black-box attack was asked for
 FEW = 8  # images by which the precision is seen
 
 RANDOM, ZERO, SQUARE, SQUARE_FEW, ONE_STEP, LEFT = 1e-4, 1e-3, 0.002, 0.02, 0.005, 0.0
-
-
-@dataclass(frozen=True)
-class Sign:
-    """One sign of masked gradients.
-
-    Attributes:
-        name: Which sign.
-        raised: Whether the evaluation shows it; None where it was not checked.
-        value: What was measured; None where it was not.
-        threshold: The value above which the sign is raised.
-        sentence: What it means, for people.
-    """
-
-    name: str
-    raised: bool | None
-    value: float | None
-    threshold: float | None
-    sentence: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the sign, for results."""
-        return asdict(self)
 
 
 def _sign(name: str, value: float, threshold: float, bad: str, good: str) -> Sign:

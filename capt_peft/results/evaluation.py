@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..attacks import ThreatModel
-from ..evaluation.resume import DamagedFileError, read_json
-from ..evaluation.signs import Sign
-from ..utils.files import write_json, written_whole
+from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
 from .accuracy import Accuracy
 
@@ -70,6 +68,29 @@ class AttackOutcome:
             "parts": list(self.parts),
             "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One sign of masked gradients.
+
+    Attributes:
+        name: Which sign.
+        raised: Whether the evaluation shows it; None where it was not checked.
+        value: What was measured; None where it was not.
+        threshold: The value above which the sign is raised.
+        sentence: What it means, for people.
+    """
+
+    name: str
+    raised: bool | None
+    value: float | None
+    threshold: float | None
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the sign, for results."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)

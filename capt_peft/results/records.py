@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..attacks import ThreatModel
-from ..evaluation import Accuracy, Evaluation
 from ..utils.markup import plain
-from .evaluation import examples_path
+from .accuracy import Accuracy
+from .evaluation import Evaluation, examples_path
 
 RESULTS, EVALUATION = "results.json", "evaluation.json"
 

@@ -10,14 +10,14 @@ from peft import PeftModel
 from torch import nn
 
 from ..attacks.threat import ThreatModel
-from ..evaluation import Evaluation
-from ..evaluation.resume import DamagedFileError, differences, read_json, set_aside
 from ..tuner.fingerprint import SAFETENSORS_NAME, active_adapter, adapter_fingerprint
-from ..utils.files import make_writable, write_json
+from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.markup import Markdown, escape, table_row
 from ..utils.outputs import save_somewhere
 from ..utils.versions import describe_machine, versions
 from .card import adapter_config, model_card, write_card, write_cards_for
+from .earlier import changes, set_aside
+from .evaluation import Evaluation
 from .records import EVALUATION, RESULTS, check_configuration, check_record, read_records, readable
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
     )  # or refuses
     if path.exists():
         try:
-            changed = differences(evaluation.configuration, read_json(path).get("configuration"))
+            changed = changes(evaluation.configuration, read_json(path).get("configuration"))
         except DamagedFileError as error:
             changed = [str(error)]
         if changed:

@@ -200,3 +200,26 @@ def open_regular(path: str | Path) -> BufferedReader:
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         raise ValueError(f"{path} cannot be read ({error}).") from error
     raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file.")
+
+
+class DamagedFileError(ValueError):
+    """A file that holds something else than what was written to it; the message names it."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a JSON file that holds an object.
+
+    Raises:
+        DamagedFileError: It holds something else.
+        FileNotFoundError: There is no such file.
+    """
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode())
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged ({str(error)[:200]}).") from error
+    if not isinstance(content, dict):
+        raise DamagedFileError(f"{path} is damaged (not a JSON object).")
+    return content

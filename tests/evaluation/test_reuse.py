@@ -18,9 +18,9 @@ from capt_peft import PGD, CaptConfig, ThreatModel, ZeroShotClassifier, evaluate
 from capt_peft.evaluation import Accuracy, Evaluation
 from capt_peft.evaluation import loop as loop_module
 from capt_peft.evaluation import sample as sample_module
-from capt_peft.evaluation.resume import DamagedFileError
-from capt_peft.evaluation.sample import TOLERANCE, logit_differences
+from capt_peft.results.earlier import TOLERANCE, logit_changes
 from capt_peft.tuner.fingerprint import adapter_fingerprint
+from capt_peft.utils.files import DamagedFileError
 
 ATTACK = PGD(ThreatModel("linf", "4/255"), steps=2)
 PIXELS = some_images(30)
@@ -144,10 +144,10 @@ def test_rounding_is_the_same_model_and_more_is_not():
     old = {"images": [0, 1], "scored": [[30.0, -1.0], [2.0, 0.5]]}
     for change, same in ((TOLERANCE / 3, True), (3 * TOLERANCE, False)):
         new = {**old, "scored": [[30.0, -1.0 + change], [2.0, 0.5]]}
-        found = logit_differences(new, old, "model.logits")
+        found = logit_changes(new, old)
         assert (not found) is same
         assert same or "another machine, device or number of threads" in found[0]
-    assert "another machine" not in logit_differences({**old, "scored": [[1.0, 9.0]] * 2}, old, "model.logits")[0]
+    assert "another machine" not in logit_changes({**old, "scored": [[1.0, 9.0]] * 2}, old)[0]
 
 
 @pytest.mark.parametrize("place", [1, 14, 28])
@@ -397,4 +397,4 @@ def test_a_masked_class_does_not_hide_the_others():
     other = logits.clone()
     other[:, :40] += 0.1
     old, new = ({"images": [0], "scored": sample_module._numbers([z, z])} for z in (logits, other))
-    assert not logit_differences(old, old, "model.logits") and logit_differences(new, old, "model.logits")
+    assert not logit_changes(old, old) and logit_changes(new, old)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from capt_peft.evaluation import Accuracy, wilson_interval
+from capt_peft.results.accuracy import Accuracy, wilson_interval
 
 
 @pytest.mark.parametrize(
