@@ -3,7 +3,6 @@
 from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from .backbones import convert_backbone
 from .clip.classifier import ZeroShotClassifier
-from .clip.loading import from_pretrained
 from .data import Task, describe_task, list_tasks, load_task
 from .evaluation import Evaluation, evaluate
 from .methods import METHODS, get_method
@@ -39,7 +38,6 @@ __all__ = [
     "convert_backbone",
     "describe_task",
     "evaluate",
-    "from_pretrained",
     "get_method",
     "list_tasks",
     "load_task",

@@ -19,22 +19,6 @@ from ..tuner.loading import load_pretrained
 from ..utils.text import cut
 
 
-def from_pretrained(name_or_path: str, **kwargs: Any) -> nn.Module:
-    """Loads the bare model of a CAPT adapter, with the adapter on it, or a bare CLIP.
-
-    Args:
-        name_or_path: Folder or Hub id.
-        kwargs: As of `load_model`: `dtype` (float32 by default), `base`, `revision`, `token`, `cache_dir`, `subfolder`.
-
-    Returns:
-        A `PeftModel`, or a model of transformers, in eval mode.
-
-    Raises:
-        ValueError: As of `load_model`.
-    """
-    return load_model(name_or_path, **kwargs)[0]
-
-
 def load_model(
     name_or_path: str, *, dtype: torch.dtype = torch.float32, base: str | None = None, **kwargs: Any
 ) -> tuple[nn.Module, Any]:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from .files import written_whole
 from .text import short
 
 logger = logging.getLogger(__name__)
-
-_held: dict[tuple[int, Path], tuple[BinaryIO, int]] = {}  # what this process has locked, and how often
 
 
 class OutputLock:
@@ -38,69 +36,47 @@ class OutputLock:
     Args:
         folder: A folder that can be written into; it is created if needed.
         name: What in it is locked, if not all of it.
+        wait: Wait until another process has released it, for what takes no time.
 
     Raises:
         ValueError: Another run has locked it; the message says which.
     """
 
-    def __init__(self, folder: str | Path, name: str = "") -> None:
-        self.path = Path(os.path.realpath(folder), f".capt-lock-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        key = os.getpid(), self.path
-        if key in _held:
-            file, times = _held[key]
-            _held[key] = file, times + 1
-        else:
-            locked = _locked(self.path, Path(folder, name))
-            if locked is not None:
-                _held[key] = locked, 1
-        self.release: Callable[[], Any] = weakref.finalize(self, _release, key)
-
-
-def _locked(path: Path, place: Path) -> BinaryIO | None:
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    while True:
-        file = path.open("a+b", buffering=0)
+    def __init__(self, folder: str | Path, name: str = "", *, wait: bool = False) -> None:
+        path = Path(os.path.realpath(folder), f".capt-lock-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path, thread_local=False, is_singleton=True)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, children do not inherit and keep it
-            if _is_at(path, file):  # else the run that had it has just removed it
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-                return file
-            file.close()
-        except OSError as error:
-            file.seek(0)
-            owner = file.read(200).decode(errors="replace")
-            file.close()
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(
-                    f"Another run is writing to {short(place)}: {owner or 'it has just begun'}. Wait until it has ended, or give "
-                    "another output. Nothing was done yet."
-                ) from error
-            logger.debug("%s cannot be locked: %s", place, error)
+            self._lock.acquire(blocking=wait)
+        except Timeout:
+            owner = _owner(path) or "it has just begun"
+            raise ValueError(
+                f"Another run is writing to {short(Path(folder, name))}: {owner}. Wait until it has ended, or give another "
+                "output. Nothing was done yet."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            logger.debug("%s cannot be locked: %s", Path(folder, name), error)
             path.unlink(missing_ok=True)
-            return None
+        else:
+            with suppress(OSError):  # Windows keeps all others from a locked file, this process's other handles too
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        self.release: Callable[[], Any] = weakref.finalize(self, _release, self._lock, path, os.getpid())
 
 
-def _is_at(path: Path, file: BinaryIO) -> bool:
+def _owner(path: Path) -> str:
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        return path.read_text(errors="replace")[:200]
+    except OSError:
+        return "it cannot be told which"
 
 
-def _release(key: tuple[int, Path]) -> None:
-    if key[0] != os.getpid() or key not in _held:  # a forked child has the list, but not the locks
+def _release(lock: BaseFileLock, path: Path, process: int) -> None:
+    if process != os.getpid() or not lock.is_locked:  # a forked child has the object, but not the lock
         return
-    file, times = _held.pop(key)
-    if times > 1:
-        _held[key] = file, times - 1
-        return
-    key[1].unlink(missing_ok=True)
-    file.close()
+    if lock.lock_counter == 1:
+        with suppress(OSError):  # Windows keeps a file that is open
+            path.unlink()
+    lock.release()
 
 
 def main_process_says(function: Callable[[], Any]) -> Any:

@@ -14,8 +14,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 from transformers import AutoProcessor, CLIPModel
 
-import capt_peft
 from capt_peft import CaptConfig, ZeroShotClassifier
+from capt_peft.clip.loading import load_model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CLASSES = ["cat", "dog"]
@@ -77,7 +77,7 @@ def change_fields(folder, changes):
 
 def check(folder):
     """Every loader of this package and of PEFT loads the adapter as the file holds it, or refuses it with a sentence."""
-    for load in (from_pretrained, classifier, config_alone):
+    for load in (bare_model, classifier, config_alone):
         refuses(load, folder)
     try:
         content = json.loads((folder / CONFIG).read_text())
@@ -96,7 +96,7 @@ def refuses(load, folder):
     except ValueError as error:
         assert len(str(error)) > 30 and (load is not config_alone or str(folder) in str(error))
     except OSError as error:  # the base model that the adapter names is not there
-        assert load in (from_pretrained, classifier) and str(folder.parent / "base") not in str(error)
+        assert load in (bare_model, classifier) and str(folder.parent / "base") not in str(error)
 
 
 def peft_model(folder, **settings):
@@ -108,8 +108,8 @@ def trainable_peft_model(folder):
     peft_model(folder, is_trainable=True)
 
 
-def from_pretrained(folder):
-    as_saved(capt_peft.from_pretrained(str(folder)), folder)
+def bare_model(folder):
+    as_saved(load_model(str(folder))[0], folder)
 
 
 def classifier(folder):
@@ -243,7 +243,7 @@ def test_a_field_that_does_not_fit_is_named(root, kind, fields, words):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff", b"[1]", b"5", b"null", b'["runtime_config"]', b"[" * 10**5, b"{}"]
 )
-@pytest.mark.parametrize("load", [from_pretrained, classifier, config_alone])
+@pytest.mark.parametrize("load", [bare_model, classifier, config_alone])
 def test_a_configuration_file_of_another_kind_is_named(root, load, content):
     with copied(root, "coupled") as folder:
         (folder / CONFIG).write_bytes(content)
@@ -255,7 +255,7 @@ def test_a_configuration_file_of_another_kind_is_named(root, load, content):
 def test_an_adapter_of_another_method_is_refused(root, method):
     with copied(root, "coupled") as folder:
         change_fields(folder, [("peft_type", method)])
-        for load in (from_pretrained, config_alone):
+        for load in (bare_model, config_alone):
             with pytest.raises(ValueError, match="capt_peft loads CAPT adapters"):
                 load(folder)
 
