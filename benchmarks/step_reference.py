@@ -25,10 +25,11 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTextConfig, C
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task
 from capt_peft.clip.activations import lean_activations
-from capt_peft.clip.classifier import normalize, pooled
+from capt_peft.clip.classifier import normalize
 from capt_peft.data.task import DEFAULT_TEMPLATE, task_features
 from capt_peft.randomness import example_generators
 from capt_peft.training.frozen import FrozenOutputs
+from capt_peft.tuner.clip import image_features, text_features
 
 TINY_CLIP = str(Path(__file__).resolve().parent.parent / "examples" / "tiny_clip")
 PROMPT_NOISE = 0.02  # untrained text prompts are the frozen model's own states, and would hide a mistake
@@ -209,8 +210,8 @@ def reference_attack(setup: Setup) -> Tensor:
 def reference_logits(setup: Setup, pixels: Tensor) -> Tensor:
     """Runs both towers: (B, 3, H, W) in [0, 1] -> (B, N)."""
     model, classifier = setup.model, setup.trainer.classifier
-    texts = normalize(pooled(model.get_text_features(input_ids=setup.padded_ids)))
-    images = normalize(pooled(model.get_image_features(pixel_values=(pixels - classifier.mean) / classifier.std)))
+    texts = normalize(text_features(model, {"input_ids": setup.padded_ids}))
+    images = normalize(image_features(model, (pixels - classifier.mean) / classifier.std))
     clip: Any = model.get_base_model()
     return clip.logit_scale.exp() * images @ texts.T
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
+from ..tuner.clip import in_tower
 from .processing import pixel_statistics
 from .settings import Settings
 
@@ -67,7 +68,7 @@ def base_similarity(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) -
     """Returns the cosine between the matrices of two image towers; biases and norms are alike in all CLIPs and do not count."""
     dot = mine = theirs = 0.0
     for name, tensor in tensors.items():
-        if name.startswith(("vision_model.", "visual_projection.")) and tensor.ndim > 1:
+        if in_tower(name, "vision") and tensor.ndim > 1:
             a, b = tensor.flatten().float(), base[name].flatten().float()
             dot, mine, theirs = dot + float(a @ b), mine + float(a @ a), theirs + float(b @ b)
     return round(dot / max((mine * theirs) ** 0.5, 1e-30), 4)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig
 
+from ..tuner.clip import check_tokenizer
 from ..tuner.fingerprint import tensors_fingerprint
 from ..utils.files import entries, make_writable, write_json, written_whole
 from ..utils.text import some
 from .architecture import build, check_same_architecture, describe, make_config
 from .base import Base, base_similarity, check_settings, load_transformers, warn_if_far
 from .layout import Tower, infer_text, infer_vision, openai_names, take_constants, targets
-from .processing import check_tokenizer, load_tokenizer, save_processor
+from .processing import load_tokenizer, save_processor
 from .reading import read_checkpoint
 from .settings import Settings, check_activation, open_clip_settings
 
@@ -111,7 +112,8 @@ def convert_backbone(
     tokenizer = load_tokenizer(
         processor or (base if base and not Path(base).is_file() else None), processor is not None
     )
-    check_tokenizer(tokenizer, config, str(processor or base))
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config, str(processor or base))
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     info = BackboneInfo(
         checkpoint=checkpoint.name,

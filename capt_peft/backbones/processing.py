@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, CLIPConfig, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ..tuner.clip import image_size
 from ..tuner.loading import load_pretrained
 from .settings import MEAN, STD, Settings
 
@@ -41,25 +42,9 @@ def load_tokenizer(source: str | None, required: bool) -> Any:
         return None
 
 
-def check_tokenizer(tokenizer: Any, config: CLIPConfig, source: str) -> None:
-    """Raises a ValueError if a tokenizer is another model's: its ids or its end token are not the text tower's."""
-    if tokenizer is None:
-        return
-    text: Any = config.text_config
-    end = (
-        text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
-    )  # 2: old configurations read the highest id
-    if len(tokenizer) > text.vocab_size or tokenizer.eos_token_id != end:
-        raise ValueError(
-            f"The tokenizer of {source} does not belong to the model: it has {len(tokenizer)} tokens and ends texts with "
-            f"{tokenizer.eos_token_id}, the model has {text.vocab_size} and {end}. Name another processor."
-        )
-
-
 def save_processor(folder: Path, tokenizer: Any, config: CLIPConfig, settings: Settings) -> None:
     """Writes the processor; without a tokenizer, the image processor alone, and says what is missing."""
-    vision: Any = config.vision_config
-    size = vision.image_size
+    size = image_size(config)
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size},
         image_mean=list(settings.mean), image_std=list(settings.std),

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel
 
 from ..training import CaptTrainingArguments
+from ..tuner.clip import image_features, image_size
 from ..tuner.loading import load_pretrained
 from .plan import ZERO_SHOT, Cell
 
@@ -71,14 +72,12 @@ def seconds_a_pass(cells: Sequence[Cell], lines: Mapping[str, Mapping[str, Any]]
     if len(ended) >= 3:
         return sum(float(line["seconds"]) for _, line in ended) / sum(passes(cell) for cell, _ in ended)
     clip: Any = load_pretrained(AutoModel, model, dtype=torch.float32).eval()
-    side = clip.config.vision_config.image_size
+    side = image_size(clip)
     pixels = torch.rand(32, 3, side, side, requires_grad=True)
     rounds: list[float] = []
     while len(rounds) < 3 or (sum(rounds) < 1 and len(rounds) < 20):
         start = time.perf_counter()
-        features = clip.get_image_features(pixel_values=pixels)
-        pooled = features if isinstance(features, torch.Tensor) else features.pooler_output
-        torch.autograd.grad(pooled.float().sum(), pixels)
+        torch.autograd.grad(image_features(clip, pixels).float().sum(), pixels)
         rounds.append(time.perf_counter() - start)
     return sorted(rounds)[len(rounds) // 2] / (2 * len(pixels))
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import QuickGELUActivation
+
+from ..tuner.clip import quick_gelus
 
 
 class _QuickGelu(torch.autograd.Function):
@@ -37,8 +38,7 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     must then keep the same tensors.
     """
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    modules = () if checkpointed else model.modules()
-    activations: list[Any] = [module for module in modules if isinstance(module, QuickGELUActivation)]
+    activations = [] if checkpointed else quick_gelus(model)
     before = [activation.__dict__.get("forward") for activation in activations]
     for activation in activations:
         activation.forward = _QuickGelu.apply

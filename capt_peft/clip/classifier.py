@@ -13,21 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.task import DEFAULT_TEMPLATE, check_class_names, check_template
 from ..data.transforms import PixelTransform
-from ..tuner import PromptLayer, adapters_off
-from ..tuner.clip import check_supported
+from ..tuner import PromptLayer, adapters_off, clip
 from ..utils.modules import eval_mode
 from ..utils.text import shown
 from .activations import lean_activations
 from .loading import load_model
 from .texts import (
-    TEXT_INPUTS,
     TextPart,
     TextParts,
     check_adapter_fits,
-    check_end_tokens,
-    check_texts_differ,
     split_texts,
-    tokenize,
+    tokenize_classes,
     tokens_before_name,
 )
 
@@ -79,13 +75,10 @@ class ZeroShotClassifier(nn.Module):
         self.class_names = tuple(class_names)
         self.template = template
         check_template(template)
-        check_supported(model, quiet=True)
+        clip.check_supported(model, quiet=True)
         self.texts = [template.format(name) for name in self.class_names]
-        text_inputs = tokenize(model, processor.tokenizer, self.texts)
-        input_ids = text_inputs["input_ids"]
-        check_end_tokens(model, input_ids)
-        check_texts_differ(model, processor.tokenizer, self.class_names, self.texts, input_ids)
-        self._before_name = tokens_before_name(processor.tokenizer, template, input_ids)
+        text_inputs = tokenize_classes(model, processor.tokenizer, self.class_names, self.texts)
+        self._before_name = tokens_before_name(processor.tokenizer, template, text_inputs["input_ids"])
         self._check_adapter()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
         for name, value in {**text_inputs, "mean": mean, "std": std}.items():
@@ -143,7 +136,7 @@ class ZeroShotClassifier(nn.Module):
             ValueError: As of `check_adapter_fits`.
         """
         self._check_adapter()
-        return {name: getattr(self, name).to(self.device) for name in TEXT_INPUTS if hasattr(self, name)}
+        return {name: getattr(self, name).to(self.device) for name in clip.TEXT_INPUTS if hasattr(self, name)}
 
     def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
         """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
@@ -167,12 +160,12 @@ class ZeroShotClassifier(nn.Module):
     def encode_texts(self) -> Tensor:
         """Runs the text tower on the N texts: (N, D) normalised features, with gradient if the caller wants one."""
         if self._parts is None:
-            return normalize(pooled(self.model.get_text_features(**self.text_inputs())))
+            return normalize(clip.text_features(self.model, self.text_inputs()))
         return self._parts.join([self.encode_part(part) for part in self._parts.parts])
 
     def text_parts(self, *, cut: bool = True) -> TextParts | None:
         """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; arguments as of `split_texts`."""
-        inputs = {name: getattr(self, name).cpu() for name in TEXT_INPUTS if hasattr(self, name)}
+        inputs = {name: getattr(self, name).cpu() for name in clip.TEXT_INPUTS if hasattr(self, name)}
         return split_texts(inputs, self.text_chunk_size, cut=cut)
 
     def encode_part(self, part: TextPart) -> Tensor:
@@ -185,7 +178,7 @@ class ZeroShotClassifier(nn.Module):
     def _run_part(self, part: TextPart) -> Tensor:
         # here, because the backward pass comes here again
         with lean_activations(self.base_model), self.part_inputs(part) as inputs:
-            return normalize(pooled(self.model.get_text_features(**inputs)))
+            return normalize(clip.text_features(self.model, inputs))
 
     @contextmanager
     def part_inputs(self, part: TextPart) -> Iterator[dict[str, Tensor]]:
@@ -202,7 +195,7 @@ class ZeroShotClassifier(nn.Module):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Runs the image tower: (B, 3, H, W) pixels in [0, 1] -> (B, D) normalised features."""
-        return normalize(pooled(self.model.get_image_features(pixel_values=self.pixel_values(pixels))))
+        return normalize(clip.image_features(self.model, self.pixel_values(pixels)))
 
     def pixel_values(self, pixels: Tensor) -> Tensor:
         """Normalises pixels in [0, 1] to what the model takes, in its precision."""
@@ -211,8 +204,7 @@ class ZeroShotClassifier(nn.Module):
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Returns (B, N) float32 logits of normalised features (B, D) and (N, D)."""
-        scale = self.base_model.logit_scale.float().exp()
-        return (text_features.float() @ image_features.float().t() * scale).t()  # CLIPModel's own order of operations
+        return clip.logits(self.model, image_features, text_features)
 
     @contextmanager
     def frozen(self) -> Iterator[ZeroShotClassifier]:
@@ -295,8 +287,8 @@ class ZeroShotClassifier(nn.Module):
         elif bad_texts:
             name = shown(self.class_names[bad_texts[0]])
             cause = f"the text features of class {name} are not: prompts or weights are too large"
-        elif not torch.isfinite(self.base_model.logit_scale.float().exp()):
-            cause = f"the temperature overflows (logit_scale={float(self.base_model.logit_scale):.4g}, of which exp is taken)"
+        elif not torch.isfinite(clip.log_scale(self.model).exp()):
+            cause = f"the temperature overflows (logit_scale={float(clip.log_scale(self.model)):.4g}, of which exp is taken)"
         else:
             cause = "the features of an image are not: prompts or weights are too large for the model's precision"
         raise ValueError(
@@ -311,17 +303,12 @@ class ZeroShotClassifier(nn.Module):
     @property
     def base_model(self) -> Any:
         """The CLIP, without PEFT's wrapper around it."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return clip.base_model(self.model)
 
     @property
     def _parameter(self) -> Tensor:
         parameter: Tensor = next(self.model.parameters())
         return parameter
-
-
-def pooled(output: Any) -> Tensor:
-    """Returns the projected features of `get_image_features` or `get_text_features`, whose type differs by version."""
-    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def normalize(features: Tensor) -> Tensor:

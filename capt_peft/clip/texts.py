@@ -12,79 +12,72 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner import CaptConfig, PromptLayer
-from ..tuner.clip import end_token, is_siglip, text_config
+from ..tuner.clip import (
+    end_token,
+    is_end,
+    max_text_length,
+    prompt_places,
+    special_tokens,
+    template_tokens,
+    tokenize,
+    vocabulary_size,
+)
 from ..tuner.switching import adapted_modules
 from ..utils.text import shown, some
 
-TEXT_INPUTS = ("input_ids", "attention_mask")
 WHOLE = 256  # up to so many texts run at once, unless a size is given
 SIZE = 64  # texts of a part, above that
 MAX_CHARACTERS = 10_000  # of a text; no model reads a hundredth of it
 
 
-def max_text_length(model: nn.Module) -> int:
-    """Returns the number of tokens that the model's texts may have."""
-    return int(text_config(model).max_position_embeddings)
-
-
-def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Tokenizes texts as the model reads them: padded on the right, to the longest of them.
-
-    CLIP sees nothing behind a text's end, so more padding would be waste. SigLIP was trained on texts padded to its full length,
-    without a mask, and reads its last token, whatever it is.
-
-    Raises:
-        ValueError: A text with more tokens than the model takes: cutting it would cut off its end token.
-    """
-    huge = next((text for text in texts if len(text) > MAX_CHARACTERS), None)
-    if huge is not None:
-        raise ValueError(f"The text {shown(huge)} is too long. Shorten the class name or the template.")
-    max_length = max_text_length(model)
-    lengths = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
-    longest = max(range(len(texts)), key=lengths.__getitem__)
-    if lengths[longest] > max_length:
-        raise ValueError(
-            f"The text {shown(texts[longest])} has {lengths[longest]} tokens, but the model takes {max_length}. Shorten the "
-            "class name or the template."
-        )
-    padding: dict[str, Any] = (
-        {"padding": "max_length", "max_length": max_length} if is_siglip(model) else {"padding": True}
-    )
-    inputs = tokenizer(list(texts), return_tensors="pt", padding_side="right", **padding)
-    names = TEXT_INPUTS[:1] if is_siglip(model) else TEXT_INPUTS
-    return {name: inputs[name] for name in names if name in inputs}
-
-
-def check_end_tokens(model: nn.Module, input_ids: Tensor) -> None:
-    """Raises a ValueError if the texts (N, L) lack the token at which the model reads them: its processor is another's."""
-    end = end_token(model)
-    if isinstance(end, int):
-        fits = bool((input_ids == end).any(-1).all())
-    else:
-        fits = int(input_ids.max()) < text_config(model).vocab_size
-    if not fits:
-        raise ValueError(
-            f"The processor does not belong to the model: its texts lack the model's end token "
-            f"({text_config(model).eos_token_id}). Load both from the same name."
-        )
-
-
-def check_texts_differ(
-    model: nn.Module, tokenizer: Any, class_names: Sequence[str], texts: Sequence[str], input_ids: Tensor
-) -> None:
-    """Makes sure that the model can tell the classes apart: no two of them are one text to it, and none is cut short.
+def tokenize_classes(
+    model: nn.Module, tokenizer: Any, class_names: Sequence[str], texts: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tokenizes class texts as the model reads them, having made sure that it can tell the classes apart.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         class_names: The N class names.
         texts: The N texts.
-        input_ids: (N, L) their tokens.
+
+    Returns:
+        `input_ids` and perhaps `attention_mask`, (N, L).
 
     Raises:
-        ValueError: A name that holds a start or end token, or two names with the same tokens up to the end token.
+        ValueError: A text with more tokens than the model takes; the tokenizer of another model; a name that holds a start or
+            end token, or two names with the same tokens up to the end token.
     """
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}
+    huge = next((text for text in texts if len(text) > MAX_CHARACTERS), None)
+    if huge is not None:
+        raise ValueError(f"The text {shown(huge)} is too long. Shorten the class name or the template.")
+    lengths, most = [len(ids) for ids in tokenizer(list(texts))["input_ids"]], max_text_length(model)
+    longest = max(range(len(texts)), key=lengths.__getitem__)
+    if lengths[longest] > most:  # cutting it would cut off its end token
+        raise ValueError(
+            f"The text {shown(texts[longest])} has {lengths[longest]} tokens, but the model takes {most}. Shorten the class name "
+            "or the template."
+        )
+    inputs, end = tokenize(model, tokenizer, texts), end_token(model)
+    ids = inputs["input_ids"]
+    if not (is_end(ids, end).any(-1).all() if isinstance(end, int) else ids.max() < vocabulary_size(model)):
+        raise ValueError(
+            "The processor does not belong to the model: its texts lack the model's end token. Load both from the same name."
+        )
+    _check_special_tokens(tokenizer, class_names, texts)
+    seen: dict[tuple[int, ...], str] = {}
+    for name, tokens in zip(class_names, _read_tokens(ids, end), strict=True):
+        if tokens in seen:
+            raise ValueError(
+                f"The class names {shown(seen[tokens])} and {shown(name)} are the same text to the model's tokenizer, so that "
+                "the second would never be predicted. Rename one of them, or make them one class."
+            )
+        seen[tokens] = name
+    return inputs
+
+
+def _check_special_tokens(tokenizer: Any, class_names: Sequence[str], texts: Sequence[str]) -> None:
+    special = special_tokens(tokenizer)
     for name, ids in zip(class_names, tokenizer(list(texts), add_special_tokens=False)["input_ids"], strict=True):
         found = next((i for i in ids if i in special), None)
         if found is not None:
@@ -93,22 +86,13 @@ def check_texts_differ(
                 f"{tokenizer.convert_ids_to_tokens(found)!r}, which marks the start or the end of a text. Take it out of the "
                 "class name or the template."
             )
-    seen: dict[tuple[int, ...], str] = {}
-    for name, ids in zip(class_names, _read_tokens(model, input_ids), strict=True):
-        if ids in seen:
-            raise ValueError(
-                f"The class names {shown(seen[ids])} and {shown(name)} are the same text to the model's tokenizer, so that the "
-                "second would never be predicted. Rename one of them, or make them one class."
-            )
-        seen[ids] = name
 
 
-def _read_tokens(model: nn.Module, input_ids: Tensor) -> list[tuple[int, ...]]:
+def _read_tokens(input_ids: Tensor, end: int | str | None) -> list[tuple[int, ...]]:
     """Returns for each text (N, L) the tokens that decide its features: up to the first at which the model reads it."""
-    end = end_token(model)
-    if end is None:  # SigLIP sees all of them
+    if end is None:  # all of them
         return [tuple(ids) for ids in input_ids.tolist()]
-    ends = (input_ids if end == "highest" else torch.eq(input_ids, torch.tensor(end)).int()).argmax(-1)
+    ends = is_end(input_ids, end).int().argmax(-1)
     return [tuple(ids[: last + 1]) for ids, last in zip(input_ids.tolist(), ends.tolist(), strict=True)]
 
 
@@ -117,9 +101,7 @@ def tokens_before_name(tokenizer: Any, template: str, input_ids: Tensor) -> int:
 
     A word that the tokenizer joins with the beginning of a name counts to the name.
     """
-    ids = tokenizer(template.split("{}")[0].rstrip())["input_ids"]
-    while ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        ids = ids[:-1]
+    ids = template_tokens(tokenizer, template)
     same = input_ids[:, : len(ids)] == torch.tensor(ids[: input_ids.shape[1]], dtype=torch.long)  # (N, n)
     return int(same.int().cumprod(-1).sum(-1).min())
 
@@ -151,8 +133,9 @@ def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: s
     config = getattr(model, "peft_config", {}).get(name)
     if not isinstance(config, CaptConfig):
         return
-    words = max(before_name - layer.site.start, 0)
-    if words < config.num_text_tokens:
+    places = prompt_places(layer.site.start, config.num_text_tokens)
+    if places.stop > before_name:
+        words = max(before_name - places.start, 0)
         raise ValueError(
             f"The template {shown(template)} has {words} tokens before the class name, but the {config.num_text_tokens} text "
             f"prompts of adapter {name!r} would overwrite {config.num_text_tokens}. Put more words before {{}}, or set "

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 
-TOWERS = ("vision_model", "text_model")
+from ..tuner.clip import tower_modules
 
 
 def leave_compiling_to_us(accelerator: Accelerator) -> None:
@@ -29,7 +29,7 @@ def compiled_towers(clip: nn.Module, *, backend: str | None, mode: str | None) -
         backend: As of `torch.compile`; by default "inductor".
         mode: As of `torch.compile`.
     """
-    towers: list[Any] = [getattr(clip, name) for name in TOWERS if hasattr(clip, name)]
+    towers: list[Any] = tower_modules(clip)
     for tower in towers:
         tower.forward = torch.compile(tower.forward, backend=backend or "inductor", mode=mode, dynamic=False)
     try:

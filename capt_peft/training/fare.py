@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import Attack, AttackResult
-from ..clip.classifier import ZeroShotClassifier, pooled
+from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
 from ..objectives import Views
 from ..randomness import example_generators
+from ..tuner.clip import image_features, in_tower
 from . import CaptTrainer
 from .arguments import CaptTrainingArguments
 from .batch import Batch
 from .settings import one_processor
-
-IMAGE_TOWER = ("vision_model.", "visual_projection.")
 
 
 def train_image_tower_alone(model: nn.Module) -> nn.Module:
@@ -30,14 +29,13 @@ def train_image_tower_alone(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model has no image tower of that name.
     """
-    names = [name for name, _ in model.named_parameters() if name.startswith(IMAGE_TOWER)]
-    if not names:
+    if not any(in_tower(name, "vision") for name, _ in model.named_parameters()):
         raise ValueError(
             f"{type(model).__name__} has no `vision_model`: an image tower is fine-tuned in a bare CLIPModel. Of an adapter, "
             "give the base model."
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(IMAGE_TOWER))
+        parameter.requires_grad_(in_tower(name, "vision"))
     return model
 
 
@@ -129,7 +127,7 @@ class FareTrainer(CaptTrainer):
 
 def embed(classifier: ZeroShotClassifier, pixels: Tensor) -> Tensor:
     """Returns the projected image features φ, not normalised: (B, 3, H, W) pixels in [0, 1] -> (B, D)."""
-    return pooled(classifier.model.get_image_features(pixel_values=classifier.pixel_values(pixels)))
+    return image_features(classifier.model, classifier.pixel_values(pixels))
 
 
 def squared_distance(features: Tensor, target: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..attacks import Attack, AttackResult
 from ..clip.activations import lean_activations
-from ..clip.classifier import ZeroShotClassifier, normalize, pooled
+from ..clip.classifier import ZeroShotClassifier, normalize
 from ..data.pixels import PixelDataset
 from ..data.task import Task, labels_by_name
 from ..data.transforms import PixelTransform
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
+from ..tuner.clip import image_features
 from ..tuner.fingerprint import base_parameters
 from .arguments import CaptTrainingArguments
 from .batch import Batch, split_batch
@@ -402,7 +403,7 @@ class CaptTrainer(GuardedTrainer):
         return nullcontext() if self.args.full_precision_attack else self.accelerator.autocast()
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        features = pooled(self.classifier.model.get_image_features(pixel_values=self._pixel_values(pixels)))
+        features = image_features(self.classifier.model, self._pixel_values(pixels))
         return normalize(features[: len(pixels)].float())
 
     def _pixel_values(self, pixels: Tensor) -> Tensor:

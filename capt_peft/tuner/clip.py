@@ -1,13 +1,20 @@
-"""The places of a CLIP where prompts enter, found by the structure of the model."""
+"""All that is known of a CLIP's structure: its towers, the places for prompts, how it reads texts, its features and logits.
+
+Nothing else in the package looks at the class, the model type or the parts of a model or a tokenizer, so that support for
+another kind of CLIP is written here.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
 
 logger = logging.getLogger(__name__)
 
@@ -21,46 +28,22 @@ SUPPORTED = (
 )
 EXPERIMENTAL = ("siglip", "siglip_text_model", "siglip_vision_model")
 OTHER_TOWER = {"text": "vision", "vision": "text"}
+# how the names of a tower's weights begin, its projection's included
+TOWER_NAMES = {"text": ("text_model.", "text_projection."), "vision": ("vision_model.", "visual_projection.")}
+TEXT_INPUTS = ("input_ids", "attention_mask")
+HIGHEST = "highest"  # CLIP's legacy rule: a text ends at its highest token id
 
 
-@dataclass(frozen=True)
-class Site:
-    """A module through which prompts enter one tower.
-
-    Args:
-        tower: "text" or "vision".
-        index: 0 for the embeddings, whose *output* gets the prompts: the token embeddings, before positions are added (text),
-            or the whole embeddings, before the pre-layernorm (vision). i > 0 for encoder layer i, whose *input* gets them.
-        dim: Width of the tower.
-        start: Position of the first text prompt: 1 after a start token, 0 without one (SigLIP).
-        partner: Name of the module with the same index in the other tower, if there is one.
-        partner_dim: Width of the other tower, 0 without one.
-    """
-
-    tower: str
-    index: int
-    dim: int
-    start: int
-    partner: str | None
-    partner_dim: int
-
-
-@dataclass(frozen=True)
-class Tower:
-    """One transformer of a CLIP: its module's name, width, and the modules through which prompts enter."""
-
-    name: str
-    dim: int
-    modules: tuple[str, ...]
-    start: int
+def base_model(model: nn.Module) -> Any:
+    """Returns the model of transformers, without PEFT's wrapper around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
     """Raises a ValueError, naming the model, unless CAPT knows its structure; warns, unless `quiet`, where it is experimental."""
     config = getattr(model, "config", None)
     model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = type(base).__name__
+    name = type(base_model(model)).__name__
     if model_type not in SUPPORTED + EXPERIMENTAL or "Classification" in name:
         raise ValueError(
             f"CAPT does not support {name} (model type {model_type!r}). It supports the towers of CLIP (CLIPModel, "
@@ -75,54 +58,79 @@ def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
         )
 
 
-def text_config(model: nn.Module) -> Any:
-    """Returns the configuration of the text tower."""
-    config: Any = model.config
-    return getattr(config, "text_config", config)
+# ------------------------------------------------------------------------------------------------ towers and their places
 
 
-def is_siglip(model: nn.Module) -> bool:
-    """Tells whether a model reads its texts as SigLIP does: padded to their full length, at the last token."""
-    return bool(text_config(model).model_type.startswith("siglip"))
+@dataclass(frozen=True)
+class Tower:
+    """One transformer of a CLIP.
+
+    Attributes:
+        name: Of its module.
+        dim: Its width.
+        modules: Names of the modules through which prompts enter, as in `Site`.
+        start: Position of the first text prompt: 1 after a start token, 0 without one (SigLIP).
+    """
+
+    name: str
+    dim: int
+    modules: tuple[str, ...]
+    start: int
+
+    @property
+    def causal(self) -> bool:
+        """Whether states of a text do not depend on the tokens behind them; SigLIP's do."""
+        return self.start > 0
 
 
-def end_token(model: nn.Module) -> int | str | None:
-    """Returns how the text tower finds the end of a text: a token id, "highest" (CLIP's legacy rule), or None (SigLIP)."""
-    if is_siglip(model):
-        return None
-    config = text_config(model)
-    # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
-    legacy = config.eos_token_id == 2 and config.model_type.startswith("clip")
-    return "highest" if legacy else int(config.eos_token_id)
+@dataclass(frozen=True)
+class Site:
+    """A module through which prompts enter one tower.
+
+    Attributes:
+        tower: "text" or "vision".
+        index: 0 for the embeddings, whose *output* gets the prompts: the token embeddings, before positions are added (text),
+            or the whole embeddings, before the pre-layernorm (vision). i > 0 for encoder layer i, whose *input* gets them.
+        dim: Width of the tower.
+        start: Position of the first text prompt.
+        partner: Name of the module with the same index in the other tower, if there is one.
+        partner_dim: Width of the other tower, 0 without one.
+    """
+
+    tower: str
+    index: int
+    dim: int
+    start: int
+    partner: str | None
+    partner_dim: int
 
 
 def find_towers(model: nn.Module) -> dict[str, Tower]:
-    """Finds the text and the vision tower: `embeddings` next to an `encoder` with a list of `layers`."""
+    """Finds the text and the vision tower: `embeddings` next to an `encoder` with a list of `layers`.
+
+    Raises:
+        ValueError: Two towers of a kind, or none at all.
+    """
     towers: dict[str, Tower] = {}
     for name, module in model.named_modules():
         embeddings: Any = getattr(module, "embeddings", None)
         layers = getattr(getattr(module, "encoder", None), "layers", None)
         if not isinstance(layers, nn.ModuleList) or ".base_layer" in name:
             continue
-        tower = (
-            "text"
-            if hasattr(embeddings, "token_embedding")
-            else "vision"
-            if hasattr(embeddings, "patch_embedding")
-            else None
-        )
-        if tower is None:
+        kinds = {"text": "token_embedding", "vision": "patch_embedding"}
+        kind = next((kind for kind, embedding in kinds.items() if hasattr(embeddings, embedding)), None)
+        if kind is None:
             continue
-        if tower in towers:
+        if kind in towers:
             raise ValueError(
-                f"{type(model).__name__} has two {tower} towers, {towers[tower].name!r} and {name!r}; CAPT needs one."
+                f"{type(model).__name__} has two {kind} towers, {towers[kind].name!r} and {name!r}; CAPT needs one."
             )
         path = f"{name}." if name else ""
-        first = f"{path}embeddings.token_embedding" if tower == "text" else f"{path}embeddings"
+        first = f"{path}embeddings.token_embedding" if kind == "text" else f"{path}embeddings"
         deeper = [f"{path}encoder.layers.{i}" for i in range(1, len(layers))]
         config: Any = module.config
         start = 0 if config.model_type in EXPERIMENTAL else 1
-        towers[tower] = Tower(name, config.hidden_size, (first, *deeper), start)
+        towers[kind] = Tower(name, config.hidden_size, (first, *deeper), start)
     if not towers:
         raise ValueError(
             f"{type(model).__name__} has neither CLIP's text tower nor its vision tower; CAPT needs one of them."
@@ -139,3 +147,139 @@ def find_sites(towers: dict[str, Tower]) -> dict[str, Site]:
             partner = other.modules[index] if other and index < len(other.modules) else None
             sites[name] = Site(kind, index, tower.dim, tower.start, partner, other.dim if other else 0)
     return sites
+
+
+def prompt_places(start: int, count: int) -> slice:
+    """Returns the positions of the tokens that text prompts replace, from the first one's (`Site.start`) and their number."""
+    return slice(start, start + count)
+
+
+def in_tower(name: str, tower: str) -> bool:
+    """Tells whether a weight of that name is one of a tower ("text" or "vision") or of the projection behind it."""
+    return name.startswith(TOWER_NAMES[tower])
+
+
+def tower_modules(model: nn.Module) -> list[nn.Module]:
+    """Returns the transformers of a CLIP as modules."""
+    return [model.get_submodule(tower.name) for tower in find_towers(model).values()]
+
+
+def quick_gelus(model: nn.Module) -> list[Any]:
+    """Returns the activations of a model that compute OpenAI's x · sigmoid(1.702 x)."""
+    return [module for module in model.modules() if isinstance(module, QuickGELUActivation)]
+
+
+def image_size(model: Any) -> int:
+    """Returns the side of the images that a CLIP (or its configuration) takes, in pixels."""
+    config = getattr(model, "config", model)
+    return int(getattr(config, "vision_config", config).image_size)
+
+
+# -------------------------------------------------------------------------------------------------------------- texts
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", model)
+    return getattr(config, "text_config", config)
+
+
+def max_text_length(model: Any) -> int:
+    """Returns the number of tokens that the texts of a model (or of its configuration) may have."""
+    return int(_text_config(model).max_position_embeddings)
+
+
+def vocabulary_size(model: Any) -> int:
+    """Returns the number of tokens that a model (or its configuration) knows."""
+    return int(_text_config(model).vocab_size)
+
+
+def end_token(model: Any) -> int | str | None:
+    """Returns how a model (or its configuration) finds the end of a text: a token id, `HIGHEST`, or None (SigLIP)."""
+    config = _text_config(model)
+    if _reads_whole_texts(config):
+        return None
+    # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
+    legacy = config.eos_token_id == 2 and config.model_type.startswith("clip")
+    return HIGHEST if legacy else int(config.eos_token_id)
+
+
+def is_end(input_ids: Tensor, end: int | str) -> Tensor:
+    """Tells which tokens (..., L) are ends of texts, by `end_token`'s rule; the first of them is where a text is read."""
+    last: Any = input_ids.max(-1, keepdim=True).values if end == HIGHEST else end
+    return torch.eq(input_ids, last)
+
+
+def _reads_whole_texts(model: Any) -> bool:
+    """SigLIP was trained on texts padded to its full length, without a mask, and reads their last token, whatever it is."""
+    return bool(_text_config(model).model_type.startswith("siglip"))
+
+
+def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Tokenizes N texts as a model reads them: `input_ids` and perhaps `attention_mask`, (N, L), padded on the right.
+
+    CLIP sees nothing behind a text's end, so that it is given no more than the longest text needs; SigLIP its full length.
+    """
+    whole = _reads_whole_texts(model)
+    options: dict[str, Any] = (
+        {"padding": "max_length", "max_length": max_text_length(model)} if whole else {"padding": True}
+    )
+    inputs = tokenizer(list(texts), return_tensors="pt", padding_side="right", **options)
+    return {name: inputs[name] for name in TEXT_INPUTS[: 1 if whole else 2] if name in inputs}
+
+
+def check_tokenizer(tokenizer: Any, model: Any, source: str) -> None:
+    """Raises a ValueError if the tokenizer of `source` has ids or an end token that a model (or its configuration) does not."""
+    end, known = end_token(model), vocabulary_size(model)
+    end = known - 1 if end == HIGHEST else end
+    if len(tokenizer) > known or tokenizer.eos_token_id != end:
+        raise ValueError(
+            f"The tokenizer of {source} does not belong to the model: it has {len(tokenizer)} tokens and ends texts with "
+            f"{tokenizer.eos_token_id}, the model has {known} and {end}. Name another processor."
+        )
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Returns the ids of a tokenizer's tokens that mark the start or the end of a text."""
+    return {tokenizer.bos_token_id, tokenizer.cls_token_id, *_end_tokens(tokenizer)} - {None}
+
+
+def _end_tokens(tokenizer: Any) -> set[Any]:
+    return {tokenizer.eos_token_id, tokenizer.sep_token_id}
+
+
+def template_tokens(tokenizer: Any, template: str) -> list[int]:
+    """Returns the token ids of a template up to the class name, start token first."""
+    ids = list(tokenizer(template.split("{}")[0].rstrip())["input_ids"])
+    while ids and ids[-1] in _end_tokens(tokenizer):
+        ids.pop()
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------- features and logits
+
+
+def image_features(model: Any, pixel_values: Tensor) -> Tensor:
+    """Returns the projected features of images, not normalised: (B, 3, H, W) pixels as the model takes them -> (B, D)."""
+    return _pooled(model.get_image_features(pixel_values=pixel_values))
+
+
+def text_features(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Returns the projected features of N texts, not normalised: (N, D)."""
+    return _pooled(model.get_text_features(**inputs))
+
+
+def _pooled(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output  # their type differs by transformers' version
+
+
+def log_scale(model: nn.Module) -> Tensor:
+    """Returns the logarithm of the temperature's inverse, in float32."""
+    scale: Tensor = base_model(model).logit_scale
+    return scale.float()
+
+
+def logits(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    """Returns a model's (B, N) float32 logits of normalised features of images (B, D) and texts (N, D)."""
+    product = texts.float() @ images.float().t() * log_scale(model).exp()  # CLIPModel's own order of operations
+    bias = getattr(base_model(model), "logit_bias", None)  # SigLIP has one
+    return (product if bias is None else product + bias.float()).t()

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .clip import Site
+from .clip import Site, is_end, prompt_places
 from .config import CaptConfig
 
 
@@ -28,13 +28,11 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
-        self._disable_adapters = (
-            False  # PEFT keeps it in the class until it changes, which torch.compile compiles anew for
-        )
-        self.end_token: int | str | None = None  # id, or "highest"; the text prompts must not overwrite it
-        self.rows: torch.Tensor | None = (
-            None  # classes whose texts come next; None for all (class-specific prompts only)
-        )
+        # PEFT keeps it in the class until it changes, for which torch.compile would compile again
+        self._disable_adapters = False
+        self.end_token: int | str | None = None  # see `clip.end_token`; the text prompts must not overwrite it
+        # the classes whose texts come next; None for all (class-specific prompts only)
+        self.rows: torch.Tensor | None = None
         self.capt_prompt = nn.ParameterDict()
         self.capt_proj = nn.ModuleDict()
         # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice
@@ -115,13 +113,13 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             prompt: (n, dim), or (N, n, dim) for N = B texts with prompts of their own.
 
         Returns:
-            Text: (B, L, dim), the tokens `start`..`start + n - 1` replaced. Vision: (B, L + n, dim) at the embeddings, where
-            the prompts are appended; (B, L, dim) at the layers, where the last n tokens are replaced.
+            Text: (B, L, dim), the tokens of `prompt_places` replaced. Vision: (B, L + n, dim) at the embeddings, where the
+            prompts are appended; (B, L, dim) at the layers, where the last n tokens are replaced.
 
         Raises:
             ValueError: Class-specific prompts, and another number of texts than of classes (or of `rows`).
         """
-        n, start = prompt.shape[-2], self.site.start
+        n = prompt.shape[-2]
         if prompt.ndim == 3 and len(prompt) != len(hidden):
             raise ValueError(
                 f"Got {len(hidden)} texts, but the adapter has {len(prompt)} classes: its class-specific context knows only the "
@@ -129,7 +127,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             )
         prompt = prompt.to(hidden.device, hidden.dtype).expand(len(hidden), -1, -1)  # (B, n, dim)
         if self.site.tower == "text":
-            return torch.cat([hidden[:, :start], prompt, hidden[:, start + n :]], dim=1)
+            places = prompt_places(self.site.start, n)
+            return torch.cat([hidden[:, : places.start], prompt, hidden[:, places.stop :]], dim=1)
         patches = hidden if self.site.index == 0 else hidden[:, : hidden.shape[1] - n]
         return torch.cat([patches, prompt], dim=1)
 
@@ -156,11 +155,10 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     def _check_room(self, input_ids: torch.Tensor, n: int) -> None:
         """Refuses texts whose end the prompts would overwrite, which would silently classify something else."""
-        end = self.site.start + n
-        too_short = input_ids.shape[-1] < end
+        stop = prompt_places(self.site.start, n).stop
+        too_short = input_ids.shape[-1] < stop
         if not too_short and self.end_token is not None and not torch.compiler.is_compiling():
-            last: Any = input_ids.max(-1, keepdim=True).values if self.end_token == "highest" else self.end_token
-            too_short = bool(torch.eq(input_ids[..., :end], last).any())
+            too_short = bool(is_end(input_ids, self.end_token)[..., :stop].any())
         if too_short:
             raise ValueError(
                 f"A text is too short for {n} text prompts: they replace the {n} words after the start token, and would "
@@ -187,7 +185,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """Switches the adapters on or off without touching `requires_grad`.
 
         PEFT's version also toggles `requires_grad`, which makes an adapter loaded for inference trainable after
-        `with disable_adapter()`, and makes torch.compile compile anew.
+        `with disable_adapter()`, and makes torch.compile compile again.
         """
         self._disable_adapters = not enabled
 

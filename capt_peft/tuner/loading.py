@@ -144,19 +144,20 @@ def check_adapter_tensors(
             raise ValueError(f"{source}: {cut(name)} holds NaN or infinite values. {MEND}")
 
 
-def check_size(needed: int, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raises a ValueError if a configuration describes far more numbers than its file holds, before memory is taken for them.
+def check_size(config: Any, needed: int) -> None:
+    """Raises a ValueError if a `CaptConfig` describes far more numbers than its file holds, before memory is taken for them.
 
     Args:
-        needed: Numbers in the prompts that the configuration describes.
-        shapes: Shapes of the file's tensors by name.
-        source: The file, for messages.
+        config: The configuration; nothing is checked unless it was loaded beside a file.
+        needed: Numbers in the prompts that it describes.
     """
-    held = sum(map(math.prod, shapes.values()))
+    if getattr(config, "_weights_shapes", None) is None:
+        return
+    held = sum(map(math.prod, config._weights_shapes.values()))
     if needed > held + SLACK:  # smaller differences are named tensor by tensor once they are loaded
         raise ValueError(
-            f"{source} holds {held:,} numbers, but its configuration describes prompts of {needed:,}. Correct num_text_tokens, "
-            f"num_vision_tokens or class_names of the configuration. {MEND}"
+            f"{config._weights_file} holds {held:,} numbers, but its configuration describes prompts of {needed:,}. Correct "
+            f"num_text_tokens, num_vision_tokens or class_names of the configuration. {MEND}"
         )
 
 

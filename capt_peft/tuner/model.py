@@ -1,4 +1,4 @@
-"""CaptModel: puts PromptLayers into a CLIP and pairs coupled ones."""
+"""CaptModel: puts PromptLayers into a CLIP, pairs coupled ones, and lets the prompts start."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import AutoTokenizer
 
-from ..utils.text import cut
-from .clip import Site, check_supported, end_token, find_sites, find_towers
+from ..utils.text import cut, shown
+from .clip import (
+    OTHER_TOWER,
+    Site,
+    Tower,
+    check_supported,
+    end_token,
+    find_sites,
+    find_towers,
+    in_tower,
+    max_text_length,
+    prompt_places,
+    template_tokens,
+    vocabulary_size,
+)
 from .config import DEFAULT_DEPTH, CaptConfig
-from .fingerprint import base_fingerprint
-from .init import template_ids, text_start
+from .fingerprint import PEFT_PREFIX, base_fingerprint
 from .layer import PromptLayer
-from .loading import check_adapter_tensors, check_saved_modules, check_size
+from .loading import check_adapter_tensors, check_saved_modules, check_size, load_pretrained
 from .switching import adapted_modules, switched_off
 
 logger = logging.getLogger(__name__)
@@ -82,11 +95,8 @@ class CaptModel(BaseTuner):
             )
         _fit_depths(peft_config, {kind: len(tower.modules) for kind, tower in towers.items()})
         if "text" in towers:
-            _check_text_room(peft_config, model.get_submodule(towers["text"].name).config, towers["text"].start)
-        if getattr(peft_config, "_weights_shapes", None) is not None:
-            check_size(
-                _count(peft_config, self._sites.values()), peft_config._weights_shapes, peft_config._weights_file
-            )
+            _check_text_room(peft_config, model.get_submodule(towers["text"].name), towers["text"].start)
+        check_size(peft_config, _count(peft_config, self._sites.values()))
         check_saved_modules(peft_config, model, self._sites)
         if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
             _check_base(peft_config, model)
@@ -95,9 +105,9 @@ class CaptModel(BaseTuner):
         if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
             return  # the values come from a file, or there are none
         if next(model.parameters()).device.type != "meta":
-            peft_config.template_token_ids = template_ids(peft_config, model)
+            peft_config.template_token_ids = _template_ids(peft_config, model)
             with switched_off(adapted_modules(model)):
-                self._start = text_start(peft_config, model, towers["text"])
+                self._start = _text_start(peft_config, model, towers["text"])
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         site = self._sites.get(key)
@@ -157,8 +167,12 @@ class CaptModel(BaseTuner):
         """Checks the tensors on their way into the model: PEFT itself warns of a missing one and takes NaN as it is."""
         towers = set(find_towers(model))
         if config.coupling == "none" and len(towers) == 1:  # a single tower takes its half of an adapter for both
-            absent = "vision_model." if towers == {"text"} else "text_model."
-            state_dict = {name: tensor for name, tensor in state_dict.items() if absent not in name}
+            other = OTHER_TOWER[towers.pop()]
+            state_dict = {
+                name: tensor
+                for name, tensor in state_dict.items()
+                if not in_tower(name.removeprefix(PEFT_PREFIX), other)
+            }
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {
             name: tensor
@@ -221,19 +235,19 @@ def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:
             )
 
 
-def _check_text_room(config: CaptConfig, text_config: Any, start: int) -> None:
+def _check_text_room(config: CaptConfig, text_tower: nn.Module, start: int) -> None:
     """Refuses text prompts that no text of the model has room for, and a template of unknown tokens."""
-    room = text_config.max_position_embeddings - start - 1  # the end token needs a place too
+    room = max_text_length(text_tower) - start - 1  # the end token needs a place too
     if config.depth("text") and config.num_text_tokens > room:
         raise ValueError(
             f"num_text_tokens={config.num_text_tokens} is more than the {room} tokens that the model's texts have between their "
             f"start and their end. Use {room} or fewer."
         )
-    highest = max(config.template_token_ids or [0])
-    if highest >= text_config.vocab_size:
+    highest, known = max(config.template_token_ids or [0]), vocabulary_size(text_tower)
+    if highest >= known:
         raise ValueError(
-            f"template_token_ids has {highest}, but the model knows the tokens 0 to {text_config.vocab_size - 1}. Leave it out: "
-            "it is filled from the template by the model's tokenizer."
+            f"template_token_ids has {highest}, but the model knows the tokens 0 to {known - 1}. Leave it out: it is filled from "
+            "the template by the model's tokenizer."
         )
 
 
@@ -264,3 +278,43 @@ def _check_base(config: CaptConfig, model: nn.Module) -> None:
             fingerprint,
             reason,
         )
+
+
+def _template_ids(config: CaptConfig, model: nn.Module) -> list[int] | None:
+    """Returns the token ids of the template up to the class name; None, with a warning, if the base has no tokenizer."""
+    if config.template_token_ids is not None:
+        return config.template_token_ids
+    name = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    try:
+        if not name:  # it was never saved, for example
+            raise ValueError("the model has no name")
+        return template_tokens(load_pretrained(AutoTokenizer, name, revision=config.revision), config.template)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %s. "
+            "Set CaptConfig(template_token_ids=...) to start from it.",
+            name or "",
+            cut(str(error).splitlines()[0]),
+            shown(config.template),
+        )
+        return None
+
+
+@torch.no_grad()
+def _text_start(config: CaptConfig, model: nn.Module, tower: Tower) -> dict[int, torch.Tensor]:
+    """Returns the (n, dim) values from which the text prompts start, by layer index; absent layers start at random.
+
+    They are what the frozen text tower holds in their places. It is causal, so that its states at the template's first words do
+    not depend on the class name, and prompts that start from them leave every text of the template exactly as it was.
+    Class-specific prompts start from the same values for every class. All adapters of the model must be off.
+    """
+    places, ids = prompt_places(tower.start, config.num_text_tokens), config.template_token_ids
+    if config.init == "normal" or not ids or len(ids) < places.stop:
+        return {}
+    embedding, text_model = model.get_submodule(tower.modules[0]), model.get_submodule(tower.name)
+    input_ids = torch.tensor([ids[: places.stop]], device=next(embedding.parameters()).device)  # (1, 1 + n)
+    start = {0: embedding(input_ids)[0, places]}
+    if config.init == "template" and tower.causal:
+        hidden = text_model(input_ids=input_ids, output_hidden_states=True).hidden_states  # one more than layers
+        start |= {i: hidden[i][0, places] for i in range(1, config.text_depth)}
+    return {i: value.float() for i, value in start.items()}

@@ -13,8 +13,8 @@ from helpers import shake
 from training_helpers import make_model, make_task, make_trainer
 
 from capt_peft import CaptTrainingArguments, get_method
-from capt_peft.clip.texts import max_text_length
 from capt_peft.tuner import PromptLayer
+from capt_peft.tuner.clip import max_text_length
 
 # 15 images in batches of 8: the second step of each of the three epochs has 7. A gradient is clipped at norm 1, by default, so
 # that a step is 0.01 long: far enough for a wrong one to show in the next step's loss.
