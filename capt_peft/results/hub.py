@@ -6,15 +6,13 @@ import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer
 from transformers.utils import PushToHubMixin
 
 from ..tuner import CaptConfig
@@ -25,14 +23,11 @@ from .card_details import is_hub_id, is_replaceable, kept_details, without_local
 from .records import EVALUATION, RESULTS, Records
 from .run import UPLOADED, save_active_adapter
 
-if TYPE_CHECKING:
-    from ..clip.classifier import ZeroShotClassifier
-
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 # the arguments of transformers' `create_model_card`, in their order
-_TRANSFORMERS_ORDER = (
+CARD_ARGUMENTS = (
     "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args",
 )  # fmt: skip
 
@@ -95,10 +90,10 @@ def push_adapter(
         ValueError: There is no whole CAPT adapter in the folder, a record in it is damaged or of other weights, or the repository
             is public and `private` is True.
     """
-    return _push(adapter, repo_id, token, private, revision, commit_message, CardDetails.of(card))
+    return upload(adapter, repo_id, token, private, revision, commit_message, CardDetails.of(card))
 
 
-def _push(
+def upload(
     adapter: nn.Module | str | Path,
     repo_id: str,
     token: str | bool | None,
@@ -108,6 +103,7 @@ def _push(
     details: CardDetails,
     strict: bool = True,
 ) -> CommitInfo:
+    """Does the work of `push_adapter`; with `strict=False` records of other weights stay behind instead of stopping it."""
     with _as_folder(adapter) as folder:
         _, records = card_of(folder, strict=strict)  # refuses damaged files and other methods
         for reason in records.unshown:
@@ -184,101 +180,21 @@ def _card_to_send(folder: Path, repo_id: str, details: CardDetails, strict: bool
     return without_local_paths((folder / CARD).read_text(encoding="utf-8", errors="replace"))
 
 
-class HubTrainer(Trainer):
-    """A Trainer that uploads its adapter and nothing else; `CaptTrainer` is one."""
+def saved_copy(model: nn.Module, home: Path) -> Path | None:
+    """Returns where in a folder the active adapter is saved with the weights that it has now, or None."""
+    if not getattr(model, "peft_config", None):
+        return None
+    fingerprint = adapter_fingerprint(model)
+    return next((f for f in (home, home / active_adapter(model)) if _fingerprint_in(f) == fingerprint), None)
 
-    classifier: ZeroShotClassifier
-    hub_model_id: Any  # the Trainer starts with None
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repository of `args.hub_model_id` before any long work; arguments as for `prepare_repo`."""
-        if self.is_world_process_zero():
-            private = private if private is not None else self.args.hub_private_repo
-            self.hub_model_id = prepare_repo(self._repo_id(), token=token or self.args.hub_token, private=private)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo] | None:
-        """Uploads the active adapter with its card, and with the results in `args.output_dir` if they are of these very weights.
-
-        Checkpoints and the Trainer's pickled arguments stay at home.
-
-        Args:
-            commit_message: Title of the commit.
-            blocking: False: return a future, as transformers does; an adapter is small, so that it is done by then.
-            token: As for `push_adapter`; by default `args.hub_token`.
-            revision: As for `push_adapter`; by default `args.hub_revision`.
-            private: As for `push_adapter`; by default `args.hub_private_repo`.
-            kwargs: What else the card says: fields of `CardDetails` (`dataset_name`, `tags`, `language`, `finetuned_from`, ...).
-
-        Returns:
-            The commit; None in all processes but the first.
-
-        Raises:
-            TypeError: A word for the card that it has no place for.
-            ValueError: The model has no adapter, or as for `push_adapter`.
-        """
-        details = CardDetails.of(kwargs)
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if not self.is_world_process_zero():
-            return None
-        commit = _push(
-            self._saved_adapter() or self.classifier.model,
-            self._repo_id(),
-            token if token is not None else self.args.hub_token,
-            private if private is not None else self.args.hub_private_repo,
-            revision if revision is not None else self.args.hub_revision,
-            commit_message or "End of training",
-            details,
-            strict=False,
-        )
-        self.hub_model_id = commit.repo_url.repo_id
-        if blocking:
-            return commit
-        future: Future[CommitInfo] = Future()
-        future.set_result(commit)
-        return future
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the adapter's card to `args.output_dir`, with the results there if they are of the weights there.
-
-        Args:
-            args: As for `transformers.Trainer.create_model_card`: language, license, tags, model_name, ...
-            kwargs: Fields of `CardDetails`.
-
-        Raises:
-            TypeError: A word for the card that it has no place for.
-            ValueError: A record in the folder is damaged or of other weights.
-        """
-        details = CardDetails.of({**dict(zip(_TRANSFORMERS_ORDER, args, strict=False)), **kwargs})
-        if not self.is_world_process_zero():
-            return
-        home, model = Path(str(self.args.output_dir)), self.classifier.model
-        if (home / SAFETENSORS_NAME).is_file():
-            write_card(home, details=details)
-            return
-        with _as_folder(model) as folder:
-            write_text(home / CARD, card_of(folder, self._repo_id(), details=details)[0])
-
-    def _saved_adapter(self) -> Path | None:
-        """Returns where in `args.output_dir` the active adapter is saved with the weights that it has now."""
-        model, home = self.classifier.model, Path(str(self.args.output_dir))
-        if not getattr(model, "peft_config", None):
-            return None
-        fingerprint = adapter_fingerprint(model)
-        return next((f for f in (home, home / active_adapter(model)) if _fingerprint_in(f) == fingerprint), None)
-
-    def _repo_id(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Uploads nothing while it trains."""
+def write_model_card(model: nn.Module, home: Path, repo_id: str, details: CardDetails) -> None:
+    """Writes the card of the adapter that is saved in a folder into it or, where none is, of the model's active one."""
+    if (home / SAFETENSORS_NAME).is_file():
+        write_card(home, details=details)
+        return
+    with _as_folder(model) as folder:
+        write_text(home / CARD, card_of(folder, repo_id, details=details)[0])
 
 
 def _fingerprint_in(folder: Path) -> str | None:

@@ -1,19 +1,32 @@
-"""CaptTrainer: adversarial consistency tuning on transformers' Trainer. It writes the step, not the loop."""
+"""CaptTrainer: adversarial consistency tuning on transformers' Trainer."""
 
 from __future__ import annotations
 
 import logging
 import math
+import shutil
+from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalPrediction,
+    IntervalStrategy,
+    PredictionOutput,
+    SaveStrategy,
+)
 
 from ..attacks import Attack, AttackResult
 from ..clip.activations import lean_activations
@@ -21,19 +34,46 @@ from ..clip.classifier import ZeroShotClassifier, normalize
 from ..data.pixels import PixelDataset
 from ..data.task import Task, labels_by_name
 from ..data.transforms import PixelTransform
+from ..evaluation import outcomes, wilson_interval
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
+from ..results.card import write_cards_for
+from ..results.card_details import CardDetails
+from ..results.hub import CARD_ARGUMENTS, prepare_repo, saved_copy, upload, write_model_card
 from ..tuner.clip import image_features
 from ..tuner.fingerprint import base_parameters
+from ..utils.files import unwritable, written_whole
+from ..utils.modules import eval_mode
+from ..utils.outputs import OutputLock, free_space, main_process_says, save_somewhere
 from .arguments import CaptTrainingArguments
 from .batch import Batch, split_batch
-from .chance import WarnAtChance
+from .callbacks import (
+    CheckGradients,
+    StopOnCollapse,
+    StopOnOverfitting,
+    TrainingStopped,
+    WarnAtChance,
+    WarnOnVanishedGradients,
+    advice,
+    where,
+)
+from .checkpoint_folders import (
+    STAGING,
+    checkpoints_in,
+    clear_staging,
+    make_ready,
+    named_and_before,
+    newest_whole,
+    put_in_place,
+    rotate,
+    seal,
+)
+from .checkpoints import check_folder, in_every_process, last_sealed, without_tokens
 from .compilation import compiled_towers, fill_batch, leave_compiling_to_us
 from .frozen import FrozenOutputs, without_dropout
-from .guards import GuardedTrainer
+from .identity import describe_run, describe_schedule, differences
 from .memory import sum_of_losses
-from .monitor import Monitor
-from .processes import COUNTED, check_processes, without_repeats
+from .processes import COUNTED, check_processes, failures, without_repeats
 from .schedule import epoch_cosine
 from .settings import one_processor, refuse_arguments, refuse_attack_settings, refuse_trainer_arguments
 
@@ -57,7 +97,7 @@ class _SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
-class CaptTrainer(GuardedTrainer):
+class CaptTrainer(Trainer):
     r"""Tunes a CAPT adapter on adversarial images.
 
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
@@ -87,6 +127,12 @@ class CaptTrainer(GuardedTrainer):
     """
 
     args: CaptTrainingArguments
+    hub_model_id: Any  # the Trainer starts with None
+    _staging: Path | None = None
+    _lock: OutputLock | None = None
+    _run: dict[str, Any] | None = None
+    _found: str | None = None
+    _best_before: tuple[float | None, int | None] = (None, None)
 
     def __init__(
         self,
@@ -120,25 +166,40 @@ class CaptTrainer(GuardedTrainer):
         self.eval_dataset = None
         held_out = task.splits.get("validation", task.splits.get("test")) if eval_dataset is None else eval_dataset
         held_out = self._pixels(held_out, "eval_dataset" if eval_dataset is not None else "The held-out split")
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            compute_metrics=self._metrics,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                compute_metrics=self._metrics,
+                **kwargs,
+            )
+        except OSError as error:
+            folder = str(args.output_dir)  # the Trainer creates it
+            if error.filename is None or not folder.startswith(str(error.filename)):
+                raise
+            raise unwritable(folder, error, "output_dir") from error
         if args.torch_compile:
             leave_compiling_to_us(self.accelerator)
         self._check_best_metric(from_test=eval_dataset is None and "validation" not in task.splits)
-        self.add_callback(_SetEpoch(train))
-        self.at_chance: str | None = None
-        self.add_callback(WarnAtChance(self))
+        self.at_chance: str | None = None  # what WarnAtChance found
+        self._collapse = StopOnCollapse(task.num_classes)
+        for callback in (
+            CheckGradients(self),
+            self._collapse,
+            StopOnOverfitting(),
+            WarnOnVanishedGradients(),
+            _SetEpoch(train),
+            WarnAtChance(self),
+        ):
+            self.add_callback(callback)
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
         self._frozen_outputs = FrozenOutputs()
         self._frozen_texts: Tensor | None = None
-        self._monitor = Monitor(task.num_classes)
+        self.step_images: list[int] = []  # places of the step's images in the training set
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))  # over the images since the last log line
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
@@ -215,12 +276,6 @@ class CaptTrainer(GuardedTrainer):
             )
         return teacher.eval().requires_grad_(False)
 
-    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Returns the checkpoint that `train` would go on from, or None; raises as `train` would, before long work."""
-        self._check_frozen()
-        self._make_trainable()
-        return super().find_checkpoint(resume_from_checkpoint)
-
     def _make_trainable(self) -> None:
         """Makes the active adapter trainable if nothing is, as PEFT loads adapters without `is_trainable=True`."""
         model: Any = self.classifier.model
@@ -231,15 +286,100 @@ class CaptTrainer(GuardedTrainer):
         logger.warning("The adapter %r was loaded for inference; it is made trainable now.", model.active_adapter)
         model.set_adapter(model.active_adapter)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Tunes the adapter; arguments and result as of `transformers.Trainer.train`."""
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Tunes the adapter; other arguments and the result as of `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: True (or "true"): go on from the newest whole checkpoint in `args.output_dir`, or begin if
+                there is none yet. A path: go on from that checkpoint or, if it is damaged, from the whole one before it.
+            args: As of the Trainer.
+            kwargs: As of the Trainer.
+
+        Raises:
+            ValueError: `args.output_dir` cannot be written into, or another run writes there; there are checkpoints, but none is
+                whole; or the checkpoint is of another run: another model, adapter, task, attack, objective or seed.
+        """
         if getattr(self.model, "_is_accelerate_prepared", False) and self.model_wrapped is self.model:
             # evaluate() has prepared the model without DDP, and Accelerate prepares nothing twice: the processes would train
             # apart, without a word (transformers 5.23)
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
             self.accelerator._models.clear()
-        with self._compiled():
-            return super().train(*args, **kwargs)
+        locked = self._lock is not None  # by a call of find_checkpoint
+        try:
+            if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
+                resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+            with self._compiled():
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if not locked:
+                self.unlock()
+
+    def unlock(self) -> None:
+        """Lets other runs write into `args.output_dir`, from which `find_checkpoint` keeps them, once all results are there."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Returns the checkpoint that `train` would go on from, or None; to be called before long work, whose end would be lost.
+
+        No other run writes into `args.output_dir` until `unlock` is called, this trainer goes away, or its process ends.
+
+        Args:
+            resume_from_checkpoint: As of `train`.
+
+        Raises:
+            ValueError: As of `train`.
+        """
+        self._check_frozen()
+        self._make_trainable()
+        self._found = main_process_says(lambda: self._begin(resume_from_checkpoint))
+        if self._saves and self.args.should_save:  # a process that saves for its machine (`save_on_each_node`)
+            self._run = self._run or describe_run(self)
+        return self._found
+
+    def _begin(self, resume: str | bool | None) -> str | None:
+        """Returns the checkpoint to go on from, once all is as it must be."""
+        if str(resume).lower() in ("true", "false", "none"):  # the command line knows words only
+            resume = str(resume).lower() == "true"
+        home = Path(str(self.args.output_dir))
+        check_folder(home)
+        self._lock = self._lock or OutputLock(home)
+        make_ready(home)
+        if self._saves or resume:
+            self._run = self._run or describe_run(self)
+        if not resume:
+            return None
+        candidates = checkpoints_in(home) if resume is True else named_and_before(Path(str(resume)))
+        if not candidates:
+            logger.warning("There is no checkpoint in %s yet: the run starts from the beginning.", home)
+            return None
+        folder, manifest = newest_whole(candidates)
+        self._check_same_run(folder, manifest)
+        logger.info("Going on from %s.", folder)
+        return str(folder)
+
+    @property
+    def _saves(self) -> bool:
+        return self.args.save_strategy != SaveStrategy.NO
+
+    def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
+        other = "\n  ".join(differences(self._run or {}, manifest["run"]))
+        if other:
+            raise ValueError(
+                f"{folder} is of another run:\n  {other}\nGo on with the settings that it was begun with, or begin anew: without "
+                "resume_from_checkpoint, and with another output_dir."
+            )
+        changed = "\n  ".join(differences(describe_schedule(self), manifest["schedule"]))
+        if changed:
+            logger.warning(
+                "%s was written with other settings:\n  %s\nThe run goes on, but not to where it would have ended without the "
+                "change. The optimizer's state, with its learning rate, is that of the checkpoint.",
+                folder,
+                changed,
+            )
 
     def _compiled(self) -> AbstractContextManager[None]:
         if not self.args.torch_compile:
@@ -289,10 +429,11 @@ class CaptTrainer(GuardedTrainer):
         finally:
             self.args.dataloader_drop_last = asked
 
-    # ----------------------------------------------------------------------------------------------------- the step
+    # ------------------------------------------------------------------------------------------------------ the step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Fetches a step's batches and counts their images; of several processes, none trains on an image twice an epoch."""
+        self.step_images = []
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         whole = self._drops_last(len(self.task["train"]))  # no batch is filled up with images that an earlier one had
         if (
@@ -334,10 +475,19 @@ class CaptTrainer(GuardedTrainer):
         else:
             parameters = [p for p in self.classifier.model.parameters() if p.requires_grad]
             loss = sum_of_losses(partial(self._losses, chunks, clean_features), texts, parameters)
-        self.check_loss(loss, inputs["index"].tolist())
+        self._check_loss(loss, inputs["index"].tolist())
         if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
             loss = loss * (sum(chunk.counted for chunk in chunks) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _check_loss(self, loss: Tensor, images: list[int]) -> None:
+        """Stops all processes if the loss of one is not finite; `images` are the places of this process's."""
+        self.step_images += images
+        failed = not torch.isfinite(loss)
+        words = f"{loss.item()} at {where(images, self.state)}" if failed else ""
+        found = failures(failed, words, self.accelerator, loss.device)
+        if found:
+            raise TrainingStopped(f"The loss is {', '.join(found)}. {advice(self.args, self.state)}")
 
     def _losses(self, chunks: list[Batch], clean_features: Tensor, texts: Tensor) -> Iterator[Tensor]:
         """Yields what each chunk adds to the batch's loss; `clean_features` (b, D) are those of the first."""
@@ -367,7 +517,7 @@ class CaptTrainer(GuardedTrainer):
             adversarial_features=adversarial_features,
         )
         loss, parts = self.objective(views)
-        self._monitor.record(views, parts, result.zero_gradient_share, batch.counted)
+        self._record(views, parts, result.zero_gradient_share, batch.counted)
         return loss, views
 
     def _texts_and_clean_features(self, model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -426,3 +576,355 @@ class CaptTrainer(GuardedTrainer):
                 with self._eager():
                     self._frozen_texts = frozen.encode_texts()
             return frozen.logits(self._image_features(pixels), self._frozen_texts)
+
+    @torch.no_grad()
+    def _record(self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor, images: int) -> None:
+        """Adds a batch, which counts as `images` images, to the means of the next log line."""
+        right = views.clean.argmax(-1) == views.labels
+        robust = right & (views.adversarial.argmax(-1) == views.labels)
+        means = parts | {
+            "clean_accuracy": right.float().mean(),
+            "robust_accuracy": robust.float().mean(),
+            "zero_gradient_share": zero_gradient_share.nan_to_num().mean(),
+        }
+        for name, mean in means.items():
+            self._sums[name] = self._sums[name].to(mean.device) + mean.float() * images
+        self._sums["images"] = self._sums["images"].to(right.device) + images
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Logs, with the loss, its parts, clean and robust accuracy under the training attack, and that attack's name."""
+        if "loss" in logs:
+            logs = logs | self._means() | {"attack": self.attack.name}
+        super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        """Returns the means over all processes' images since the last call."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        totals = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+        self._sums.clear()
+        images = totals.pop("images")
+        return {name: total / images for name, total in totals.items()}
+
+    @property
+    def collapsed(self) -> str | None:
+        """What `StopOnCollapse` saw, where `stop_on_collapse` is off."""
+        return self._collapse.found
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measures clean and robust accuracy under `args.eval_attack`, white box through the prompts.
+
+        Args:
+            eval_dataset: A split (columns `image` and `label`), whose labels are matched to the task's class names by name; the
+                name of a split of the task; or a dict of splits, whose names then stand in the metrics (`eval_NAME_...`). By
+                default as of `CaptTrainer`.
+            args: As of `transformers.Trainer.evaluate`.
+            kwargs: As of `transformers.Trainer.evaluate`.
+
+        Returns:
+            `eval_clean_accuracy`, `eval_robust_accuracy`, each with its 95% Wilson interval (`_low`, `_high`), `eval_n` and
+            `eval_attack`.
+
+        Raises:
+            ValueError: A split without images, or with classes that the task does not have.
+        """
+        return super().evaluate(self._pixels(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predicts the classes of clean images and of the same under `args.eval_attack`.
+
+        Args:
+            test_dataset: A split, or the name of a split of the task, as of `evaluate`.
+            args: As of `transformers.Trainer.predict`.
+            kwargs: As of `transformers.Trainer.predict`.
+
+        Returns:
+            `predictions`, the (n,) predicted classes of the clean images and the (n,) of the adversarial ones; `label_ids`, the
+            (n,) labels; and `metrics` as of `evaluate`, named `test_...`.
+
+        Raises:
+            ValueError: As of `evaluate`.
+        """
+        return super().predict(self._pixels(test_dataset), *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Attacks an evaluation batch; returns the predicted classes of its clean and its adversarial images."""
+        inputs = self._prepare_inputs(inputs)
+        pixels, labels, indices = inputs["pixels"], inputs["labels"], inputs["index"].tolist()
+        with eval_mode(self.classifier), self._eager():
+            predicted = outcomes(self.classifier, self.args.evaluation_attack, pixels, labels, indices, self.args.seed)
+        return None, predicted, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the Trainer's loop, always keeping the predictions: accuracy is what is evaluated, not a loss."""
+        if len(args) > 2:
+            args = (*args[:2], False, *args[3:])
+        else:
+            kwargs["prediction_loss_only"] = False
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        metrics: dict[str, Any] = output.metrics or {}
+        if f"{prefix}_clean_accuracy" in metrics:
+            attack = self.args.evaluation_attack
+            metrics[f"{prefix}_attack"] = f"{attack.name}, {attack.threat_model}"
+            logger.info(
+                "%s: clean accuracy %.1f%%; robust accuracy %.1f%% under %s",
+                prefix,
+                100 * metrics[f"{prefix}_clean_accuracy"],
+                100 * metrics[f"{prefix}_robust_accuracy"],
+                metrics[f"{prefix}_attack"],
+            )
+        return output
+
+    @staticmethod
+    def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predictions: Any = prediction.predictions
+        clean, adversarial = predictions
+        right = clean == prediction.label_ids
+        robust = right & (adversarial == prediction.label_ids)
+        metrics: dict[str, float] = {"n": len(right)}
+        for name, hits in (("clean_accuracy", right), ("robust_accuracy", robust)):
+            low, high = wilson_interval(int(hits.sum()), len(hits))
+            metrics |= {name: float(hits.mean()), f"{name}_low": low, f"{name}_high": high}
+        return metrics
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Within it nothing is compiled: for what runs rarely or in many shapes."""
+        return torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Returns the loader of an evaluation, always of this very split."""
+        # the Trainer keeps persistent workers under one name for all splits, and would hand out those of another
+        getattr(self, "_eval_dataloaders", {}).clear()
+        split = self.eval_dataset if eval_dataset is None else eval_dataset
+        return super().get_eval_dataloader(None if split is None else self._pixels(split))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Returns the loader of a prediction."""
+        return super().get_test_dataloader(self._pixels(test_dataset))
+
+    def _pixels(self, data: Any, what: str = "The split") -> Any:
+        """Returns a split as pixels with labels that count the task's class names, and several splits as a dict of such.
+
+        Args:
+            data: A split, its name, or a dict of splits; None stays None.
+            what: What it is, for messages.
+        """
+        if data is None:
+            return None
+        if isinstance(data, dict):
+            return {name: self._pixels(split, f"The split {name!r}") for name, split in data.items()}
+        if isinstance(data, str):
+            given = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+            if data not in given and data not in self.task.splits:
+                names = ", ".join(map(repr, {**given, **self.task.splits}))
+                raise ValueError(f"There is no split {data[:80]!r}. Give one of {names}, or a split itself.")
+            return self._pixels(given[data] if data in given else self.task[data], f"The split {data!r}")
+        transform = data.transform if isinstance(data, PixelDataset) else self.classifier.transform
+        split = data.dataset if isinstance(data, PixelDataset) else data
+        if not isinstance(split, datasets.Dataset) or not {"image", "label"} <= set(split.column_names):
+            found = f"the columns {split.column_names}" if isinstance(split, datasets.Dataset) else type(data).__name__
+            raise ValueError(
+                f"{what} must be a datasets.Dataset with the columns `image` and `label`, not {found[:200]}. capt_peft.load_task "
+                "makes such splits."
+            )
+        if not len(split):
+            raise ValueError(f"{what} has no images.")
+        labels = labels_by_name(split, self.task.class_names, what)
+        if labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{what} has labels of the type {labels.dtype}. Give whole numbers, one for each class name."
+            )
+        if isinstance(data, PixelDataset) and data.labels == labels.tolist():
+            return data
+        return PixelDataset(split, transform, labels=labels)
+
+    # --------------------------------------------------------------------------------------------------- checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        home = Path(self._get_output_dir(trial))
+        checkpoint = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged = home / STAGING / checkpoint.name
+        best_before = self.state.best_model_checkpoint
+        for step in (lambda: self._clear(home), lambda: self._write(model, trial), lambda: self._finish(staged, home)):
+            failure = in_every_process(step)
+            if failure is not None:
+                self.state.best_model_checkpoint = best_before
+                self._give_up(checkpoint, failure)
+                return
+        if self.args.should_save:
+            try:
+                rotate(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
+            except OSError as error:
+                logger.warning("Checkpoints beyond save_total_limit could not be removed: %s", error)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes the model, whole or not at all; where there is no space for it, somewhere else."""
+        folder = output_dir or str(self.args.output_dir)
+        if not self.args.should_save:
+            super()._save(folder, state_dict)
+        elif self._staging:
+            with written_whole(folder) as temporary:
+                self._write_model(temporary, state_dict, Path(folder))
+        else:
+            save_somewhere(folder, lambda temporary: self._write_model(temporary, state_dict, Path(folder)))
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Any] | None, home: Path) -> None:
+        args, self.args = self.args, without_tokens(self.args)
+        try:
+            super()._save(str(folder), state_dict)
+            write_cards_for(folder, home)
+        finally:
+            self.args = args
+
+    def _clear(self, home: Path) -> None:
+        if self.args.should_save:
+            clear_staging(home)
+            (home / STAGING).mkdir(parents=True, exist_ok=True)
+
+    def _write(self, model: nn.Module, trial: Any) -> None:
+        """Has the Trainer write its files, as if the staging folder were its output folder."""
+        self._staging = Path(self._get_output_dir(trial)) / STAGING
+        # without a best step the Trainer has no barrier, at which the others would wait for a process whose disk is full
+        best, self.state.best_global_step = self.state.best_global_step, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging, self.state.best_global_step = None, best
+
+    def _finish(self, staged: Path, home: Path) -> None:
+        best = self.state.best_global_step
+        path = home / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        if best is not None and (best == self.state.global_step or path.is_dir()):
+            self.state.best_model_checkpoint = str(path)
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # now with the best step
+            facts = {"step": self.state.global_step, "resumable": not self.args.save_only_model}
+            seal(staged, {**facts, "run": self._run, "schedule": describe_schedule(self)})
+            put_in_place(staged, home)
+            clear_staging(home)
+
+    def _give_up(self, checkpoint: Path, failure: str) -> None:
+        """Leaves nothing of a checkpoint that could not be written, and says so."""
+        if self.state.best_global_step == self.state.global_step:  # the best is the best that there is
+            self.state.best_metric, self.state.best_global_step = self._best_before
+        if not self.args.should_save:
+            return
+        shutil.rmtree(checkpoint.parent / STAGING, ignore_errors=True)
+        latest = last_sealed(checkpoint.parent)
+        logger.error(
+            "%s could not be written: %s (%s there). Nothing of it is left, and the run goes on%s. %s",
+            checkpoint,
+            failure,
+            free_space(checkpoint.parent),
+            "" if self.state.global_step >= self.state.max_steps else "; the next save tries again",
+            f"The last good checkpoint is {latest}." if latest else "No checkpoint was written before.",
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        before = self.state.best_metric, self.state.best_global_step
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self._best_before = before
+        return is_best
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self._frozen_outputs.save(self._frozen_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self._frozen_outputs.load(self._frozen_file(checkpoint), self.args.device)
+
+    def _frozen_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"frozen_outputs_{self.args.process_index}.safetensors"
+
+    # ------------------------------------------------------------------------------------------------------- sharing
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Creates the repository of `args.hub_model_id` before any long work; arguments as for `prepare_repo`."""
+        if self.is_world_process_zero():
+            private = private if private is not None else self.args.hub_private_repo
+            self.hub_model_id = prepare_repo(self._repo_id(), token=token or self.args.hub_token, private=private)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Uploads the active adapter with its card, and with the results in `args.output_dir` if they are of these very weights.
+
+        Checkpoints and the Trainer's pickled arguments stay at home.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: False: return a future, as transformers does; an adapter is small, so that it is done by then.
+            token: As for `push_adapter`; by default `args.hub_token`.
+            revision: As for `push_adapter`; by default `args.hub_revision`.
+            private: As for `push_adapter`; by default `args.hub_private_repo`.
+            kwargs: What else the card says: fields of `CardDetails` (`dataset_name`, `tags`, `language`, `finetuned_from`, ...).
+
+        Returns:
+            The commit; None in all processes but the first.
+
+        Raises:
+            TypeError: A word for the card that it has no place for.
+            ValueError: The model has no adapter, or as for `push_adapter`.
+        """
+        details = CardDetails.of(kwargs)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return None
+        model = self.classifier.model
+        commit = upload(
+            saved_copy(model, Path(str(self.args.output_dir))) or model,
+            self._repo_id(),
+            token if token is not None else self.args.hub_token,
+            private if private is not None else self.args.hub_private_repo,
+            revision if revision is not None else self.args.hub_revision,
+            commit_message or "End of training",
+            details,
+            strict=False,
+        )
+        self.hub_model_id = commit.repo_url.repo_id
+        if blocking:
+            return commit
+        future: Future[CommitInfo] = Future()
+        future.set_result(commit)
+        return future
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the adapter's card to `args.output_dir`, with the results there if they are of the weights there.
+
+        Args:
+            args: As for `transformers.Trainer.create_model_card`: language, license, tags, model_name, ...
+            kwargs: Fields of `CardDetails`.
+
+        Raises:
+            TypeError: A word for the card that it has no place for.
+            ValueError: A record in the folder is damaged or of other weights.
+        """
+        details = CardDetails.of({**dict(zip(CARD_ARGUMENTS, args, strict=False)), **kwargs})
+        if not self.is_world_process_zero():
+            return
+        write_model_card(self.classifier.model, Path(str(self.args.output_dir)), self._repo_id(), details)
+
+    def _repo_id(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads nothing while it trains."""

@@ -27,7 +27,7 @@ from capt_peft import (
 from capt_peft.benchmark import Plan, get_suite, run, run_cell
 from capt_peft.benchmark.inputs import TUNED_WITH
 from capt_peft.objectives import CaptObjective
-from capt_peft.training.monitor import Monitor
+from capt_peft.training import callbacks
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 
 MODEL = os.path.relpath(TINY_CLIP)
@@ -286,7 +286,7 @@ def test_a_template_among_the_settings_is_the_text_of_tuned_methods_and_not_of_z
 
 
 def test_a_collapsed_run_is_measured_and_marked(monkeypatch):
-    monkeypatch.setattr(Monitor, "collapse", lambda self, means: "it has become constant")
+    monkeypatch.setattr(callbacks, "collapse", lambda history, num_classes: "it has become constant")
     line = run_cell(cell(logging_steps=1))
     assert line["status"] == "finished" and line["results"][0]["clean"]["n"] == LIMIT
     assert line["training"]["collapsed"] == "it has become constant"

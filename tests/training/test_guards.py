@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from capt_peft import PGD, AdversarialCrossEntropy, ThreatModel, TrainingStopped
 from capt_peft.attacks import Attack, AttackResult
-from capt_peft.training.guards import overfitting
+from capt_peft.training.callbacks import overfitting
 
 
 class ExplodingGradient(torch.autograd.Function):

@@ -15,7 +15,7 @@ from training_helpers import adapter_of, losses, make_model, make_task, make_tra
 from capt_peft import TrainingStopped, load_task
 from capt_peft.attacks import Attack, AttackResult
 from capt_peft.attacks.losses import LOSSES, cross_entropy, pixel_gradient
-from capt_peft.training.guards import SKIPPED, VANISHED
+from capt_peft.training.callbacks import SKIPPED, VANISHED, CheckGradients
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -223,7 +223,7 @@ def test_fp16_skips_steps_until_the_scale_fits_and_goes_on(tmp_path, processor):
     trainer.train()
     scale, after = trainer.accelerator.scaler.get_scale(), adapter_of(trainer)
     assert 2.0**10 < scale < 2.0**19  # it skipped 2 to 9 steps
-    assert trainer.state.global_step == 10 and trainer._skipped == 0
+    assert trainer.state.global_step == 10 and trainer.pop_callback(CheckGradients).skipped == 0
     assert all(p.isfinite().all() for p in after.values())
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -246,9 +246,9 @@ def test_only_skipped_steps_in_a_row_count(tmp_path, processor):
     parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
     for value in (*[float("inf")] * SKIPPED, 1.0, *[float("nan")] * SKIPPED):
         parameter.grad = torch.full_like(parameter, value)
-        trainer.check_gradients()
+        trainer.callback_handler.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
     with pytest.raises(TrainingStopped):
-        trainer.check_gradients()
+        trainer.callback_handler.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
 
 
 def test_bf16_has_no_scaler_and_stops_at_once(tmp_path, processor):
@@ -256,4 +256,4 @@ def test_bf16_has_no_scaler_and_stops_at_once(tmp_path, processor):
     parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
     parameter.grad = torch.full_like(parameter, float("inf"))
     with pytest.raises(TrainingStopped):
-        trainer.check_gradients()
+        trainer.callback_handler.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)

@@ -16,7 +16,7 @@ from capt_peft import PGD, CaptConfig, CaptObjective, CaptTrainingArguments, Thr
 from capt_peft.data.transforms import PixelTransform
 from capt_peft.evaluation import Accuracy
 from capt_peft.objectives import AdversarialCrossEntropy
-from capt_peft.training.chance import at_chance
+from capt_peft.training.callbacks import at_chance
 
 
 def rates_of(trainer):

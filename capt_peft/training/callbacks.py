@@ -1,0 +1,293 @@
+"""Callbacks that watch a run, and stop it or warn; each can be removed: `trainer.remove_callback(StopOnCollapse)`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from ..data.task import Task
+from ..evaluation import Accuracy
+from ..tuner.fingerprint import base_parameters
+from ..utils.text import some
+from .checkpoints import last_good
+
+logger = logging.getLogger(__name__)
+
+VANISHED = 0.001  # share of the pixel gradients that may be exactly zero
+SKIPPED = 10  # steps in a row that fp16's loss scaling may skip while it looks for its scale
+IMAGES = 128  # that the base model is tried on: enough to tell 20% from 10%
+BATCH = 32
+
+
+class TrainingStopped(RuntimeError):
+    """Training went wrong beyond repair: a loss that is not finite, or a model that has become constant."""
+
+
+class CheckGradients(TrainerCallback):
+    """Stops a run before a gradient that is not finite reaches the adapter; all processes have the same gradients.
+
+    In fp16 such steps are skipped while the loss scaling looks for its scale, 10 of them in a row at most.
+
+    Args:
+        trainer: The `CaptTrainer`, which knows the images of the step.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer: Any = weakref.proxy(trainer)  # a cycle would keep the trainer, and what it holds, alive
+        self.skipped = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Looks at the gradients, summed up and clipped."""
+        gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+        if not gradients or torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self.skipped = 0
+            return
+        self.skipped += 1
+        if self.trainer.accelerator.scaler is not None and self.skipped <= SKIPPED:
+            return
+        raise TrainingStopped(
+            f"A gradient is not finite at {where(self.trainer.step_images, state)}; the adapter is still that of the step "
+            f"before. {advice(args, state)}"
+        )
+
+
+def where(images: Sequence[int], state: Any) -> str:
+    """Returns the step that runs, and the places of images in the training set, in words."""
+    return f"step {state.global_step} (images {some(images, 8)} of the training set)"
+
+
+def advice(args: Any, state: Any) -> str:
+    """Returns what to do about a number that is not finite."""
+    less = ", or train in bf16 or float32 instead of fp16" if args.fp16 else ""
+    return f"Lower the learning rate ({args.learning_rate}){less}. {last_good(args, state)}"
+
+
+class StopOnCollapse(TrainerCallback):
+    """Stops a run, where `args.stop_on_collapse` is set, whose model has become constant: FAP's trivial solution.
+
+    Its consistency loss has fallen to a thousandth of its largest value in the log, while the clean loss is that of guessing.
+
+    Args:
+        num_classes: Number of classes, N; guessing has a cross-entropy of log N.
+
+    Attributes:
+        found: A sentence that says what was seen, or None.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.found: str | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at the means since the last log line."""
+        self.found = (collapse(state.log_history, self.num_classes) if "loss" in (logs or {}) else None) or self.found
+        if self.found and args.stop_on_collapse:
+            raise TrainingStopped(
+                f"The model has become constant at step {state.global_step}: {self.found}. Lower the learning rate "
+                f"({args.learning_rate}) or `consistency` ({args.consistency}), or use another coupling. {last_good(args, state)}"
+            )
+
+
+def collapse(history: Sequence[Mapping[str, Any]], num_classes: int) -> str | None:
+    """Returns a sentence if the last log line of a loss is that of a model that has become constant.
+
+    A model whose first predictions are nearly uniform has a small consistency loss too; only its fall is a collapse.
+
+    Args:
+        history: The Trainer's log.
+        num_classes: Number of classes, N.
+    """
+    lines = [line for line in history if "consistency_tuned" in line]
+    if not lines:
+        return None
+    now, largest = lines[-1]["consistency_tuned"], max(line["consistency_tuned"] for line in lines)
+    clean, chance = lines[-1]["clean_loss"], math.log(num_classes)
+    if now >= 0.001 * largest or clean <= 0.95 * chance:
+        return None
+    return (
+        f"the consistency loss fell from {largest:.1e} to {now:.1e}, while the clean loss is {clean:.2f}, and guessing gives "
+        f"{chance:.2f}"
+    )
+
+
+class StopOnOverfitting(TrainerCallback):
+    """Warns of catastrophic over-fitting in the evaluations of a run, or stops it where `args.stop_on_overfitting` is set."""
+
+    def __init__(self) -> None:
+        self.training = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes that a run goes on."""
+        self.training = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes that it has ended: later evaluations are of the user's own choice."""
+        self.training = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Compares the evaluation with those before it."""
+        found = overfitting(state.log_history) if self.training and "eval_robust_accuracy" in (metrics or {}) else None
+        if found is None:
+            return
+        attack = next(line["attack"] for line in reversed(state.log_history) if "attack" in line)
+        words = (
+            f"Catastrophic over-fitting at step {state.global_step}: {found}. The adapter learns the training attack ({attack}) "
+            f"and not robustness: take more attack_steps ({args.attack_steps}), a lower learning rate ({args.learning_rate}), or "
+            "keep the best checkpoint (load_best_model_at_end with metric_for_best_model='eval_robust_accuracy'). "
+            f"{last_good(args, state)}"
+        )
+        if args.stop_on_overfitting:
+            raise TrainingStopped(words)
+        logger.warning(words)
+
+
+def overfitting(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns a sentence if robust accuracy has fallen in evaluation while it rose in training (Wong et al. 2020, section 5.4).
+
+    It has fallen if its 95% interval lies below that of the best evaluation before; it has risen if its mean over the log lines
+    since the last evaluation is above that before the best one.
+
+    Args:
+        history: The Trainer's log, whose last entry is an evaluation.
+    """
+    evaluations = [i for i, entry in enumerate(history) if "eval_robust_accuracy" in entry]
+    if len(evaluations) < 2:
+        return None
+    starts = [0, *evaluations[:-1]]
+    training = [
+        [entry["robust_accuracy"] for entry in history[start:end] if "robust_accuracy" in entry]
+        for start, end in zip(starts, evaluations, strict=True)
+    ]
+    best = max(range(len(evaluations) - 1), key=lambda i: history[evaluations[i]]["eval_robust_accuracy"])
+    then, now = history[evaluations[best]], history[evaluations[-1]]
+    if not training[best] or not training[-1] or now["eval_robust_accuracy_high"] >= then["eval_robust_accuracy_low"]:
+        return None
+    before, after = (sum(values) / len(values) for values in (training[best], training[-1]))
+    if after <= before:
+        return None
+    return (
+        f"robust accuracy under {now['eval_attack']} fell from {then['eval_robust_accuracy']:.1%} (step {then['step']}) to "
+        f"{now['eval_robust_accuracy']:.1%}, while under the training attack it rose from {before:.1%} to {after:.1%}"
+    )
+
+
+class WarnOnVanishedGradients(TrainerCallback):
+    """Warns once if more than a thousandth of the pixel gradients are exactly zero: the training attack is then too weak."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at the share since the last log line."""
+        share = (logs or {}).get("zero_gradient_share", 0.0)
+        if share <= VANISHED or self.warned:
+            return
+        self.warned = True
+        half = "fp16" if args.fp16 else "bf16" if args.bf16 else None
+        logger.warning(
+            "%.2f%% of the pixel gradients were exactly zero up to step %d, which makes the training attack too weak. %s",
+            100 * share,
+            state.global_step,
+            f"They may have vanished in {half}: compare with full_precision_attack=True."
+            if half and not args.full_precision_attack
+            else "Something in the model masks them, and the robust accuracy may be less than it looks.",
+        )
+
+
+def at_chance(accuracy: Accuracy, num_classes: int) -> str | None:
+    """Returns a sentence if an accuracy is hardly that of guessing: its 95% interval reaches 1 / N, and it is below 2 / N itself.
+
+    The second keeps a handful of images, whose interval is wide, from raising an alarm.
+
+    Args:
+        accuracy: Zero-shot accuracy on clean images.
+        num_classes: N.
+    """
+    if accuracy.interval[0] > 1 / num_classes or accuracy.value >= 2 / num_classes:
+        return None
+    return f"zero-shot accuracy is {accuracy}, not clearly above guessing among {num_classes} classes ({100 / num_classes:.3g}%)"
+
+
+class WarnAtChance(TrainerCallback):
+    """Warns where the base model only guesses on a task, and leaves its sentence in `trainer.at_chance`.
+
+    Where the objective runs the frozen model anyway, it counts what that says of the first images, which costs nothing.
+    Otherwise it measures the base model before the run begins, on training images at even distances and, where these are few, on
+    held-out ones. A resumed run, or a model without an adapter, is not measured.
+
+    Args:
+        trainer: The `CaptTrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer: Any = weakref.proxy(trainer)
+        self._waits = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measures and warns, unless the frozen model's outputs will come by themselves."""
+        trainer = self.trainer
+        self._waits = False
+        if state.global_step or not isinstance(trainer.classifier.model, PeftModel):
+            return
+        if any(p.requires_grad for _, p in base_parameters(trainer.classifier.model)):
+            return  # switching the adapter off does not give the base model
+        self._waits = trainer.objective.needs_frozen and trainer.teacher is None and not args.augment
+        if not self._waits:
+            self._say(self._accuracy(), state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warns once the frozen model has run on enough of this process's training images."""
+        known = self.trainer._frozen_outputs._known if self._waits else {}
+        labels = self.trainer.train_dataset.labels if self._waits else []
+        if self._waits and len(known) >= max(1, min(IMAGES, len(labels) // args.world_size)):
+            self._waits = False
+            right = [int(output.argmax()) == labels[index] for index, output in list(known.items())[:IMAGES]]
+            self._say(Accuracy(sum(right), len(right)), state)
+
+    def _say(self, accuracy: Accuracy, state: Any) -> None:
+        trainer = self.trainer
+        trainer.at_chance = at_chance(accuracy, trainer.task.num_classes)
+        if trainer.at_chance and state.is_world_process_zero:
+            logger.warning(
+                "On %s, %s: the base model does not know these classes, or the names do not belong to the images. Prompts can "
+                "only steer what it knows: check the class names, the template (%r) and the base model before you tune for long.",
+                trainer.task.name,
+                trainer.at_chance,
+                trainer.task.template,
+            )
+
+    @torch.no_grad()
+    def _accuracy(self) -> Accuracy:
+        trainer = self.trainer
+        classifier, device = trainer.classifier, trainer.args.device
+        training, right = classifier.model.training, []
+        classifier.eval()
+        try:
+            with classifier.frozen() as frozen, trainer._eager():
+                for data in _looked_at(trainer.task):
+                    images = trainer._pixels(data)
+                    for start in range(0, len(images), BATCH):
+                        batch = [images[i] for i in range(start, min(start + BATCH, len(images)))]
+                        predicted = frozen(torch.stack([one["pixels"] for one in batch]).to(device)).argmax(-1).tolist()
+                        right += [one["labels"] == label for one, label in zip(batch, predicted, strict=True)]
+        finally:
+            classifier.model.train(training)
+        return Accuracy(sum(right), len(right))
+
+
+def _looked_at(task: Task) -> Iterator[datasets.Dataset]:
+    """Yields images at even distances: of the training set, and then of other splits until there are enough."""
+    left = IMAGES
+    for data in (task["train"], *(split for name, split in task.splits.items() if name != "train")):
+        if left and len(data):
+            chosen = data.select(range(0, len(data), math.ceil(len(data) / left)))
+            left -= len(chosen)
+            yield chosen
