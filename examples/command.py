@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from settings_file import as_words, read_mapping
 from transformers import HfArgumentParser  # its own imports are light: 0.5 s
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -249,12 +250,33 @@ def no_option(word: str, names: Iterable[str]) -> str:
 class Parser(HfArgumentParser):
     """HfArgumentParser without abbreviations and hidden files of arguments, whose complaints are one sentence."""
 
+    file: str | None = None  # the YAML file that is being read
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Ends with a sentence and exit status 2."""
-        refuse(message)
+        refuse(f"{self.file}: {message}" if self.file else message)
+
+    def read_file(self, path: str, skipped: Iterable[str] = ()) -> list[str]:
+        """Returns a YAML file's `name: value` lines as words of a command line, each checked; what is wrong ends it.
+
+        Args:
+            path: The file. A name is an option's, and null leaves the option's default.
+            skipped: Names that the file may hold and that are left out.
+        """
+        actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
+        try:
+            content = read_mapping(path, actions)
+            words = [as_words(actions[name], value) for name, value in content.items() if name not in skipped]
+        except ValueError as error:
+            self.error(str(error) if path in str(error) else f"{path}: {error}")
+        self.file = path
+        for of_one in words:
+            self.parse_known_args(of_one)
+        self.file = None
+        return [word for of_one in words for word in of_one]
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parses as argparse does, and refuses what belongs to no option."""

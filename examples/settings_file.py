@@ -1,15 +1,14 @@
-"""Reading a YAML file of arguments: every value is of its argument's type, or a sentence says which is not."""
+"""A YAML file of arguments becomes the words of a command line, so that one parser reads, checks and describes both."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import math
+import json
 import reprlib
-import types
-from collections.abc import Mapping
-from enum import Enum
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 
@@ -37,119 +36,61 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_settings(path: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads a YAML file with a line `name: value` for each argument.
-
-    Args:
-        path: The file.
-        kinds: The types of all arguments by name.
-
-    Returns:
-        Values by name, of these types.
-
-    Raises:
-        ValueError: No such file, not YAML, an unknown name or a value of another type; the message names the file and the name.
-    """
-    try:
-        content = load_yaml(Path(path).read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path} cannot be opened ({error.strerror}). Check its name.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no YAML that can be read: {error}.") from error
-    return fit_settings(str(path), content, kinds)
-
-
 def load_yaml(text: str | bytes) -> Any:
-    """Reads YAML without aliases and without names that are given twice.
-
-    Raises:
-        ValueError: It is not YAML, or has these.
-    """
+    """Returns what YAML text holds, or raises a ValueError."""
     try:
         return yaml.load(text, _Loader)
     except DAMAGE as error:
         raise ValueError(" ".join(str(error)[:1000].split())) from error
 
 
-def fit_settings(where: str, content: Any, kinds: Mapping[str, Any], what: str = "arguments") -> dict[str, Any]:
-    """Returns values by name, each of its argument's type.
-
-    Args:
-        where: What holds them, for messages.
-        content: What was read there.
-        kinds: The types of all arguments by name.
-        what: What they are called in messages.
+def read_mapping(path: str, known: Iterable[str]) -> dict[str, Any]:
+    """Returns the values of a YAML file with a line `name: value` for each of some known arguments.
 
     Raises:
-        ValueError: It is no mapping, a name is unknown, or a value is of another type.
+        ValueError: No such file, not YAML, not such lines, or an unknown name; the message names the file.
     """
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must hold `name: value` lines, not {short(content)}.")
-    unknown = [key for key in content if key not in kinds]
+    try:
+        content = load_yaml(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened ({error.strerror}). Check its name.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}.") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{path} must hold `name: value` lines, not {short(content)}.")
+    unknown = [key for key in content or {} if key not in known]
     if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), known, 1, 0.7)
         names = ", ".join(key if isinstance(key, str) and key.isidentifier() else short(key) for key in unknown[:5])
-        near = difflib.get_close_matches(str(unknown[0]), kinds, 1, 0.7)
         more = f"Did you mean {near[0]}?" if near else "`--help` lists them."
-        which = (
-            f"{where}: unknown {what} {names[:500]}"
-            if what == "arguments"
-            else f"Unknown {what} {names[:500]} in {where}"
-        )
-        raise ValueError(f"{which}. {more}")
-    return {name: _fit(f"{where}: {name}", value, kinds[name]) for name, value in content.items()}
+        raise ValueError(f"{path}: unknown arguments {names[:500]}. {more}")
+    return content or {}
 
 
-def _fit(name: str, value: Any, kind: Any) -> Any:
-    """Returns a value as its type has it, where YAML reads `1e-3` as words, `no` as False, or 4 for "4"."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    words = [member.value for k in kinds if isinstance(k, type) and issubclass(k, Enum) for member in k]
-    if words:
-        value = "no" if value is False else value
-        if value in words:
-            return value
-        raise ValueError(f"{name}={short(value)} must be one of {', '.join(words)}.")
-    for k in kinds:
-        fitted = _as(value, k)
-        if fitted is not None or (value is None and k is type(None)):
-            return fitted
-    if str in kinds and value is True and name.endswith("resume_from_checkpoint"):
-        return "true"
-    wanted = " or ".join("None" if k is type(None) else getattr(k, "__name__", str(k)) for k in kinds)
-    raise ValueError(
-        f"{name}={short(value)} must be {wanted}; `--help` describes it. Words that YAML reads as else need quotes."
-    )
+def as_words(action: argparse.Action, value: Any) -> list[str]:
+    """Returns a value of a YAML file as one would type it after its option; none for null, which leaves the default.
+
+    Raises:
+        ValueError: It is of no type that one could type there: a list for an option of one value, yes or no for a text.
+    """
+    option, switch = f"--{action.dest}", action.nargs == "?" and action.const is True
+    if value is None:
+        return []
+    if isinstance(value, bool) and not switch:
+        # YAML reads `save_strategy: no` as false
+        words = [word for word in action.choices or ("true",) if word == ("true" if value else "no")]
+        if words and (action.choices or action.dest == "resume_from_checkpoint"):
+            return [option, *words]
+    elif isinstance(value, list) and action.nargs == "+" and value and all(map(_is_plain, value)):
+        return [option, *map(str, value)]
+    elif isinstance(value, dict) and action.dest.endswith(("_kwargs", "_config", "fsdp", "deepspeed")):
+        return [f"{option}={json.dumps(value)}"]
+    elif isinstance(value, bool) or _is_plain(value):
+        return [f"{option}={value}"]
+    raise ValueError(f"{action.dest}={short(value)} does not suit {option}. Words that YAML reads as else need quotes.")
 
 
-def _as(value: Any, kind: Any) -> Any:
-    """Returns a value as of this type, or None if it is not."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is bool:
-        return value if isinstance(value, bool) else None
-    if kind is int:
-        return value if number and isinstance(value, int) and abs(value) < 2**63 else None
-    if kind is float:
-        try:
-            found = float(value) if number or isinstance(value, str) else math.nan
-        except (ValueError, OverflowError):
-            return None
-        return None if math.isnan(found) else value if number else found
-    if kind is str:
-        return str(value) if number and abs(value) < 2**63 else value if _is_text(value) else None
-    if get_origin(kind) is Literal:
-        return value if value in get_args(kind) else None
-    if get_origin(kind) is list:
-        return value if isinstance(value, list) and all(_is_one_of(item, get_args(kind)[0]) for item in value) else None
-    if kind is dict or get_origin(kind) is dict:
-        return value if isinstance(value, dict) and all(map(_is_text, value)) else None
-    return None
-
-
-def _is_one_of(value: Any, kind: Any) -> bool:
-    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-    return any(_is_text(value) if k is str else _as(value, k) is not None for k in kinds)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and "\0" not in value and value.encode(errors="replace").decode() == value
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return "\0" not in value and value.encode(errors="replace").decode() == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63

@@ -9,15 +9,12 @@ python examples/train.py --config my.yaml --seed 1              # the command li
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
 from command import EXAMPLES, TRAINING, Parser, check_early, check_places, given, loading, run
-from settings_file import read_settings, short
 
 if __name__ == "__main__":
     check_early(__file__, *TRAINING)
@@ -82,43 +79,25 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
     """Reads the command line, on top of a YAML file: that of `--config`, or that of the digits if no model is named."""
     parser = Parser([ScriptArguments, CaptTrainingArguments])
     parser.add_argument("--config", help="YAML file with any of these arguments.")
+    parser.set_defaults(output_dir="outputs/capt")
     named = given(argv)
     early = parser.parse_known_args(argv)[0]
     path = early.config or (None if "model_name_or_path" in named else DIGITS)
-    content: dict[str, Any] = {}
-    if path:
-        kinds = {**get_type_hints(ScriptArguments), **get_type_hints(CaptTrainingArguments)}
-        known = {action.dest for action in parser._actions} - {"help", "config"}
-        try:
-            content = read_settings(path, {name: kind for name, kind in kinds.items() if name in known})
-            for action in parser._actions:
-                if isinstance(content.get(action.dest), str):
-                    parser._get_value(action, content[action.dest])  # as it will be read: a switch, a word of a few
-        except argparse.ArgumentError as error:
-            parser.error(f"{path}: {error}")
-        except ValueError as error:
-            parser.error(str(error))
-    method = early.method if "method" in named else content.get("method", early.method)
-    if path == DIGITS:
-        content = {name: value for name, value in content.items() if name not in _not_for(method)}
-    # what a file asks for wins over the method's recipe; so does the command line, whose values are checked once they are read
-    recipe = method_settings(method, {} if path == DIGITS else content)
-    parser.set_defaults(**{"output_dir": "outputs/capt", **recipe, **content})
+    words = parser.read_file(path) if path else []
+    values = vars(parser.parse_args([*words, *argv]))
+    method = values["method"]
+    if path == DIGITS:  # they are CAPT's; another method has no use for some
+        words = parser.read_file(DIGITS, skipped=_not_for(method))
+    # what a file asks for wins over the method's recipe; so does the command line
+    asked = {*named} if path == DIGITS else {*named, *given(words)}
+    recipe = method_settings(method, {name: values[name] for name in asked & values.keys() - {"config"}})
+    parser.set_defaults(**{name: value for name, value in recipe.items() if name not in asked})
     try:
-        script, training, _ = parser.into_dataclasses(argv)
+        script, training, _ = parser.into_dataclasses([*words, *argv])
     except (TypeError, ValueError) as error:
-        from_file = {name: value for name, value in content.items() if name not in named}
-        words = {name: value for name, value in from_file.items() if isinstance(value, str) and not value.isdecimal()}
-        for candidates in (
-            dict(zip(from_file, from_file, strict=True)),
-            words,
-        ):  # the error says the name, or the value
-            guilty = [n for n, word in candidates.items() if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", str(error))]
-            if guilty and path != DIGITS:
-                parser.error(f"{path}: {guilty[0]}={short(content[guilty[0]])}: {error}")
-        raise
-    values = {**vars(training), **vars(script)}
-    method_settings(method, {name: value for name, value in values.items() if name in named})
+        if early.config is None or isinstance(error, TypeError):
+            raise
+        parser.error(f"{path} with the command line: {error}")
     return script, training
 
 

@@ -94,16 +94,15 @@ def refusal(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("learning_rate: fast", "learning_rate='fast'"),
+        ("learning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         ("learning_rate: [0.1]", "learning_rate=[0.1]"),
         ("num_train_epochs: [1]", "num_train_epochs=[1]"),
         ("num_train_epochs: true", "num_train_epochs=True"),
-        ("seed: 1.5", "seed=1.5"),
-        ("seed: null", "seed=None"),
-        ("augment: maybe", "augment='maybe'"),
-        ("attack_steps: many", "attack_steps='many'"),
-        ("class_names: 3", "class_names=3"),
-        ("class_names: [1, 2]", "class_names=[1, 2]"),
+        ("seed: 1.5", "--seed: invalid int value: '1.5'"),
+        ("augment: maybe", "--augment: "),
+        ("attack_steps: many", "invalid int value: 'many'"),
+        ("class_names: [yes, no]", "class_names=[True, False]"),
+        ("template: no", "template=False"),
         ("template: 2024-01-01", "template=datetime.date(2024, 1, 1)"),
         ("method: {a: 1}", "method={'a': 1}"),
         ("optim: magic", "magic"),
@@ -118,14 +117,14 @@ def refusal(tmp_path, capsys, content):
         ("[1]", "must hold `name: value` lines"),
         ("0", "must hold `name: value` lines"),
         ("seed: 1\nseed: 2", "'seed' twice"),
-        ("seed: \t[", "no YAML"),
-        (b"\xff\xfe\x00", "no YAML"),
-        (b"seed: \x00", "no YAML"),
-        ("seed: !!python/object:os.system x", "no YAML"),
-        ("seed: 2024-99-99", "no YAML"),
-        ("{[1]: 2}", "no YAML"),
-        ("[" * 10**4, "no YAML"),
-        ("seed: " + "9" * 5000, "no YAML"),
+        ("seed: \t[", "cannot be read as YAML"),
+        (b"\xff\xfe\x00", "cannot be read as YAML"),
+        (b"seed: \x00", "cannot be read as YAML"),
+        ("seed: !!python/object:os.system x", "cannot be read as YAML"),
+        ("seed: 2024-99-99", "cannot be read as YAML"),
+        ("{[1]: 2}", "cannot be read as YAML"),
+        ("[" * 10**4, "cannot be read as YAML"),
+        ("seed: " + "9" * 5000, "cannot be read as YAML"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path, capsys, content, words):
@@ -155,6 +154,14 @@ def test_numbers_and_switches_are_read_as_they_are_commonly_written(tmp_path):
     )
     assert (script.shots, training.learning_rate, training.augment, training.seed) == ("4", 1e-3, True, 7)
     assert training.threat_model.epsilon == 0.01 and script.num_text_tokens is None
+
+
+def test_null_leaves_the_default_and_numbers_may_be_texts(tmp_path):
+    script, training = reads(
+        tmp_path, "seed: null\nclass_names: [1, 2]\nsave_strategy: no\nlr_scheduler_kwargs: {a: 1}"
+    )
+    assert training.seed == CaptTrainingArguments("out").seed and script.class_names == ["1", "2"]
+    assert training.save_strategy.value == "no" and training.lr_scheduler_kwargs == {"a": 1}
 
 
 @pytest.mark.parametrize("content", ["", "# nothing", "null", "{}"])
