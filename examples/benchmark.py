@@ -18,10 +18,10 @@ import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from command import Parser, check_early, check_places, given, is_path, run
-from settings_file import fit_settings, load_yaml, read_settings
+from settings_file import known_names, load_yaml, read_mapping
 
 if __name__ == "__main__":
     check_early(__file__)
@@ -94,14 +94,19 @@ def parse_args(argv: list[str]) -> Namespace:
     named = given(argv)
     path = parser.parse_known_args(argv)[0].config
     own: dict[str, Any] = {"variants": None, "method_settings": {}}
+    words: list[str] = []
     if path:
         try:
-            content = read_settings(path, config_kinds(parser))
+            content = read_mapping(path, {**parser.options, **own})
+            for name in own.keys() & content.keys():
+                own[name] = known_names(f"{path}: {name}", content[name], content[name], "names")
         except ValueError as error:
             parser.error(str(error))
-        own |= {name: content.pop(name) for name in own if name in content}
-        parser.set_defaults(**content)
-    args = parser.parse_args(argv, Namespace(**own))
+        if isinstance(content.get("settings"), dict):
+            own["settings"] = content.pop("settings")
+        rest = {name: value for name, value in content.items() if name not in own}
+        words = parser.words(path, {name: _listed(name, value) for name, value in rest.items()})
+    args = parser.parse_args([*words, *argv], Namespace(**own))
     without_effect = {
         "tables": {*named} - {"tables", "report", "config"},
         "quick": {*named} & {*QUICK_SETS},
@@ -118,31 +123,32 @@ def parse_args(argv: list[str]) -> Namespace:
     return args
 
 
-def config_kinds(parser: Parser) -> dict[str, Any]:
-    """Returns the types of the values that a YAML file may hold."""
-    kinds: dict[str, Any] = {action.dest: str | None for action in parser._actions}
-    kinds |= dict.fromkeys(LISTS, str | list[str | int] | None)
-    kinds |= {"limit": int | None, "workers": int, "list": bool, "quick": bool, "settings": str | dict | None}
-    kinds |= {"variants": dict | None, "method_settings": dict}
-    return {name: kind for name, kind in kinds.items() if name not in ("help", "config")}
+def _listed(name: str, value: Any) -> Any:
+    """Returns a list of a YAML file as the command line has it: with commas."""
+    plain = isinstance(value, list) and all(isinstance(item, str | int) and item is not True for item in value)
+    return ",".join(map(str, value)) if name in LISTS and plain else value
 
 
-# every setting that a run may have, with its type
-KINDS = {**get_type_hints(CaptConfig), **get_type_hints(ScriptArguments), **get_type_hints(CaptTrainingArguments)}
-# those that belong to one run, which a benchmark sets itself
+# the settings that a run may have, and those of one run, which a benchmark sets itself
+SETTINGS = Parser([ScriptArguments, CaptTrainingArguments])
 OF_A_RUN = ({f.name for f in fields(ScriptArguments)} | {"output_dir", "seed"}) - {f.name for f in fields(CaptConfig)}
 OF_A_RUN -= {"teacher", "model_name_or_path"}
 
 
-def settings_of(given: Any) -> dict[str, Any]:
+def settings_of(given: Any, where: str = "settings") -> dict[str, Any]:
     """Reads settings: a mapping, `name=value,name=value`, or a YAML file of examples/train.py, without what names its run."""
-    if given is None or isinstance(given, dict):
-        return fit_settings("settings", given, KINDS, "settings")
-    if "=" in given:
+    if isinstance(given, str) and "=" not in given:
+        content = read_mapping(given, SETTINGS.options)
+        return _typed(given, {name: value for name, value in content.items() if name not in OF_A_RUN})
+    if isinstance(given, str):
         pairs = (pair.partition("=") for pair in names(given))
-        return fit_settings("--settings", {name: load_yaml(value) for name, _, value in pairs}, KINDS, "settings")
-    content = read_settings(given, KINDS)
-    return {name: value for name, value in content.items() if name not in OF_A_RUN}
+        where, given = "--settings", {name: load_yaml(value) for name, _, value in pairs}
+    return _typed(where, known_names(where, given, SETTINGS.options, "settings"))
+
+
+def _typed(where: str, values: dict[str, Any]) -> dict[str, Any]:
+    parsed = SETTINGS.parse_known_args(SETTINGS.words(where, values))[0]
+    return {name: getattr(parsed, name) for name, value in values.items() if value is not None}
 
 
 def own_suite(tasks: str | None) -> Suite:
@@ -169,7 +175,7 @@ def make_plan(args: Namespace) -> Plan:
     suite = own_suite(args.tasks) if args.suite == "own" else get_suite(args.suite)
     settings, variants = settings_of(args.settings), args.variants or {args.variant or "": {}}
     changed = {
-        what: {name: fit_settings(f"{what}: {name}", values, KINDS, "settings") for name, values in mapping.items()}
+        what: {name: settings_of(values, f"{what}: {name}") for name, values in mapping.items()}
         for what, mapping in (("variants", variants), ("method_settings", args.method_settings))
     }
     model, attack = settings.pop("model_name_or_path", None), settings.pop("eval_attack", None)

@@ -12,6 +12,7 @@ are imported, which takes many seconds. A script does, at its top and at its end
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import importlib.util
@@ -250,14 +251,19 @@ def no_option(word: str, names: Iterable[str]) -> str:
 class Parser(HfArgumentParser):
     """HfArgumentParser without abbreviations and hidden files of arguments, whose complaints are one sentence."""
 
-    file: str | None = None  # the YAML file that is being read
+    where = ""  # what is being read, where it is not the command line
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Ends with a sentence and exit status 2."""
-        refuse(f"{self.file}: {message}" if self.file else message)
+        refuse(f"{self.where}: {message}" if self.where else message)
+
+    @property
+    def options(self) -> dict[str, argparse.Action]:
+        """The options by name, without --help and --config."""
+        return {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
 
     def read_file(self, path: str, skipped: Iterable[str] = ()) -> list[str]:
         """Returns a YAML file's `name: value` lines as words of a command line, each checked; what is wrong ends it.
@@ -266,17 +272,25 @@ class Parser(HfArgumentParser):
             path: The file. A name is an option's, and null leaves the option's default.
             skipped: Names that the file may hold and that are left out.
         """
-        actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
         try:
-            content = read_mapping(path, actions)
-            words = [as_words(actions[name], value) for name, value in content.items() if name not in skipped]
+            content = read_mapping(path, self.options)
         except ValueError as error:
-            self.error(str(error) if path in str(error) else f"{path}: {error}")
-        self.file = path
-        for of_one in words:
+            self.error(str(error))
+        return self.words(path, {name: value for name, value in content.items() if name not in skipped})
+
+    def words(self, where: str, values: Mapping[str, Any]) -> list[str]:
+        """Returns values of options as words of a command line, each checked; what is wrong ends it and says where it was."""
+        self.where = where
+        words = []
+        for name, value in values.items():
+            try:
+                of_one = as_words(self.options[name], value)
+            except ValueError as error:
+                self.error(str(error))
             self.parse_known_args(of_one)
-        self.file = None
-        return [word for of_one in words for word in of_one]
+            words += of_one
+        self.where = ""
+        return words
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parses as argparse does, and refuses what belongs to no option."""

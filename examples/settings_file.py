@@ -56,14 +56,19 @@ def read_mapping(path: str, known: Iterable[str]) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be opened ({error.strerror}). Check its name.") from error
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}.") from error
+    return known_names(path, content, known)
+
+
+def known_names(where: str, content: Any, known: Iterable[str], what: str = "arguments") -> dict[str, Any]:
+    """Returns a mapping whose names are all known; a ValueError says where it is and which name is not."""
     if not isinstance(content, dict | None):
-        raise ValueError(f"{path} must hold `name: value` lines, not {short(content)}.")
+        raise ValueError(f"{where} must hold `name: value` lines, not {short(content)}.")
     unknown = [key for key in content or {} if key not in known]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), known, 1, 0.7)
         names = ", ".join(key if isinstance(key, str) and key.isidentifier() else short(key) for key in unknown[:5])
         more = f"Did you mean {near[0]}?" if near else "`--help` lists them."
-        raise ValueError(f"{path}: unknown arguments {names[:500]}. {more}")
+        raise ValueError(f"{where}: unknown {what} {names[:500]}. {more}")
     return content or {}
 
 

@@ -66,12 +66,13 @@ class ScriptArguments:
     text_depth: int | None = field(default=None, metadata={"help": "Text layers with prompts."})
     vision_depth: int | None = field(default=None, metadata={"help": "Vision layers with prompts."})
     init: str | None = field(default=None, metadata={"help": "Start of the prompts: template, random or normal."})
+    init_std: float | None = field(default=None, metadata={"help": "Standard deviation of random prompts (0.02)."})
     class_specific: bool = field(default=False, metadata={"help": "Every class has text prompts of its own."})
 
     def prompts(self) -> dict[str, Any]:
         """Returns the fields of CaptConfig that were given."""
         shape = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
-        names = ("coupling", *shape, "init", "class_specific")
+        names = ("coupling", *shape, "init", "init_std", "class_specific")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
