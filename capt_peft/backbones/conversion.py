@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig
+from transformers import CLIPConfig, CLIPModel
 
-from ..tuner.clip import check_tokenizer
+from ..tuner.clip import check_tokenizer, image_size, in_tower
 from ..tuner.fingerprint import tensors_fingerprint
 from ..utils.files import entries, make_writable, write_json, written_whole
 from ..utils.text import some
-from .architecture import build, check_same_architecture, describe, make_config
-from .base import Base, base_similarity, check_settings, load_transformers, warn_if_far
 from .layout import Tower, infer_text, infer_vision, openai_names, take_constants, targets
-from .processing import load_tokenizer, save_processor
+from .model import (
+    Settings,
+    build,
+    check_activation,
+    check_same_architecture,
+    describe,
+    load_tokenizer,
+    make_config,
+    open_clip_settings,
+    pixel_statistics,
+    save_processor,
+)
 from .reading import read_checkpoint
-from .settings import Settings, check_activation, open_clip_settings
+
+logger = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
 DTYPES = ("float32", "float16", "bfloat16")
 RECORD = "backbone.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The CLIP that an image tower was fine-tuned from, whose text tower it goes with, in transformers' form.
+
+    Attributes:
+        config: Its configuration.
+        tensors: Its state dict.
+        settings: Its activation and pixels.
+    """
+
+    config: CLIPConfig
+    tensors: Mapping[str, Tensor]
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,8 @@ def convert_backbone(
     Args:
         checkpoint: File in OpenAI's layout: a whole CLIP (OpenAI, open_clip) or an image tower (TeCoA, APT, RobustVLM).
         output: The folder to write: model, processor and `backbone.json`; whole or not at all.
-        base: The CLIP that an image tower was fine-tuned from, whose text tower it goes with: folder or Hub id, or such a file.
+        base: The CLIP that an image tower was fine-tuned from, whose text tower it goes with: folder or Hub id, or such a file;
+            None (the default) for a whole CLIP.
         activation: "quick_gelu" or "gelu"; no shape tells. By default the base's, or what open_clip's configuration beside the
             checkpoint says, or "quick_gelu", OpenAI's.
         head_width: Size of the image tower's attention heads; by default the base's, or 64 (80, 88, 104 in ViT-H, g, bigG).
@@ -101,19 +129,24 @@ def convert_backbone(
         raise FileExistsError(f"{output} is not empty. Name another folder, or pass overwrite=True.")
     make_writable(output)
     found = read_checkpoint(checkpoint)
-    start, settings = resolve(checkpoint, base, activation, head_width)
+    start, settings = _resolve(checkpoint, base, activation, head_width)
     try:
         config, tensors = to_transformers(found.tensors, base=start, settings=settings)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error} Nothing was written.") from error
-    similarity = base_similarity(tensors, start.tensors) if start else None
-    if base and similarity is not None:
-        warn_if_far(similarity, checkpoint, base)
-    tokenizer = load_tokenizer(
-        processor or (base if base and not Path(base).is_file() else None), processor is not None
-    )
+    similarity = _similarity(tensors, start.tensors) if start else None
+    if similarity is not None and similarity < 0.5:  # its images do not match the texts, and no shape tells
+        logger.warning(
+            "The image tower of %s is not near that of %s (cosine %.2f): it was fine-tuned from another CLIP, and its images "
+            "will not match the texts. Name the CLIP that it comes from.",
+            checkpoint.name,
+            base,
+            similarity,
+        )
+    source = processor or (base if base and not Path(base).is_file() else None)
+    tokenizer = load_tokenizer(source, processor is not None)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, config, str(processor or base))
+        check_tokenizer(tokenizer, config, str(source))
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     info = BackboneInfo(
         checkpoint=checkpoint.name,
@@ -130,29 +163,56 @@ def convert_backbone(
     )
     with written_whole(output) as folder:
         build(config, tensors).save_pretrained(folder, max_shard_size="1TB")
-        save_processor(folder, tokenizer, config, settings)
+        save_processor(folder, tokenizer, image_size(config), settings)
         write_json(folder / RECORD, asdict(info))
     return info
 
 
-def resolve(
+def _resolve(
     checkpoint: Path, base: str | None, activation: str | None, head_width: int | None
 ) -> tuple[Base | None, Settings]:
     """Returns the base, if there is one, and what no shape tells: from the arguments, the base or open_clip's configuration."""
-    told = open_clip_settings(Path(base) if base else checkpoint) if base is None or Path(base).is_file() else None
-    settings = told or Settings()
-    settings = replace(
-        settings, activation=activation or settings.activation, head_width=head_width or settings.head_width
-    )
+    if base is not None and not Path(base).is_file():
+        return _load_base(base, activation, head_width)
+    told = open_clip_settings(Path(base) if base else checkpoint) or Settings()
+    settings = replace(told, activation=activation or told.activation, head_width=head_width or told.head_width)
     if base is None:
         return None, settings
-    if not Path(base).is_file():
-        start = load_transformers(base)
-        return start, check_settings(start, activation, head_width, base)
     try:
         return Base(*to_transformers(read_checkpoint(base).tensors, settings=settings), settings), settings
     except ValueError as error:
         raise ValueError(f"The base {base}: {error}") from error
+
+
+def _load_base(name: str, activation: str | None, head_width: int | None) -> tuple[Base, Settings]:
+    """Loads a base from a folder or the Hub; an image tower has the settings that it was tuned with, the base's."""
+    loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if model.config.model_type != "clip" or wrong:
+        raise ValueError(
+            f"The base {name} ({model.config.model_type}) is not a whole CLIPModel of transformers; it lacks {len(wrong)} "
+            f"tensors ({some(wrong)}). Name the CLIP that the image tower was fine-tuned from."
+        )
+    vision = model.config.vision_config
+    its = {"activation": vision.hidden_act, "head_width": vision.hidden_size // vision.num_attention_heads}
+    for what, asked in (("activation", activation), ("head_width", head_width)):
+        if asked not in (None, its[what]):
+            raise ValueError(
+                f"{what}={asked!r}, but the base {name} has {its[what]}. Leave {what} out, or name another base."
+            )
+    settings = Settings(vision.hidden_act, None, *pixel_statistics(name))
+    return Base(model.config, model.state_dict(), settings), settings
+
+
+def _similarity(tensors: Weights, base: Mapping[str, Tensor]) -> float:
+    """Returns the cosine between the matrices of two image towers; biases and norms are alike in all CLIPs and do not count."""
+    dot = mine = theirs = 0.0
+    for name, tensor in tensors.items():
+        if in_tower(name, "vision") and tensor.ndim > 1:
+            a, b = tensor.flatten().float(), base[name].flatten().float()
+            dot, mine, theirs = dot + float(a @ b), mine + float(a @ a), theirs + float(b @ b)
+    return round(dot / max((mine * theirs) ** 0.5, 1e-30), 4)
 
 
 def to_transformers(
@@ -174,9 +234,8 @@ def to_transformers(
     Raises:
         ValueError: A tensor is missing, extra, misshapen or not finite; or the state dict and the base do not belong together.
     """
-    settings = settings or Settings()
-    tensors = openai_names(state_dict)
-    towers = {"vision": infer_vision(tensors)}
+    settings, tensors = settings or Settings(), openai_names(state_dict)
+    vision, text = infer_vision(tensors), None
     alone = not any(
         name.startswith(("token_embedding.", "transformer.", "text_projection", "ln_final.")) for name in tensors
     )
@@ -185,50 +244,51 @@ def to_transformers(
             "This is an image tower alone. Name the CLIP it was fine-tuned from as base (for example "
             "openai/clip-vit-base-patch32), whose text tower it goes with."
         )
-    if not alone and base is not None:
-        raise ValueError(
-            "This is a whole CLIP and needs no base. Leave base out (processor names where the tokenizer is from)."
-        )
     if not alone:
-        towers["text"] = infer_text(tensors)
-        if towers["text"].projection != towers["vision"].projection:
+        if base is not None:
             raise ValueError(
-                f"visual.proj makes features of {towers['vision'].projection}, text_projection of {towers['text'].projection}. "
-                "The towers are of different models."
+                "This is a whole CLIP and needs no base. Leave base out (processor names where the tokenizer is from)."
             )
-    take_constants(tensors, towers)
-    converted = convert_towers(tensors, towers)
-    if base is None:
-        return make_config(towers["vision"], towers["text"], settings), converted
-    check_same_architecture(towers["vision"], base.config)
+        text = infer_text(tensors)
+        if text.projection != vision.projection:
+            raise ValueError(
+                f"visual.proj makes features of {vision.projection}, text_projection of {text.projection}. The towers are of "
+                "different models."
+            )
+    take_constants(tensors, vision, text)
+    converted = _convert(tensors, [vision, text] if text else [vision])
+    if text:
+        return make_config(vision, text, settings), converted
+    assert base is not None
+    check_same_architecture(vision, base.config)
     return deepcopy(base.config), {name: converted.get(name, tensor.float()) for name, tensor in base.tensors.items()}
 
 
-def convert_towers(tensors: Mapping[str, Tensor], towers: Mapping[str, Tower]) -> Weights:
+def _convert(tensors: Mapping[str, Tensor], towers: list[Tower]) -> Weights:
     """Renames, splits and transposes the tensors; every one is accounted for."""
-    expected = {name: target for tower in towers.values() for name, target in targets(tower)}
-    for what, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
+    shown = ", ".join(f"{t.kind} tower of {t.layers} blocks of {t.width}" for t in towers)
+    expected = {name: target for tower in towers for name, target in targets(tower).items()}
+    for what, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has unexpectedly", tensors.keys() - expected.keys()),
+    ):
         if names:
             raise ValueError(
-                f"The checkpoint {what} {some(sorted(names))}{'' if what == 'lacks' else ' too many'}, by the architecture that "
-                f"its shapes show ({_towers(towers)}). Convert a whole CLIP or a whole image tower, of this architecture."
+                f"The checkpoint {what} {some(sorted(names))}, by the architecture that its shapes show ({shown}). Convert a "
+                "whole CLIP or a whole image tower, of this architecture."
             )
     converted: Weights = {}
     for name, target in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != target.shape and not (target.shape == () and tensor.numel() == 1):
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, but {_towers(towers)} needs {target.shape}.")
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, but {shown} needs {target.shape}.")
         if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_quantized:
             raise ValueError(f"{name} is {tensor.dtype} ({tensor.layout}), but needs dense floating-point values.")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} holds NaN or infinite values. Download the checkpoint anew.")
+            raise ValueError(f"{name} holds NaN or infinite values. Download the checkpoint again.")
         for new, part in zip(target.names, target.change(tensor.detach().float()), strict=True):
             converted[new] = part.clone(memory_format=torch.contiguous_format)
     return converted
-
-
-def _towers(towers: Mapping[str, Tower]) -> str:
-    return ", ".join(f"{t.kind} tower of {t.layers} blocks of {t.width}" for t in towers.values())
 
 
 def _sha256(path: Path) -> str:

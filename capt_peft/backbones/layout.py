@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,34 +11,28 @@ from torch import Tensor
 
 WRAPPERS = ("module.", "model.", "_orig_mod.")
 VISION, TEXT = "visual.", ""  # in front of a tower's names
-SCALARS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives count these among the weights
-FOREIGN = (
-    ("visual.layer1.", "a ResNet CLIP. CAPT needs the tokens of a vision transformer"),
-    ("visual.attnpool.", "a ResNet CLIP. CAPT needs the tokens of a vision transformer"),
-    (
-        "visual.trunk.",
-        "an open_clip model with timm's image tower (ConvNeXt, SigLIP). CLIPModel of transformers is another model",
-    ),
-    ("visual.blocks.", "an EVA-CLIP. transformers' CLIPModel is another model"),
-    ("visual.attn_pool.", "an open_clip model with attention pooling (CoCa). transformers' CLIPModel has none"),
-    ("logit_bias", "a SigLIP. Convert a CLIP; SigLIPs are loaded from the Hub in transformers' form"),
-    ("text_decoder.", "a CoCa. transformers' CLIPModel has no text decoder"),
-    (
-        "transformer.embeddings.",
-        "an open_clip model with a text tower of transformers (RoBERTa). CLIPModel is another model",
-    ),
-    ("vision_model.", "already in transformers' layout. Load it with from_pretrained"),
-    ("text_model.", "already in transformers' layout. Load it with from_pretrained"),
-    ("visual.prompt_pos_embedding", "a model with visual prompts, which CLIPModel has no place for"),
-)
+# how the names of other models begin, and what they are
+FOREIGN = {
+    "visual.layer1.": "a ResNet CLIP. CAPT needs the tokens of a vision transformer",
+    "visual.attnpool.": "a ResNet CLIP. CAPT needs the tokens of a vision transformer",
+    "visual.trunk.": "an open_clip model with timm's image tower (ConvNeXt, SigLIP), not transformers' CLIPModel",
+    "visual.blocks.": "an EVA-CLIP, not transformers' CLIPModel",
+    "visual.attn_pool.": "an open_clip model with attention pooling (CoCa). transformers' CLIPModel has none",
+    "logit_bias": "a SigLIP. Convert a CLIP; SigLIPs are loaded from the Hub in transformers' form",
+    "text_decoder.": "a CoCa. transformers' CLIPModel has no text decoder",
+    "transformer.embeddings.": "an open_clip model with a text tower of transformers (RoBERTa), not CLIPModel",
+    "vision_model.": "already in transformers' layout. Load it with from_pretrained",
+    "text_model.": "already in transformers' layout. Load it with from_pretrained",
+    "visual.prompt_pos_embedding": "a model with visual prompts, which CLIPModel has no place for",
+}
 
 
 class Target(NamedTuple):
-    """Where a tensor of OpenAI's layout goes."""
+    """Where a tensor of OpenAI's layout goes: the shape that it must have, what becomes of it, and the names of the parts."""
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
-    change: Callable[[Tensor], tuple[Tensor, ...]]
+    change: Callable[[Tensor], tuple[Tensor, ...]] = lambda tensor: (tensor,)
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ def openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(moved) != len(names):
             raise ValueError("The state dict holds two text towers, one under 'text.'. Keep one of them.")
         names = moved
-    for start, what in FOREIGN:
+    for start, what in FOREIGN.items():
         found = next((name for name in names if name.startswith(start)), None)
         if found:
             raise ValueError(f"{names[found]} says that this is {what}.")
@@ -124,7 +118,7 @@ def infer_text(tensors: Mapping[str, Tensor]) -> Tower:
 def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in tensors:
         raise ValueError(
-            f"The checkpoint lacks {name}. It is no whole CLIP: download it anew, or save the whole state dict."
+            f"The checkpoint lacks {name}. It is not a whole CLIP: download it again, or save the whole state dict."
         )
     shape = tuple(tensors[name].shape)
     if len(shape) != dimensions or 0 in shape:
@@ -139,69 +133,61 @@ def _blocks(tensors: Mapping[str, Tensor], tower: str) -> tuple[int, int]:
     return layers, _shape(tensors, f"{start}0.mlp.c_fc.weight", 2)[0]
 
 
-def targets(tower: Tower) -> Iterator[tuple[str, Target]]:
-    """Yields every tensor that a tower has in OpenAI's layout, with its shape and where it goes."""
-    w, vision = tower.width, tower.kind == "vision"
-    model = f"{tower.kind}_model."
-    if vision:
-        yield "visual.class_embedding", _same((w,), f"{model}embeddings.class_embedding")
-        yield (
-            "visual.conv1.weight",
-            _same((w, 3, tower.patch, tower.patch), f"{model}embeddings.patch_embedding.weight"),
-        )
-        yield "visual.positional_embedding", _same((tower.tokens, w), f"{model}embeddings.position_embedding.weight")
-        yield from _norm("visual.ln_pre", f"{model}pre_layrnorm", w)
-        yield from _norm("visual.ln_post", f"{model}post_layernorm", w)
-        yield "visual.proj", _transposed((w, tower.projection), "visual_projection.weight")
+# OpenAI's modules of a block, transformers', and their weights' shapes in units of the width (w) and the hidden layer (h)
+BLOCK = (
+    ("attn.out_proj", "self_attn.out_proj", "ww"),
+    ("ln_1", "layer_norm1", "w"),
+    ("mlp.c_fc", "mlp.fc1", "hw"),
+    ("mlp.c_proj", "mlp.fc2", "wh"),
+    ("ln_2", "layer_norm2", "w"),
+)
+
+
+def targets(tower: Tower) -> dict[str, Target]:
+    """Returns every tensor that a tower has in OpenAI's layout, with its shape and where it goes."""
+    w, features = tower.width, (tower.width, tower.projection)
+    if tower.kind == "vision":
+        source, model = VISION, "vision_model."
+        norms = {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
+        found = {
+            "class_embedding": Target((w,), (f"{model}embeddings.class_embedding",)),
+            "conv1.weight": Target((w, 3, tower.patch, tower.patch), (f"{model}embeddings.patch_embedding.weight",)),
+            "proj": Target(features, ("visual_projection.weight",), lambda tensor: (tensor.t(),)),
+        }
     else:
-        yield "token_embedding.weight", _same((tower.vocabulary, w), f"{model}embeddings.token_embedding.weight")
-        yield "positional_embedding", _same((tower.tokens, w), f"{model}embeddings.position_embedding.weight")
-        yield from _norm("ln_final", f"{model}final_layer_norm", w)
-        yield "text_projection", _transposed((w, tower.projection), "text_projection.weight")
-        yield "logit_scale", Target((), ("logit_scale",), lambda tensor: (tensor.reshape(()),))
+        source, model = TEXT, "text_model."
+        norms = {"ln_final": "final_layer_norm"}
+        found = {
+            "token_embedding.weight": Target((tower.vocabulary, w), (f"{model}embeddings.token_embedding.weight",)),
+            "text_projection": Target(features, ("text_projection.weight",), lambda tensor: (tensor.t(),)),
+            "logit_scale": Target((), ("logit_scale",), lambda tensor: (tensor.reshape(()),)),
+        }
+    found["positional_embedding"] = Target((tower.tokens, w), (f"{model}embeddings.position_embedding.weight",))
+    modules: list[tuple[str, str, tuple[int, ...]]] = [(old, new, (w,)) for old, new in norms.items()]
     for layer in range(tower.layers):
-        source = f"{VISION if vision else TEXT}transformer.resblocks.{layer}"
-        yield from _block(source, f"{model}encoder.layers.{layer}", tower)
+        old, new = f"transformer.resblocks.{layer}", f"{model}encoder.layers.{layer}"
+        for kind, shape in (("weight", (3 * w, w)), ("bias", (3 * w,))):
+            parts = tuple(f"{new}.self_attn.{part}_proj.{kind}" for part in "qkv")
+            found[f"{old}.attn.in_proj_{kind}"] = Target(shape, parts, lambda tensor: tensor.chunk(3))
+        sizes = {"w": w, "h": tower.hidden}
+        modules += [
+            (f"{old}.{a}", f"{new.removeprefix(model)}.{b}", tuple(sizes[s] for s in units)) for a, b, units in BLOCK
+        ]
+    for old, new, size in modules:
+        found[f"{old}.weight"] = Target(size, (f"{model}{new}.weight",))
+        found[f"{old}.bias"] = Target(size[:1], (f"{model}{new}.bias",))
+    return {source + name: target for name, target in found.items()}
 
 
-def _block(source: str, target: str, tower: Tower) -> Iterator[tuple[str, Target]]:
-    w, hidden = tower.width, tower.hidden
-    for kind, shape in (("weight", (3 * w, w)), ("bias", (3 * w,))):
-        parts = tuple(f"{target}.self_attn.{part}_proj.{kind}" for part in "qkv")
-        yield f"{source}.attn.in_proj_{kind}", Target(shape, parts, lambda tensor: tensor.chunk(3))
-    yield from _linear(f"{source}.attn.out_proj", f"{target}.self_attn.out_proj", w, w)
-    yield from _norm(f"{source}.ln_1", f"{target}.layer_norm1", w)
-    yield from _linear(f"{source}.mlp.c_fc", f"{target}.mlp.fc1", hidden, w)
-    yield from _linear(f"{source}.mlp.c_proj", f"{target}.mlp.fc2", w, hidden)
-    yield from _norm(f"{source}.ln_2", f"{target}.layer_norm2", w)
-
-
-def _norm(source: str, target: str, width: int) -> Iterator[tuple[str, Target]]:
-    for kind in ("weight", "bias"):
-        yield f"{source}.{kind}", _same((width,), f"{target}.{kind}")
-
-
-def _linear(source: str, target: str, outputs: int, inputs: int) -> Iterator[tuple[str, Target]]:
-    yield f"{source}.weight", _same((outputs, inputs), f"{target}.weight")
-    yield f"{source}.bias", _same((outputs,), f"{target}.bias")
-
-
-def _same(shape: tuple[int, ...], name: str) -> Target:
-    return Target(shape, (name,), lambda tensor: (tensor,))
-
-
-def _transposed(shape: tuple[int, ...], name: str) -> Target:
-    return Target(shape, (name,), lambda tensor: (tensor.t(),))
-
-
-def take_constants(tensors: dict[str, Tensor], towers: Mapping[str, Tower]) -> None:
+def take_constants(tensors: dict[str, Tensor], vision: Tower, text: Tower | None) -> None:
     """Takes out what is no weight, having checked it: the causal mask, and the numbers in OpenAI's archives.
 
     Raises:
         ValueError: A constant that is not what the model's shapes say: a text tower without causal mask, or another size.
     """
-    text, vision = towers.get("text"), towers.get("vision")
+    known: dict[str, int | None] = {"input_resolution": vision.image_size, "context_length": None, "vocab_size": None}
     if text:
+        known |= {"context_length": text.tokens, "vocab_size": text.vocabulary}
         mask = tensors.pop("attn_mask", None)
         causal = torch.full((text.tokens, text.tokens), float("-inf")).triu(1)
         if mask is not None and not (mask.shape == causal.shape and torch.equal(mask.float(), causal)):
@@ -209,14 +195,9 @@ def take_constants(tensors: dict[str, Tensor], towers: Mapping[str, Tower]) -> N
                 "attn_mask is not the causal mask of CLIP's text tower, the only one that transformers' CLIPModel has. This "
                 "model cannot be converted."
             )
-    known = {
-        "input_resolution": vision.image_size if vision else None,
-        "context_length": text.tokens if text else None,
-        "vocab_size": text.vocabulary if text else None,
-    }
-    for name in SCALARS:
+    for name, number in known.items():
         value = tensors.pop(name, None)
-        if value is not None and (value.numel() != 1 or known[name] not in (None, int(value))):
+        if value is not None and (value.numel() != 1 or number not in (None, int(value))):
             raise ValueError(
-                f"{name} is {value.tolist()}, but the weights' shapes say {known[name]}. Download the file anew."
+                f"{name} is {value.tolist()}, but the weights' shapes say {number}. Download the file again."
             )

@@ -68,7 +68,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         try:
             content: Any = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}. Download it anew.") from error
+            raise ValueError(f"{path} is not a whole safetensors file: {error}. Download it again.") from error
     else:
         content = _torch_load(path)
     return _unpack(content, path)
@@ -95,8 +95,8 @@ def _torch_load(path: Path) -> Any:
                 "state dict alone: torch.save(model.state_dict(), ...), and convert that."
             ) from error
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is no checkpoint that torch can read, or it is cut short: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__} Download it anew."
+            f"{path} ({path.stat().st_size} bytes) is not a checkpoint that torch can read, or it is cut short: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__} Download it again."
         ) from error
 
 
@@ -110,42 +110,31 @@ def _is_torchscript(path: Path) -> bool:
 
 def _unpack(content: Any, path: Path) -> Checkpoint:
     """Takes the weights out of their container."""
-    container: str | None = None
+    entries = content if isinstance(content, Mapping) else {}
+    container = next((name for name in CONTAINERS if _tensors(entries.get(name))), None)
     unused: tuple[str, ...] = ()
-    if isinstance(content, Mapping):
-        container = next((name for name in CONTAINERS if _has_tensors(content.get(name))), None)
     if container is not None:
-        unused = tuple(sorted(str(name) for name in content if name != container))
-        if container == "vision_encoder_state_dict":
-            _refuse_prompts(content, path)
-        content = content[container]
-    if not _has_tensors(content):
-        given = (
-            f"the entries {sorted(map(str, content))[:5]}" if isinstance(content, Mapping) else type(content).__name__
-        )
-        raise ValueError(
-            f"{path} holds no weights of a model but {given}. It should be a state dict, or hold one as {', '.join(CONTAINERS)}."
-        )
-    strange = sorted(
-        str(name) for name, value in content.items() if not isinstance(value, Tensor) or not isinstance(name, str)
-    )
-    if strange:
-        raise ValueError(
-            f"{path}: {strange[0]} is no named tensor. A state dict holds nothing else; save model.state_dict()."
-        )
-    return Checkpoint(dict(content), container, unused)
-
-
-def _has_tensors(content: Any) -> bool:
-    return isinstance(content, Mapping) and any(isinstance(value, Tensor) for value in content.values())
-
-
-def _refuse_prompts(content: Mapping[str, Any], path: Path) -> None:
-    """TeCoA's scripts store visual prompts beside the encoder: an encoder tuned with them is not the model without them."""
-    for name in PROMPTS:
-        entry = content.get(name)
-        if isinstance(entry, Mapping) and any(isinstance(t, Tensor) and t.numel() for t in entry.values()):
+        unused = tuple(sorted(str(name) for name in entries if name != container))
+        # TeCoA's scripts store visual prompts beside the encoder: an encoder tuned with them is not the model without them
+        prompts = (name for name in PROMPTS if any(t.numel() for t in _tensors(entries.get(name))))
+        if container == "vision_encoder_state_dict" and (name := next(prompts, None)):
             raise ValueError(
                 f"{path} holds visual prompts ({name}) beside the vision encoder, and CLIPModel has no place for them. Convert a "
                 "checkpoint of fine-tuning, not of prompting."
             )
+        content = entries[container]
+    if not _tensors(content):
+        given = f"the entries {sorted(map(str, entries))[:5]}" if entries else type(content).__name__
+        raise ValueError(
+            f"{path} holds no weights of a model but {given}. It should be a state dict, or hold one as {', '.join(CONTAINERS)}."
+        )
+    strange = sorted(str(name) for name, t in content.items() if not isinstance(t, Tensor) or not isinstance(name, str))
+    if strange:
+        raise ValueError(
+            f"{path}: {strange[0]} is not a named tensor. A state dict holds nothing else; save model.state_dict()."
+        )
+    return Checkpoint(dict(content), container, unused)
+
+
+def _tensors(content: Any) -> list[Tensor]:
+    return [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, Mapping) else []

@@ -18,8 +18,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier
 from capt_peft.backbones import Base, Settings, convert_backbone, read_checkpoint, to_transformers
-from capt_peft.backbones.architecture import build
-from capt_peft.backbones.settings import MEAN
+from capt_peft.backbones.model import MEAN, build
 
 VOCABULARY = 737  # tiny CLIP's, so that its tokenizer fits
 SMALL = {
@@ -323,8 +322,8 @@ DAMAGE = {
     "projection gone": (without("visual.proj"), "lacks visual.proj"),
     "scale gone": (without("logit_scale"), "lacks logit_scale"),
     "patches gone": (without("visual.conv1.weight"), "lacks visual.conv1.weight"),
-    "layer scale": (extra(f"visual.{RES}.0.ls_1.gamma"), r"has visual.*ls_1.gamma too many"),
-    "unknown tensor": (extra("head.weight"), "has head.weight too many"),
+    "layer scale": (extra(f"visual.{RES}.0.ls_1.gamma"), r"has unexpectedly visual.*ls_1.gamma"),
+    "unknown tensor": (extra("head.weight"), "has unexpectedly head.weight"),
     "narrow layer": (changed(f"{RES}.0.mlp.c_proj.weight", lambda t: t[:, :-1]), "c_proj.weight has the shape"),
     "transposed": (
         changed("visual.ln_pre.weight", lambda t: t[None]),
@@ -445,7 +444,7 @@ def test_a_file_that_is_cut_short_is_named(state, name, share, tmp_path):
     save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=rf"{name}.*Download it anew"):
+    with pytest.raises(ValueError, match=rf"{name}.*Download it again"):
         convert_backbone(path, tmp_path / "out")
 
 
@@ -457,7 +456,7 @@ def test_old_files_of_torch_are_read(state, tmp_path):
 
 def test_what_is_no_checkpoint_is_named(state, tmp_path):
     (tmp_path / "page.pt").write_text("<html>Please log in</html>")
-    with pytest.raises(ValueError, match=r"page.pt \(26 bytes\) is no checkpoint"):
+    with pytest.raises(ValueError, match=r"page.pt \(26 bytes\) is not a checkpoint"):
         read_checkpoint(tmp_path / "page.pt")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_checkpoint(tmp_path / "none.pt")
@@ -467,9 +466,9 @@ def test_what_is_no_checkpoint_is_named(state, tmp_path):
         read_checkpoint(saved({"epoch": 3}, tmp_path / "epoch.pt"))
     with pytest.raises(ValueError, match="no weights of a model but list"):
         read_checkpoint(saved([torch.zeros(2)], tmp_path / "list.pt"))
-    with pytest.raises(ValueError, match="b is no named tensor"):
+    with pytest.raises(ValueError, match="b is not a named tensor"):
         read_checkpoint(saved({"a": torch.zeros(2), "b": 3}, tmp_path / "mixed.pt"))
-    with pytest.raises(ValueError, match="7 is no named tensor"):
+    with pytest.raises(ValueError, match="7 is not a named tensor"):
         read_checkpoint(saved({"a": torch.zeros(2), 7: torch.zeros(2)}, tmp_path / "numbered.pt"))
 
 

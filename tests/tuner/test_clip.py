@@ -29,8 +29,7 @@ CLASSES = re.compile(
 )
 OWNER = "tuner/clip.py"
 # these write the form of published checkpoints and the configuration of the CLIPModel that one becomes
-CHECKPOINTS = {"backbones/layout.py", "backbones/conversion.py", "backbones/architecture.py", "backbones/base.py",
-               "backbones/processing.py"}  # fmt: skip
+CHECKPOINTS = {"backbones/layout.py", "backbones/conversion.py", "backbones/model.py"}
 
 
 def structure_in(tree):
