@@ -13,7 +13,8 @@ from transformers import PrinterCallback
 
 from capt_peft import CaptTrainer, CaptTrainingArguments, load_task
 from capt_peft.attacks import PGD, Attack, AttackResult
-from capt_peft.attacks.losses import LOSSES, pixel_gradient
+from capt_peft.attacks.base import pixel_gradient
+from capt_peft.attacks.losses import LOSSES
 
 MODES: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -1,13 +1,17 @@
-"""Randomness by example: what is drawn for an image depends on the seed, the epoch and the image, and on nothing else."""
+"""Random numbers image by image: what is drawn for one depends on the seed, the epoch and its place, and on nothing else."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator]
+Seeds = int | Generators | None
 
 STREAMS = {"attack": 0, "augmentation": 1, "evaluation": 2}
 _MODEL = 3  # what random models draw
@@ -29,8 +33,60 @@ def example_generator(seed: int, index: int, *, epoch: int = 0, stream: str = "a
 def example_generators(
     seed: int, indices: Sequence[int], *, epoch: int = 0, stream: str = "attack"
 ) -> list[torch.Generator]:
-    """Returns one `example_generator` an index, in their order."""
+    """Returns one `example_generator` per index, in their order."""
     return [example_generator(seed, int(index), epoch=epoch, stream=stream) for index in indices]
+
+
+def resolve_generator(generator: Seeds, batch: int) -> Generators:
+    """Returns the generators that a caller's source of random numbers stands for.
+
+    Args:
+        generator: a seed of 0 or more: row i then draws from a generator of its own, by the seed and i. None is seed 0. Or one
+            generator for each image, which an evaluation makes from their places in the dataset
+            (`example_generators`), or a single one for the batch.
+        batch: number of images.
+
+    Raises:
+        TypeError: `generator` is none of these.
+        ValueError: a negative seed, or a sequence that does not hold one generator for each image.
+    """
+    if generator is None:
+        generator = 0
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        if generator < 0:
+            raise ValueError(f"generator={generator} is negative: a seed must be 0 or more")
+        return example_generators(generator, range(batch))
+    if isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(
+            "generator must be a seed, a torch.Generator, a sequence of them (one for each image) or None, got "
+            f"{generator!r}"
+        )
+    if len(generator) != batch:
+        raise ValueError(
+            f"{len(generator)} generators were given for {batch} images: give one for each image, or a single one"
+        )
+    return generator
+
+
+def select_generators(generator: Generators, index: Tensor) -> Generators:
+    """Returns the generators of the rows in `index` (K,) int64; a single generator serves any rows."""
+    return generator if isinstance(generator, torch.Generator) else [generator[row] for row in index.tolist()]
+
+
+def draw(sample: Callable[..., Tensor], shape: Sequence[int], generator: Generators) -> Tensor:
+    """Draws float32 noise on the generator's device, row i from generator i where there is one for each row.
+
+    Args:
+        sample: `torch.rand`, `torch.randn` or another sampler with their arguments.
+        shape: (B, ...).
+        generator: what `resolve_generator` returned.
+    """
+    if isinstance(generator, torch.Generator):
+        return sample(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+    rows = [sample(tuple(shape[1:]), generator=g, device=g.device, dtype=torch.float32) for g in generator]
+    return torch.stack(rows)
 
 
 @contextmanager

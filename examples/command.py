@@ -131,7 +131,7 @@ _UNKNOWN = re.compile(
 def suggestion(text: str) -> str:
     """Returns " Did you mean ...?" where a message names something unknown and, after it, something that is much like it."""
     found = _UNKNOWN.search(text)
-    if found is None:
+    if found is None or "Did you mean" in text:
         return ""
     word = found["a"] or found["b"]
     listed = [name for name in re.findall(r"\w[\w./:-]*\w", text[found.end() :]) if name != word]

@@ -69,7 +69,7 @@ class Arguments:
     attacks: str = field(
         default="clean,pgd-20",
         metadata={
-            "help": "Comma-separated: clean, fgsm, pgd-20, pgd-100x5, apgd-ce, apgd-t, fab-t, square, autoattack."
+            "help": "Comma-separated, e.g. clean,pgd-20,autoattack; an unknown name is answered with all that there are."
         },
     )
     norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ..randomness import Generators, Seeds
+from .base import Attack, AttackResult, Part, SearchAttack
+
+from .pgd import PGD  # isort: skip  (lists of attacks begin with it)
 from .apgd import APGD
 from .autoattack import AutoAttack
-from .base import Attack, AttackResult, Part, SearchAttack
 from .fab import FAB
-from .noise import Generators, Seeds
-from .pgd import PGD
-from .registry import parse_attack
+from .registry import attack_names, parse_attack, register_attack
 from .square import Square
 from .threat import LogitsFn, ThreatModel, parse_fraction
 
@@ -26,6 +27,8 @@ __all__ = [
     "Seeds",
     "Square",
     "ThreatModel",
+    "attack_names",
     "parse_attack",
     "parse_fraction",
+    "register_attack",
 ]

@@ -11,17 +11,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Attempt, Found, SearchAttack, few_targets
-from .checks import check_counts, check_threat_model
-from .losses import cross_entropy, dlr, margin, pixel_gradient, targeted_dlr, targeted_margin
-from .noise import Generators
+from ..randomness import Generators
+from .base import (
+    AttackResult,
+    Attempt,
+    SearchAttack,
+    check_settings,
+    pixel_gradient,
+    size_name,
+    size_pattern,
+    zero_share,
+)
+from .losses import cross_entropy, dlr, margin, targeted_dlr, targeted_margin
+from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, wide_dtype
 
-Loss = Callable[[Tensor], Tensor]  # logits (B, N) -> losses (B,)
 _MOMENTUM = 0.75  # alpha of Eq. 3
 _RHO = 0.75  # the share of steps that must raise the loss, below which the step size is halved (condition 1)
 
 
+@register_attack
 @dataclass(frozen=True)
 class APGD(SearchAttack):
     """Auto-PGD (Croce & Hein 2020, arXiv 2003.01690, section 3 and algorithm 1).
@@ -44,39 +53,40 @@ class APGD(SearchAttack):
         ValueError: a setting is out of range.
     """
 
-    strong: ClassVar[bool] = True
+    pattern = "apgd-(?P<loss>ce|dlr|t)" + size_pattern("steps")
+    help: ClassVar[dict[str, str]] = {"apgd-ce, apgd-dlr, apgd-t": "100 steps; apgd-ce-50x5 has 50 and 5 restarts"}
     threat_model: ThreatModel
     _: KW_ONLY
     loss: str = "ce"
     steps: int = 100
     restarts: int = 1
-    targets: int = 9
     eot: int = 1
+    targets: int = 9
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        check_threat_model(self)
+        """Checks the settings."""
+        check_settings(self, steps=1, restarts=1, targets=1, eot=1)
         if self.loss not in ("ce", "dlr", "t"):
             raise ValueError(f"unknown loss {self.loss!r}: it must be 'ce', 'dlr' or 't'")
-        check_counts(self, "steps", "restarts", "targets", "eot")
 
     @property
     def name(self) -> str:
         """The settings in short, those at their default left out: "apgd-ce", "apgd-t", "apgd-dlr-50x5"."""
-        sized = "" if (self.steps, self.restarts) == (100, 1) else f"-{self.steps}"
-        sized += f"x{self.restarts}" if self.restarts > 1 else ""
         few = f"-{self.targets}targets" if self.loss == "t" and self.targets != 9 else ""
-        return f"apgd-{self.loss}{sized}{few}" + (f"-eot{self.eot}" if self.eot > 1 else "")
+        eot = f"-eot{self.eot}" if self.eot > 1 else ""
+        return f"apgd-{self.loss}{size_name(self.steps, self.restarts, 100)}{few}{eot}"
+
+    @property
+    def passes(self) -> float:
+        """About how many times an image goes through the model: forwards and backwards of every step."""
+        return 2.0 * self.steps * self.eot * self.restarts * (self.targets if self.loss == "t" else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the name, the threat model and every setting."""
-        settings = {"loss": self.loss, "steps": self.steps, "restarts": self.restarts, "eot": self.eot}
-        if self.loss == "t":
-            settings["targets"] = self.targets
-        return {"name": self.name, "threat_model": self.threat_model.to_dict(), **settings}
+        """Returns the name, the threat model and every setting; the targets of "t" only."""
+        return {name: value for name, value in super().to_dict().items() if name != "targets" or self.loss == "t"}
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
-        """Say which loss and how many targets a model with few classes gets."""
+        """Returns which loss and how many targets a model with few classes gets."""
         found = []
         if self.loss == "dlr" and num_classes < 3:
             found.append(f"{self.name}: the margin instead of DLR, which needs 3 classes ({num_classes} here)")
@@ -85,28 +95,18 @@ class APGD(SearchAttack):
         return (*found, *(few_targets(self.name, num_classes, self.targets) if self.loss == "t" else ()))
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yield the restarts, for "t" of one target after the other."""
-        if self.loss == "t":
-            for rank in range(1, min(self.targets, num_classes - 1) + 1):
-                for _ in range(self.restarts):
-                    yield partial(self._towards, rank)
-        else:
-            untargeted = {"ce": cross_entropy, "dlr": dlr if num_classes > 2 else margin}[self.loss]
+        """Yields the restarts, for "t" of one target after the other."""
+        for rank in range(1, min(self.targets, num_classes - 1) + 1) if self.loss == "t" else [0]:
             for _ in range(self.restarts):
-                yield partial(self._away, untargeted)
+                yield partial(self._ascend, rank)
 
-    def _away(
-        self,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        clean_logits: Tensor,
-        generators: Generators,
-    ) -> Found:
-        return self._ascend(loss, (labels,), logits_fn, images, labels, generators)
+    def _climbed(self, num_classes: int) -> Callable[..., Tensor]:
+        """Returns the loss, of logits, labels and (for "t") targets."""
+        if self.loss == "t":
+            return targeted_dlr if num_classes > 3 else targeted_margin
+        return cross_entropy if self.loss == "ce" else dlr if num_classes > 2 else margin
 
-    def _towards(
+    def _ascend(
         self,
         rank: int,
         logits_fn: LogitsFn,
@@ -114,47 +114,39 @@ class APGD(SearchAttack):
         labels: Tensor,
         clean_logits: Tensor,
         generators: Generators,
-    ) -> Found:
-        loss = targeted_dlr if clean_logits.shape[1] > 3 else targeted_margin
-        targets = target_classes(clean_logits, labels, rank)
-        return self._ascend(loss, (labels, targets), logits_fn, images, labels, generators)
-
-    def _ascend(
-        self,
-        loss: Callable[..., Tensor],
-        arguments: tuple[Tensor, ...],
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generators: Generators,
-    ) -> Found:
-        """Run algorithm 1 from one start; an image leaves once it is misclassified."""
-        threat, batch = self.threat_model, len(images)
+    ) -> AttackResult:
+        """Runs algorithm 1 from one start, for "t" towards the target of this rank; an image leaves once it is misclassified."""
+        threat = self.threat_model
+        loss = self._climbed(clean_logits.shape[1])
+        arguments = (labels, target_classes(clean_logits, labels, rank)) if rank else (labels,)
         start = threat.random_start(images, generators)
         state = _State(images, start, labels, arguments, torch.full_like(images[:, :1, :1, :1], 2 * threat.epsilon))
-        best, zero_share = start.clone(), images.new_full((batch,), torch.nan)
+        best, share = start.clone(), images.new_full(labels.shape, torch.nan)
         checkpoints = set(checkpoint_steps(self.steps))
         for step in range(self.steps + 1):
             last = step == self.steps
             logits, losses, gradient = self._look(loss, state, logits_fn, last)
             if step == 0:
-                zero_share = (gradient == 0).to(images.dtype).mean(dim=(1, 2, 3))
+                share = zero_share(gradient)
             state.record(losses, gradient)
             wrong = logits.argmax(1) != state.labels
             best[state.rows] = torch.where(wrong[:, None, None, None], state.x, state.best)
-            state = state.keep(~wrong)
+            state.keep(~wrong)
             if last or len(state.rows) == 0:
                 break
             if step in checkpoints:
                 state.adapt()
             state.step(threat, first=step == 0)
-        return Found(best, zero_share)
+        return AttackResult(best, share)
 
     def _look(
         self, loss: Callable[..., Tensor], state: _State, logits_fn: LogitsFn, last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, losses and gradient at the current points; after the last step no gradient is needed."""
-        climbed: Loss = lambda logits: loss(logits, *state.arguments)  # noqa: E731
+        """Returns logits, losses and gradient at the current points; after the last step no gradient is needed."""
+
+        def climbed(logits: Tensor) -> Tensor:
+            return loss(logits, *state.arguments)
+
         if last:
             logits = logits_fn(state.x)
             return logits, climbed(logits.to(wide_dtype(logits.device))), torch.zeros_like(state.x)
@@ -172,13 +164,8 @@ class _State:
     """The points of the images that still stand, with what algorithm 1 remembers of each."""
 
     def __init__(self, images: Tensor, x: Tensor, labels: Tensor, arguments: tuple[Tensor, ...], eta: Tensor) -> None:
-        self.images, self.x, self.labels, self.arguments, self.eta = (
-            images,
-            x,
-            labels,
-            arguments,
-            eta,
-        )  # eta (A, 1, 1, 1)
+        self.images, self.x, self.labels, self.arguments = images, x, labels, arguments
+        self.eta = eta  # (A, 1, 1, 1)
         self.rows = torch.arange(len(images), device=images.device)  # (A,) places in the batch
         self.previous, self.best = x.clone(), x.clone()
         self.gradient = self.best_gradient = torch.zeros_like(x)
@@ -191,7 +178,7 @@ class _State:
         self.halved = torch.ones_like(self.labels, dtype=torch.bool)
 
     def record(self, losses: Tensor, gradient: Tensor) -> None:
-        """Take note of loss (A,) and gradient at the current points."""
+        """Takes note of loss (A,) and gradient at the current points."""
         self.rises = self.rises + (losses > self.loss)
         better = losses > self.best_loss
         wide = better[:, None, None, None]
@@ -200,45 +187,40 @@ class _State:
         self.loss, self.gradient = losses, gradient
 
     def step(self, threat: ThreatModel, *, first: bool) -> None:
-        """Move to the next points (Eq. 3; the first step has no momentum)."""
+        """Moves to the next points (Eq. 3; the first step has no momentum)."""
         z = threat.project(self.x + self.eta * threat.direction(self.gradient), self.images)
         if first:
-            moved = z
             self.rises.zero_()  # the start has no step before it
         else:
-            moved = threat.project(
-                self.x + _MOMENTUM * (z - self.x) + (1 - _MOMENTUM) * (self.x - self.previous), self.images
-            )
-        self.previous, self.x = self.x, moved
+            z = self.x + _MOMENTUM * (z - self.x) + (1 - _MOMENTUM) * (self.x - self.previous)
+            z = threat.project(z, self.images)
+        self.previous, self.x = self.x, z
         self.taken += 1
 
     def adapt(self) -> None:
-        """At a checkpoint: halve eta and go back to the best point where condition 1 or 2 holds (section 3)."""
+        """At a checkpoint: halves eta and goes back to the best point where condition 1 or 2 holds (section 3)."""
         stalled = self.rises < _RHO * self.taken
         stuck = ~self.halved & (self.best_loss == self.mark)
         halve = stalled | stuck
         wide = halve[:, None, None, None]
         self.eta = torch.where(wide, self.eta / 2, self.eta)
-        self.x, self.gradient = (
-            torch.where(wide, self.best, self.x),
-            torch.where(wide, self.best_gradient, self.gradient),
-        )
+        self.x = torch.where(wide, self.best, self.x)
+        self.gradient = torch.where(wide, self.best_gradient, self.gradient)
         self.loss = torch.where(halve, self.best_loss, self.loss)
         self.mark, self.halved = self.best_loss, halve
         self.rises, self.taken = torch.zeros_like(self.rises), 0
 
-    def keep(self, mask: Tensor) -> _State:
-        """Drop the images outside `mask` (A,) bool; return itself."""
+    def keep(self, mask: Tensor) -> None:
+        """Drops the images outside `mask` (A,) bool."""
         if not mask.all():
             for name, value in vars(self).items():
                 if isinstance(value, Tensor):
                     setattr(self, name, value[mask])
             self.arguments = tuple(value[mask] for value in self.arguments)
-        return self
 
 
 def checkpoint_steps(steps: int) -> list[int]:
-    """Return the steps w_j = ceil(p_j * steps) at which the step size may change (section 3, "step size selection").
+    """Returns the steps w_j = ceil(p_j * steps) at which the step size may change (section 3, "step size selection").
 
     p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06).
     """
@@ -249,9 +231,17 @@ def checkpoint_steps(steps: int) -> list[int]:
 
 
 def target_classes(clean_logits: Tensor, labels: Tensor, rank: int) -> Tensor:
-    """Return each image's class (B,) that comes `rank`-th (1 is the best) among those other than its label."""
+    """Returns each image's class (B,) that comes `rank`-th (1 is the best) among those other than its label."""
     others = clean_logits.scatter(1, labels[:, None], -torch.inf)
     return others.argsort(dim=1, descending=True, stable=True)[:, rank - 1]
+
+
+def few_targets(name: str, num_classes: int, targets: int) -> tuple[str, ...]:
+    """Says that a model with few classes gets fewer targets than asked for."""
+    there_are = num_classes - 1
+    if there_are >= targets:
+        return ()
+    return (f"{name}: {there_are} target{'s' * (there_are > 1)} instead of {targets} ({num_classes} classes)",)
 
 
 def _unit(gradient: Tensor) -> Tensor:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..randomness import Generators, select_generators
 from .apgd import APGD
-from .base import Attack, AttackResult, Part, Report, SearchAttack, prepare
-from .checks import check_threat_model
+from .base import Attack, AttackResult, Part, Report, SearchAttack, check_settings, clean_answers
 from .fab import FAB
-from .guard import undisturbed
-from .noise import Seeds, resolve_generator, select_generators
+from .registry import register_attack
 from .square import Square
 from .threat import LogitsFn, ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")
 
 
+@register_attack
 @dataclass(frozen=True)
 class AutoAttack(Attack):
     """AutoAttack (Croce & Hein 2020, arXiv 2003.01690, section 6), the measure of RobustBench.
@@ -43,14 +43,16 @@ class AutoAttack(Attack):
         ValueError: an unknown version.
     """
 
+    pattern = f"autoattack(?:-(?P<version>{'|'.join(VERSIONS)}))?"
+    help: ClassVar[dict[str, str]] = {"autoattack": "the standard version; autoattack-plus, autoattack-rand"}
     strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     version: str = "standard"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        check_threat_model(self)
+        """Checks the settings."""
+        check_settings(self)
         if self.version not in VERSIONS:
             raise ValueError(f"unknown version {self.version!r}: it must be one of {', '.join(map(repr, VERSIONS))}")
 
@@ -66,86 +68,48 @@ class AutoAttack(Attack):
         if self.version == "rand":
             return APGD(threat, loss="ce", eot=20), APGD(threat, loss="dlr", eot=20)
         if self.version == "plus":
-            untargeted = [APGD(threat, loss="ce", restarts=5), APGD(threat, loss="dlr", restarts=5)]
-            return (
-                *untargeted,
-                FAB(threat, targets=0, restarts=5),
-                Square(threat),
-                APGD(threat, loss="t"),
-                FAB(threat),
-            )
+            untargeted = APGD(threat, loss="ce", restarts=5), APGD(threat, loss="dlr", restarts=5)
+            targeted = APGD(threat, loss="t"), FAB(threat)
+            return *untargeted, FAB(threat, targets=0, restarts=5), Square(threat), *targeted
         return APGD(threat, loss="ce"), APGD(threat, loss="t"), FAB(threat), Square(threat)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the name, the threat model, and every setting of every part."""
-        parts = [{k: v for k, v in part.to_dict().items() if k != "threat_model"} for part in self.parts]
-        return {
-            "name": self.name,
-            "threat_model": self.threat_model.to_dict(),
-            "version": self.version,
-            "parts": parts,
-        }
+    @property
+    def passes(self) -> float:
+        """About how many times an image goes through the model, in all parts."""
+        return sum(part.passes for part in self.parts)
 
-    def run(
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the name, the threat model, and every setting of every part."""
+        parts = [{k: v for k, v in part.to_dict().items() if k != "threat_model"} for part in self.parts]
+        return {**super().to_dict(), "parts": parts}
+
+    def perturb(
         self,
         logits_fn: LogitsFn,
         images: Tensor,
         labels: Tensor,
-        generator: Seeds = None,
-        *,
-        clean_logits: Tensor | None = None,
-        report: Report | None = None,
-    ) -> AttackResult:
-        """Attack a batch; arguments and errors as of the single attacks.
-
-        Returns:
-            The adversarial images; `parts` says how many images each attack was given and which it broke.
-        """
-        self.threat_model.check(images, labels)
-        generator = resolve_generator(generator, len(images))
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            undisturbed(logits_fn, generator, images.device) as logits_fn,
-        ):
-            images, labels, clean = prepare(logits_fn, images, labels, clean_logits)
-            result = AttackResult(images.clone(), images.new_full(labels.shape, torch.nan))
-            standing = clean.argmax(1) == labels
-            for part in self.parts:
-                result, standing = self._run_part(
-                    part, result, standing, logits_fn, images, labels, clean, generator, report
-                )
-            return result
-
-    @staticmethod
-    def _run_part(
-        part: SearchAttack,
-        result: AttackResult,
-        standing: Tensor,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        clean: Tensor,
-        generator: Any,
+        generators: Generators,
+        clean_logits: Tensor | None,
         report: Report | None,
-    ) -> tuple[AttackResult, Tensor]:
-        """Run one attack on the images that stand; return the result with it, and the images that stand after it."""
-        rows = standing.nonzero().squeeze(1)  # (A,)
-        broken = torch.zeros_like(standing)
-        notes = result.notes + part.notes(clean.shape[1])
-        if len(rows):
-            found = part.run(
-                logits_fn,
-                images[rows],
-                labels[rows],
-                select_generators(generator, rows),
-                clean_logits=clean[rows],
-                report=report,
-            )
-            result.images[rows] = found.images
-            first = result.zero_gradient_share[rows].isnan()
-            result.zero_gradient_share[rows[first]] = found.zero_gradient_share[first]
-            answers = logits_fn(found.images).argmax(1)
-            broken[rows] = answers != labels[rows]
-        parts = (*result.parts, Part(part.name, len(rows), broken))
-        return replace(result, parts=parts, notes=notes), standing & ~broken
+    ) -> AttackResult:
+        """Runs the parts; the result's `parts` say how many images each was given and which it broke."""
+        images = images.clamp(0, 1)
+        clean = clean_answers(logits_fn, images, labels, clean_logits)
+        best, share = images.clone(), images.new_full(labels.shape, torch.nan)
+        standing = clean.argmax(1) == labels
+        told: list[Part] = []
+        notes: list[str] = []
+        for part in self.parts:
+            rows = standing.nonzero().squeeze(1)  # (A,)
+            broken = torch.zeros_like(standing)
+            if len(rows):
+                given = logits_fn, images[rows], labels[rows], select_generators(generators, rows)
+                found = part.run(*given, clean_logits=clean[rows], report=report)
+                best[rows] = found.images
+                first = share[rows].isnan()
+                share[rows[first]] = found.zero_gradient_share[first]
+                broken[rows] = logits_fn(found.images).argmax(1) != labels[rows]
+            told.append(Part(part.name, len(rows), broken))
+            notes += part.notes(clean.shape[1])
+            standing = standing & ~broken
+        return AttackResult(best, share, tuple(told), tuple(notes))

@@ -1,20 +1,21 @@
-"""What an attack is to the rest of the package, and the frame of the attacks that look for one wrong answer and stop."""
+"""What an attack is to the rest of the package, what stands between it and a model, and the frame of those that search."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .guard import check_logits, undisturbed
-from .noise import Generators, Seeds, resolve_generator, select_generators
-from .threat import LogitsFn, ThreatModel, check_label_range
+from ..randomness import Generators, Seeds, own_random_state, resolve_generator, select_generators
+from ..utils.modules import buffers_kept, modules_in
+from .losses import margin
+from .threat import LogitsFn, ThreatModel, check_label_range, wide_dtype
 
 # name of the running part, images of the batch that it has left, images of the batch that still stand
 Report = Callable[[str, int, int], None]
@@ -56,14 +57,21 @@ class AttackResult:
 class Attack(ABC):
     """What an attack is to the rest of the package: it is called for its images, and run for what it saw.
 
-    An attack of your own is a subclass with `name`, `to_dict` and `run`.
+    An attack of your own is a frozen dataclass with `threat_model`, its settings, `name` and `perturb`. With `pattern` and
+    `help` too, `register_attack` makes it one of those that `parse_attack` reads.
 
     Attributes:
         threat_model: The ball that the attack stays in.
+        pattern: Regular expression of its names; its named groups are settings (`from_name`).
+        help: Its names, or their shapes, each with what it means.
+        uses_gradients: Whether it differentiates the model (white box), and does not only ask for answers.
         strong: Whether it is AutoAttack or one of its parts, whose figures say more than those of PGD.
     """
 
     threat_model: ThreatModel
+    pattern: ClassVar[str] = ""
+    help: ClassVar[Mapping[str, str]] = {}
+    uses_gradients: ClassVar[bool] = True
     strong: ClassVar[bool] = False
 
     @property
@@ -71,11 +79,27 @@ class Attack(ABC):
     def name(self) -> str:
         """A short name for logs and results, the same for the same settings."""
 
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """Return the name, the threat model and every setting, in types that JSON has."""
+    @property
+    def parts(self) -> tuple[Attack, ...]:
+        """The attacks that it is made of, in their order: itself, unless it is an ensemble."""
+        return (self,)
 
-    @abstractmethod
+    @property
+    def passes(self) -> float:
+        """About how many times an image goes through the model, forwards and backwards; for estimates of time."""
+        return 200.0
+
+    @classmethod
+    def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:
+        """Returns the attack of a name that `pattern` matches; by default, `named_settings` are its settings."""
+        return cls(threat_model, **named_settings(match))  # type: ignore[call-arg]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the name, the threat model and every setting, in types that JSON has; by default those of a dataclass."""
+        names = [field.name for field in fields(self) if field.name != "threat_model"]  # type: ignore[arg-type]
+        settings = {name: getattr(self, name) for name in names}
+        return {"name": self.name, "threat_model": self.threat_model.to_dict(), **settings}
+
     def run(
         self,
         logits_fn: LogitsFn,
@@ -86,7 +110,49 @@ class Attack(ABC):
         clean_logits: Tensor | None = None,
         report: Report | None = None,
     ) -> AttackResult:
-        """Return the adversarial images and what the attack saw; `SearchAttack.run` describes the arguments."""
+        """Attacks a batch. The model, the arguments and the global random numbers stay as they are.
+
+        Args:
+            logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N); differentiable, if the attack uses gradients.
+            images: (B, 3, H, W) float32 or float64 in [0, 1].
+            labels: (B,) int64 in [0, N): the true classes, or the targets of a targeted `PGD`.
+            generator: source of the random numbers: a seed, or one generator for each image (an image's attack then does not
+                depend on the batch it comes in), or one for the batch.
+            clean_logits: (B, N) logits of `images`, which save a forward where the attack needs them.
+            report: called with (name, images left, images standing) before each attempt.
+
+        Returns:
+            The adversarial images, of the dtype and on the device of `images`, and what the attack saw.
+
+        Raises:
+            TypeError: wrong type or dtype.
+            ValueError: wrong shape or range, or a model without usable logits or gradients.
+        """
+        self.threat_model.check(images, labels)
+        generators = resolve_generator(generator, len(images))
+        # Tensors made in inference mode carry no gradients: work outside it, on copies.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            undisturbed(logits_fn, generators, images.device) as logits_fn,
+        ):
+            images, labels = images.detach().clone(), labels.to(images.device, copy=True)
+            return self.perturb(logits_fn, images, labels, generators, clean_logits, report)
+
+    def perturb(
+        self,
+        logits_fn: LogitsFn,
+        images: Tensor,
+        labels: Tensor,
+        generators: Generators,
+        clean_logits: Tensor | None,
+        report: Report | None,
+    ) -> AttackResult:
+        """Attacks a batch for `run`, which has checked and copied images and labels, and guards the model.
+
+        Arguments and result are those of `run`. `clean_logits` are not checked yet: `clean_answers` does it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no method `perturb`")
 
     def __call__(
         self,
@@ -96,34 +162,12 @@ class Attack(ABC):
         generator: Seeds = None,
         *,
         clean_logits: Tensor | None = None,
-        progress: bool = False,
     ) -> Tensor:
-        """Attack a batch; as `run`, which also says what the attack saw.
-
-        Args:
-            logits_fn: as for `run`.
-            images: as for `run`.
-            labels: as for `run`.
-            generator: as for `run`.
-            clean_logits: as for `run`.
-            progress: show a bar with the images left and those robust so far.
-
-        Returns:
-            (B, 3, H, W) adversarial images in the ball and in [0, 1], of the dtype and on the device of `images`.
-        """
-        with progress_bar(len(images), progress) as report:
-            return self.run(logits_fn, images, labels, generator, clean_logits=clean_logits, report=report).images
+        """Returns the adversarial images (B, 3, H, W) of `run`, whose arguments it takes."""
+        return self.run(logits_fn, images, labels, generator, clean_logits=clean_logits).images
 
 
-@dataclass(frozen=True)
-class Found:
-    """What one attempt found for A images: the best images (A, 3, H, W), and the first step's zero gradients (A,)."""
-
-    images: Tensor
-    zero_gradient_share: Tensor
-
-
-Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], Found]
+Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], AttackResult]
 
 
 class SearchAttack(Attack):
@@ -134,108 +178,160 @@ class SearchAttack(Attack):
     label's lead over the other classes was smallest. Images do not influence each other.
     """
 
+    strong: ClassVar[bool] = True
+
     @abstractmethod
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yield the attempts in their order: (logits_fn, images, labels, clean_logits, generators) -> `Found`."""
+        """Yields the attempts in their order: (logits_fn, images, labels, clean_logits, generators) -> `AttackResult`."""
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
-        """Say what is changed for a model with this number of classes."""
+        """Returns what is changed for a model with this number of classes."""
         return ()
 
-    def run(
+    def perturb(
         self,
         logits_fn: LogitsFn,
         images: Tensor,
         labels: Tensor,
-        generator: Seeds = None,
-        *,
-        clean_logits: Tensor | None = None,
-        report: Report | None = None,
+        generators: Generators,
+        clean_logits: Tensor | None,
+        report: Report | None,
     ) -> AttackResult:
-        """Attack a batch.
-
-        Args:
-            logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N); differentiable, but for Square.
-            images: (B, 3, H, W) float32 or float64 in [0, 1].
-            labels: (B,) int64 in [0, N): the true classes.
-            generator: source of the random numbers: a seed, or one generator for each image (an image's attack then does not
-                depend on the batch it comes in), or one for the batch.
-            clean_logits: (B, N) logits of `images`, which save a forward.
-            report: called with (name, images left, images standing) before each attempt and at the end.
-
-        Raises:
-            TypeError: wrong type or dtype.
-            ValueError: wrong shape or range, or a model without usable logits or gradients.
-        """
-        self.threat_model.check(images, labels)
-        generator = resolve_generator(generator, len(images))
-        # Tensors made in inference mode carry no gradients: work outside it, on copies.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            undisturbed(logits_fn, generator, images.device) as logits_fn,
-        ):
-            images, labels, clean = prepare(logits_fn, images, labels, clean_logits)
-            best, lead = images.clone(), label_lead(clean, labels)  # (B, 3, H, W), (B,)
-            zero_share = images.new_full(labels.shape, torch.nan)
-            standing = clean.argmax(1) == labels
-            for attempt in self.attempts(clean.shape[1]) if self.threat_model.epsilon > 0 else ():
-                rows = standing.nonzero().squeeze(1)  # (A,)
-                if len(rows) == 0:
-                    break
-                if report is not None:
-                    report(self.name, len(rows), len(rows))
-                generators = select_generators(generator, rows)
-                found = attempt(logits_fn, images[rows], labels[rows], clean[rows], generators)
-                logits = logits_fn(found.images)
-                check_width(clean, logits)
-                gap = label_lead(logits, labels[rows]).to(lead.dtype)
-                wrong = logits.argmax(1) != labels[rows]
-                better = wrong | (gap < lead[rows])
-                best[rows[better]], lead[rows[better]] = found.images[better], gap[better]
-                first = zero_share[rows].isnan()
-                zero_share[rows[first]] = found.zero_gradient_share[first]
-                standing[rows[wrong]] = False
+        """Runs the attempts."""
+        images = images.clamp(0, 1)
+        clean = clean_answers(logits_fn, images, labels, clean_logits)
+        best, loss = images.clone(), margin(clean, labels)  # (B, 3, H, W), (B,)
+        share = images.new_full(labels.shape, torch.nan)
+        standing = clean.argmax(1) == labels
+        for attempt in self.attempts(clean.shape[1]) if self.threat_model.epsilon > 0 else ():
+            rows = standing.nonzero().squeeze(1)  # (A,)
+            if len(rows) == 0:
+                break
             if report is not None:
-                report(self.name, int(standing.sum()), int(standing.sum()))
-            return AttackResult(best, zero_share, notes=self.notes(clean.shape[1]))
+                report(self.name, len(rows), len(rows))
+            drawn = select_generators(generators, rows)
+            found = attempt(logits_fn, images[rows], labels[rows], clean[rows], drawn)
+            logits = logits_fn(found.images)
+            check_classes(clean, logits)
+            wrong, gained = logits.argmax(1) != labels[rows], margin(logits, labels[rows]).to(loss.dtype)
+            better = wrong | (gained > loss[rows])
+            best[rows[better]], loss[rows[better]] = found.images[better], gained[better]
+            first = share[rows].isnan()
+            share[rows[first]] = found.zero_gradient_share[first]
+            standing[rows[wrong]] = False
+        if report is not None:
+            report(self.name, int(standing.sum()), int(standing.sum()))
+        return AttackResult(best, share, notes=self.notes(clean.shape[1]))
 
 
-def prepare(
-    logits_fn: LogitsFn, images: Tensor, labels: Tensor, clean_logits: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return copies of images and labels to work on, and the checked clean logits (B, N)."""
-    images, labels = images.detach().clamp(0, 1), labels.to(images.device, copy=True)
-    clean = logits_fn(images) if clean_logits is None else check_logits(clean_logits, len(images)).detach().clone()
-    check_label_range(labels, clean.shape[1])
-    return images, labels, clean
+# ------------------------------------------------------------------------------------------------------ names, settings
+
+
+def size_pattern(count: str) -> str:
+    """Returns the end of a pattern: "-50x5" are 50 of the setting `count`, and 5 restarts."""
+    return rf"(?:-(?P<{count}>\d{{1,9}})(?:x(?P<restarts>\d{{1,9}}))?)?"
+
+
+def size_name(count: int, restarts: int, default: int) -> str:
+    """Returns the end of a name that `size_pattern` reads; nothing if both are at their default."""
+    if restarts > 1:
+        return f"-{count}x{restarts}"
+    return "" if count == default else f"-{count}"
+
+
+def named_settings(match: re.Match[str]) -> dict[str, Any]:
+    """Returns the settings that a name gives: the named groups of its pattern, digits as a whole number."""
+    found = {name: text for name, text in match.groupdict().items() if text is not None}
+    return {name: int(text) if text.isdecimal() else text for name, text in found.items()}
+
+
+def check_settings(attack: Attack, **least: int) -> None:
+    """Refuses a `threat_model` that is not one, and settings that are not whole numbers of at least their value here.
+
+    Raises:
+        TypeError: something else, or not an integer.
+        ValueError: too small.
+    """
+    if not isinstance(attack.threat_model, ThreatModel):
+        raise TypeError(f"threat_model must be a ThreatModel, got {attack.threat_model!r}")
+    for name, smallest in least.items():
+        value = getattr(attack, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}={value!r} must be an integer, {smallest} or more")
+        if value < smallest:
+            raise ValueError(f"{name}={value} must be {smallest} or more")
+
+
+# -------------------------------------------------------------------------------------------------- an attack's model
+
+
+class Guarded:
+    """A model whose caller may go on using both what it hands in and what it gets back.
+
+    The model gets a copy of the images, within the graph, so that gradients still arrive at the caller's own; it may write to it
+    by whatever way. The caller gets a copy of the logits, which a later call cannot overwrite. Logits that are not (B, N) finite
+    floats are refused.
+
+    Args:
+        logits_fn: images (B, 3, H, W) -> logits (B, N).
+    """
+
+    def __init__(self, logits_fn: LogitsFn) -> None:
+        self.logits_fn = logits_fn
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Returns the logits (B, N), with a history if the images' own and the model have one."""
+        logits = check_logits(self.logits_fn(images.clone()), len(images))
+        # a view taken under no_grad claims requires_grad and has no history
+        return logits.clone() if logits.grad_fn is not None else logits.detach().clone()
+
+
+def guarded(logits_fn: LogitsFn) -> LogitsFn:
+    """Returns the model with a guard around it, unless it has one."""
+    return logits_fn if isinstance(logits_fn, Guarded) else Guarded(logits_fn)
 
 
 @contextmanager
-def progress_bar(images: int, show: bool) -> Iterator[Report | None]:
-    """Give a `Report` that moves a bar of this many images as they are broken, or None."""
-    if not show:
-        yield None
-        return
-    with tqdm(total=images, unit="image") as bar:
+def undisturbed(logits_fn: LogitsFn, generators: Generators, device: torch.device) -> Iterator[LogitsFn]:
+    """Gives a model as an attack runs it: guarded, with random numbers of its own, and as it was afterwards.
 
-        def report(name: str, left: int, standing: int) -> None:
-            bar.n = images - standing
-            bar.set_postfix_str(f"{name}: {left} images left, {standing} of {images} robust so far")
-
-        yield report
+    Afterwards the buffers of its modules and the global random state are as before. What a random model draws within depends on
+    the attack's seed alone.
+    """
+    first = generators if isinstance(generators, torch.Generator) else generators[0]
+    with buffers_kept(modules_in(logits_fn)), own_random_state(first.initial_seed(), device):
+        yield guarded(logits_fn)
 
 
-def few_targets(name: str, num_classes: int, targets: int) -> tuple[str, ...]:
-    """Say that a model with few classes gets fewer targets than asked for."""
-    there_are = num_classes - 1
-    if there_are >= targets:
-        return ()
-    return (f"{name}: {there_are} target{'s' * (there_are > 1)} instead of {targets} ({num_classes} classes)",)
+def check_logits(logits: Tensor, batch: int) -> Tensor:
+    """Refuses logits that are not (`batch`, N) finite floats with N >= 2; returns them.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: wrong shape, or values that are not finite.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"the model returned {kind}: logits must be a floating tensor ({batch}, N)")
+    if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+        raise ValueError(
+            f"the model returned shape {tuple(logits.shape)} for {batch} images: logits must be ({batch}, N) "
+            "with N >= 2 classes"
+        )
+    if not logits.isfinite().all():
+        raise ValueError("the model returned logits that are not finite: check its weights and its precision")
+    return logits
 
 
-def check_width(clean_logits: Tensor, logits: Tensor) -> None:
-    """Refuse clean logits (B, N) of another number of classes than the model's."""
+def clean_answers(logits_fn: LogitsFn, images: Tensor, labels: Tensor, given: Tensor | None) -> Tensor:
+    """Returns the logits (B, N) of the images: a copy of those given, or else the model's; refuses labels beyond them."""
+    clean = logits_fn(images) if given is None else check_logits(given, len(images)).detach().clone()
+    check_label_range(labels, clean.shape[1])
+    return clean
+
+
+def check_classes(clean_logits: Tensor, logits: Tensor) -> None:
+    """Refuses clean logits (B, N) of another number of classes than the model's."""
     if clean_logits.shape[1] != logits.shape[1]:
         raise ValueError(
             f"clean_logits have shape {tuple(clean_logits.shape)} but the model returns {logits.shape[1]} classes: give "
@@ -243,8 +339,55 @@ def check_width(clean_logits: Tensor, logits: Tensor) -> None:
         )
 
 
-def label_lead(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return `z_y - max_{j != y} z_j` (B,) of logits (B, N): 0 or less where another class has caught up."""
-    index = labels[:, None]
-    others = logits.scatter(1, index, -torch.inf).amax(1)
-    return logits.gather(1, index).squeeze(1) - others
+def pixel_gradient(
+    logits_fn: LogitsFn, images: Tensor, loss: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one forward and one backward to the pixels; no parameter's `.grad` is touched.
+
+    The loss is taken in float64 (float32 on MPS) whatever the model runs in. Each image's gradient at the logits is
+    scaled to a largest entry of 1 before it enters the model: half-precision layers then do not round it to zero.
+
+    Args:
+        logits_fn: images (B, 3, H, W) -> logits (B, N).
+        images: (B, 3, H, W) float.
+        loss: logits (B, N) -> one value per image (B,).
+
+    Returns:
+        The logits (B, N) and losses (B,), detached, and a positive multiple of each loss's gradient (B, 3, H, W).
+
+    Raises:
+        TypeError: the model does not return floats.
+        ValueError: the logits do not fit, do not depend on the pixels, or something is not finite.
+    """
+    with torch.enable_grad():
+        pixels = images.detach().requires_grad_()
+        logits = guarded(logits_fn)(pixels)
+        leaf = logits.detach().to(wide_dtype(logits.device)).requires_grad_()
+        losses = loss(leaf)
+        (slope,) = torch.autograd.grad(losses.sum(), leaf)  # (B, N)
+    slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+    return logits.detach(), losses.detach(), gradient_at(pixels, logits, slope.to(logits.dtype))
+
+
+def gradient_at(pixels: Tensor, output: Tensor, slope: Tensor | None = None, *, retain_graph: bool = False) -> Tensor:
+    """Returns the gradient (B, 3, H, W) of `output`, weighted by `slope`, at the pixels.
+
+    Raises:
+        ValueError: there is none, or it is not finite.
+    """
+    gradient = None
+    if output.grad_fn is not None:
+        (gradient,) = torch.autograd.grad(output, pixels, slope, retain_graph=retain_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            "the model does not pass gradients to its pixels: remove torch.no_grad, detach or a trip through numpy "
+            "from logits_fn, or use an attack that needs no gradients (square)"
+        )
+    if not gradient.isfinite().all():
+        raise ValueError("the model's gradient at the pixels is not finite: check its weights and its precision")
+    return gradient
+
+
+def zero_share(gradient: Tensor) -> Tensor:
+    """Returns the share (B,) of an image's pixel values whose gradient (B, 3, H, W) is exactly zero."""
+    return (gradient == 0).to(gradient.dtype).mean(dim=(1, 2, 3))

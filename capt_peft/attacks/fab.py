@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .apgd import target_classes
-from .base import Attempt, Found, SearchAttack, few_targets
-from .checks import check_counts, check_threat_model
-from .noise import Generators, draw
+from ..randomness import Generators, draw
+from .apgd import few_targets, target_classes
+from .base import (
+    Attack,
+    AttackResult,
+    Attempt,
+    SearchAttack,
+    check_settings,
+    gradient_at,
+    named_settings,
+    size_name,
+    size_pattern,
+    zero_share,
+)
+from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, wide_dtype
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9  # section 3.5 of the paper
 _FINAL_SEARCH = 3  # halvings of the way from the image to the point found (section 3.4)
 
 
+@register_attack
 @dataclass(frozen=True)
 class FAB(SearchAttack):
     """The fast adaptive boundary attack (Croce & Hein 2020, arXiv 1907.02044, algorithm 1 and section 3).
@@ -40,7 +53,8 @@ class FAB(SearchAttack):
         ValueError: a setting is out of range.
     """
 
-    strong: ClassVar[bool] = True
+    pattern = "fab(?P<targets>-t)?" + size_pattern("steps")
+    help: ClassVar[dict[str, str]] = {"fab, fab-t": "100 steps; fab-t-50x5 as above"}
     threat_model: ThreatModel
     _: KW_ONLY
     targets: int = 9
@@ -48,29 +62,31 @@ class FAB(SearchAttack):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        check_threat_model(self)
-        check_counts(self, "targets", least=0)
-        check_counts(self, "steps", "restarts")
+        """Checks the settings."""
+        check_settings(self, targets=0, steps=1, restarts=1)
 
     @property
     def name(self) -> str:
         """The settings in short, those at their default left out: "fab-t", "fab", "fab-t-50x5"."""
-        sized = "" if (self.steps, self.restarts) == (100, 1) else f"-{self.steps}"
         few = f"-{self.targets}targets" if self.targets not in (0, 9) else ""
-        return ("fab-t" if self.targets else "fab") + sized + (f"x{self.restarts}" if self.restarts > 1 else "") + few
+        return ("fab-t" if self.targets else "fab") + size_name(self.steps, self.restarts, 100) + few
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the name, the threat model and every setting."""
-        settings = {"targets": self.targets, "steps": self.steps, "restarts": self.restarts}
-        return {"name": self.name, "threat_model": self.threat_model.to_dict(), **settings}
+    @property
+    def passes(self) -> float:
+        """About how many times an image goes through the model: 30 per step, of one target after the other or all."""
+        return 30.0 * self.steps * self.restarts
+
+    @classmethod
+    def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:
+        """Returns the attack of a name: "fab-t" has 9 targets, "fab" none."""
+        return cls(threat_model, **named_settings(match) | {"targets": 9 if match["targets"] else 0})
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
-        """Say how many targets a model with few classes gets."""
+        """Returns how many targets a model with few classes gets."""
         return few_targets(self.name, num_classes, self.targets)
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yield the restarts, for FAB-T of one target after the other."""
+        """Yields the restarts, for FAB-T of one target after the other."""
         for rank in range(1, min(self.targets, num_classes - 1) + 1) if self.targets else [0]:
             for restart in range(self.restarts):
                 yield partial(self._search, rank, restart)
@@ -84,19 +100,19 @@ class FAB(SearchAttack):
         labels: Tensor,
         clean_logits: Tensor,
         generators: Generators,
-    ) -> Found:
-        """Run algorithm 1; an image leaves once a wrong point within epsilon is known."""
+    ) -> AttackResult:
+        """Runs algorithm 1; an image leaves once a wrong point within epsilon is known."""
         threat = self.threat_model
         targets = target_classes(clean_logits, labels, rank) if rank else None
         x = images.clone() if restart == 0 else threat.project(self._start(images, generators), images)
         best, best_norm = images.clone(), images.new_full((len(images),), torch.inf)
-        zero_share = images.new_full((len(images),), torch.nan)
+        share = images.new_full(labels.shape, torch.nan)
         rows = torch.arange(len(images), device=images.device)
         for step in range(self.steps):
             here, wanted = labels[rows], None if targets is None else targets[rows]
             gap, normal = self._boundary(logits_fn, x, here, wanted)  # (A,), (A, 3, H, W)
             if step == 0:
-                zero_share = (normal == 0).to(images.dtype).mean(dim=(1, 2, 3))
+                share = zero_share(normal)
             x = self._move(x, images[rows], gap, normal)
             wrong = logits_fn(x).argmax(1) != here
             norm = threat.norm_of(x - images[rows])
@@ -109,10 +125,10 @@ class FAB(SearchAttack):
                 break
         best = self._final_search(logits_fn, images, labels, best, best_norm)
         # no point within epsilon: the nearest wrong one, brought back, is the best guess
-        return Found(threat.project(best, images), zero_share)
+        return AttackResult(threat.project(best, images), share)
 
     def _start(self, images: Tensor, generators: Generators) -> Tensor:
-        """Return random points at half of epsilon, as the authors' code restarts."""
+        """Returns random points at half of epsilon, as the authors' code restarts."""
         threat = self.threat_model
         sample = torch.rand if threat.norm == "linf" else torch.randn
         noise = draw(sample, images.shape, generators).to(images)
@@ -122,7 +138,7 @@ class FAB(SearchAttack):
     def _boundary(
         self, logits_fn: LogitsFn, x: Tensor, labels: Tensor, targets: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return `z_j - z_y` (A,) and its gradient at the pixels for the target class j, or for the nearest boundary (Eq. 7)."""
+        """Returns `z_j - z_y` (A,) and its gradient at the pixels for the target class j, or for the nearest boundary (Eq. 7)."""
         with torch.enable_grad():
             pixels = x.detach().requires_grad_()
             logits = logits_fn(pixels)
@@ -130,7 +146,7 @@ class FAB(SearchAttack):
             gaps = logits.gather(1, others) - logits.gather(1, labels[:, None])
             nearest, gap, normal = torch.full_like(gaps[:, 0], torch.inf), gaps[:, 0].detach(), torch.zeros_like(x)
             for k in range(others.shape[1]):
-                gradient = _gradient(gaps[:, k], pixels, retain_graph=k + 1 < others.shape[1])
+                gradient = gradient_at(pixels, gaps[:, k].sum(), retain_graph=k + 1 < others.shape[1])
                 distance = gaps[:, k].detach().abs() / self._dual_norm(gradient).clamp_min(1e-12)  # (A,)
                 nearer = distance < nearest
                 nearest, gap = torch.where(nearer, distance, nearest), torch.where(nearer, gaps[:, k].detach(), gap)
@@ -142,7 +158,7 @@ class FAB(SearchAttack):
         return flat.abs().sum(1) if self.threat_model.norm == "linf" else flat.norm(dim=1)
 
     def _move(self, x: Tensor, images: Tensor, gap: Tensor, normal: Tensor) -> Tensor:
-        """Take the step of Eq. 9 and 10: a mixture of the projections of x and of the image, beyond the boundary."""
+        """Takes the step of Eq. 9 and 10: a mixture of the projections of x and of the image, beyond the boundary."""
         norm = self.threat_model.norm
         level = gap.to(wide_dtype(x.device)) - _dot(normal, x)  # the linearised gap is normal . z + level
         delta = project_to_hyperplane(x, normal, -(level + _dot(normal, x)), norm)
@@ -154,7 +170,7 @@ class FAB(SearchAttack):
     def _final_search(
         self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, best: Tensor, best_norm: Tensor
     ) -> Tensor:
-        """Halve the way from the image to wrong points outside epsilon, where the boundary may lie nearer (section 3.4)."""
+        """Halves the way from the image to wrong points outside epsilon, where the boundary may lie nearer (section 3.4)."""
         outside = ((best_norm > self.threat_model.epsilon) & best_norm.isfinite()).nonzero().squeeze(1)
         if len(outside) == 0:
             return best
@@ -168,20 +184,8 @@ class FAB(SearchAttack):
         return best
 
 
-def _gradient(values: Tensor, pixels: Tensor, *, retain_graph: bool) -> Tensor:
-    gradient = None
-    if values.grad_fn is not None:
-        (gradient,) = torch.autograd.grad(values.sum(), pixels, retain_graph=retain_graph, allow_unused=True)
-    if gradient is None or not gradient.isfinite().all():
-        raise ValueError(
-            "the model passes no finite gradients to its pixels: remove torch.no_grad, detach or a trip through numpy from "
-            "logits_fn, or use an attack that needs no gradients (square)"
-        )
-    return gradient
-
-
 def _other_classes(labels: Tensor, num_classes: int) -> Tensor:
-    """Return all classes but the label, (A,) -> (A, N - 1)."""
+    """Returns all classes but the label, (A,) -> (A, N - 1)."""
     classes = torch.arange(num_classes - 1, device=labels.device).expand(len(labels), -1)
     return classes + (classes >= labels[:, None])
 
@@ -192,7 +196,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def project_to_hyperplane(x: Tensor, normal: Tensor, rise: Tensor, norm: str) -> Tensor:
-    """Return the shortest delta with `normal . delta = rise` that keeps x + delta in [0, 1] (section 3.1, Eq. 5).
+    """Returns the shortest delta with `normal . delta = rise` that keeps x + delta in [0, 1] (section 3.1, Eq. 5).
 
     Every pixel moves the way that changes `normal . delta` towards `rise`, by a common length (L-inf) or one in proportion to
     |normal| (L2), as far as its room allows: `|delta_j| = min(t v_j, room_j)`. t follows from the sorted lengths at which

@@ -1,4 +1,4 @@
-"""What attacks climb: losses of the logits, one value an image, and their gradient at the pixels.
+"""What attacks climb: losses of the logits, one value per image.
 
 Attacks use the direction of an image's gradient, never its length, and compare losses of one image with each other
 only. Both leave room to choose a form of each loss that does not drown in rounding when the model is confident.
@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .guard import guarded
-from .threat import LogitsFn, wide_dtype
-
 _TINY = 1e-12  # keeps ratios of equal logits finite
 
 
@@ -24,7 +21,7 @@ def _split_off(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy before it saturates: the log-odds against the label, `logsumexp_{j != y} z_j - z_y`.
+    """Returns the cross-entropy before it saturates: the log-odds against the label, `logsumexp_{j != y} z_j - z_y`.
 
     CE = log(1 + exp(log-odds)). It rises with the log-odds, so the two rank an image's variants alike, and their
     gradients differ by a positive factor: the probability of the other classes. For a confident model that factor
@@ -42,19 +39,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the margin `max_{j != y} z_j - z_y` (B,), positive where misclassified (Carlini & Wagner 2017, f_6)."""
+    """Returns the margin `max_{j != y} z_j - z_y` (B,), positive where misclassified (Carlini & Wagner 2017, f_6)."""
     label, others = _split_off(logits, labels)
     return others.amax(1) - label
 
 
 def kl_divergence(logits: Tensor, clean_logits: Tensor) -> Tensor:
-    """Return `KL(softmax(clean_logits) || softmax(logits))` (B,), as TRADES climbs it (Zhang et al. 2019, Eq. 5)."""
+    """Returns `KL(softmax(clean_logits) || softmax(logits))` (B,), as TRADES climbs it (Zhang et al. 2019, Eq. 5)."""
     log_p = clean_logits.to(logits.dtype).log_softmax(1)
     return F.kl_div(logits.log_softmax(1), log_p, reduction="none", log_target=True).sum(1)
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the difference of logits ratio (Croce & Hein 2020, Eq. 6), for 3 classes and more.
+    """Returns the difference of logits ratio (Croce & Hein 2020, Eq. 6), for 3 classes and more.
 
     `-(z_y - max_{j != y} z_j) / (z_(1) - z_(3))`, with z_(k) the k-th largest logit: no scale or shift of the logits
     changes it, so that no confidence makes it vanish.
@@ -64,7 +61,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Return the targeted difference of logits ratio (Croce & Hein 2020, Eq. 7), for 4 classes and more.
+    """Returns the targeted difference of logits ratio (Croce & Hein 2020, Eq. 7), for 4 classes and more.
 
     `-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)`; t are the `targets` (B,).
     """
@@ -74,7 +71,7 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 
 def targeted_margin(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Return `z_t - z_y` (B,)."""
+    """Returns `z_t - z_y` (B,)."""
     return (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
 
 
@@ -84,43 +81,3 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "kl": kl_divergence,
     "margin": margin,
 }
-
-
-def pixel_gradient(
-    logits_fn: LogitsFn, images: Tensor, loss: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one forward and one backward to the pixels; no parameter's `.grad` is touched.
-
-    The loss is taken in float64 (float32 on MPS) whatever the model runs in. Each image's gradient at the logits is
-    scaled to a largest entry of 1 before it enters the model: half-precision layers then do not round it to zero.
-
-    Args:
-        logits_fn: images (B, 3, H, W) -> logits (B, N).
-        images: (B, 3, H, W) float.
-        loss: logits (B, N) -> one value an image (B,).
-
-    Returns:
-        The logits (B, N) and losses (B,), detached, and a positive multiple of each loss's gradient (B, 3, H, W).
-
-    Raises:
-        TypeError: the model does not return floats.
-        ValueError: the logits do not fit, do not depend on the pixels, or something is not finite.
-    """
-    with torch.enable_grad():
-        pixels = images.detach().requires_grad_()
-        logits = guarded(logits_fn)(pixels)
-        leaf = logits.detach().to(wide_dtype(logits.device)).requires_grad_()
-        losses = loss(leaf)
-        (slope,) = torch.autograd.grad(losses.sum(), leaf)  # (B, N)
-    slope = slope / slope.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
-    gradient = None
-    if logits.grad_fn is not None:
-        (gradient,) = torch.autograd.grad(logits, pixels, slope.to(logits.dtype), allow_unused=True)
-    if gradient is None:
-        raise ValueError(
-            "the model does not pass gradients to its pixels: remove torch.no_grad, detach or a trip through numpy "
-            "from logits_fn, or use an attack that needs no gradients"
-        )
-    if not gradient.isfinite().all():
-        raise ValueError("the model's gradient at the pixels is not finite: check its weights and its precision")
-    return logits.detach(), losses.detach(), gradient

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Attack, AttackResult, Report
-from .checks import check_counts, check_threat_model
-from .guard import check_logits, undisturbed
-from .losses import LOSSES, pixel_gradient
-from .noise import Generators, Seeds, resolve_generator, select_generators
+from ..randomness import Generators, select_generators
+from .base import (
+    Attack,
+    AttackResult,
+    Report,
+    check_classes,
+    check_settings,
+    clean_answers,
+    pixel_gradient,
+    zero_share,
+)
+from .losses import LOSSES
+from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wide_dtype
 
 
+@register_attack
 @dataclass(frozen=True)
 class PGD(Attack):
     """Projected gradient descent (Madry et al. 2018, arXiv 1706.06083, section 2.1).
@@ -51,6 +61,11 @@ class PGD(Attack):
         ValueError: a setting is out of range, or settings contradict each other.
     """
 
+    pattern = r"(?:fgsm|pgd-(?P<steps>\d{1,9})(?:x(?P<restarts>\d{1,9}))?)(?:-(?P<loss>kl|margin))?"
+    help: ClassVar[dict[str, str]] = {
+        "fgsm": "one step, no random start",
+        "pgd-STEPS": "pgd-20; pgd-100x5 has 5 restarts; -kl or -margin at the end is another loss than cross-entropy",
+    }
     threat_model: ThreatModel
     _: KW_ONLY
     steps: int = 10
@@ -62,10 +77,8 @@ class PGD(Attack):
     clip_each_step: bool = True
 
     def __post_init__(self) -> None:
-        """Check the settings and read the step size."""
-        check_threat_model(self)
-        check_counts(self, "steps", least=0)
-        check_counts(self, "restarts")
+        """Checks the settings and reads the step size."""
+        check_settings(self, steps=0, restarts=1)
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}: it must be one of {', '.join(map(repr, LOSSES))}")
         if self.step_size is not None:
@@ -73,9 +86,6 @@ class PGD(Attack):
             if step_size == 0:
                 raise ValueError(f"step_size={self.step_size!r} must be more than 0, such as '1/255'")
             object.__setattr__(self, "step_size", step_size)
-        self._check_combination()
-
-    def _check_combination(self) -> None:
         if self.loss == "kl" and not self.random_start:
             raise ValueError(
                 "loss='kl' needs random_start=True: at the clean image its gradient is exactly zero, so that no step "
@@ -116,115 +126,44 @@ class PGD(Attack):
             parts.append(f"step{self.resolved_step_size:.4g}")
         return "-".join(parts)
 
+    @property
+    def passes(self) -> float:
+        """About how many times an image goes through the model: forwards and backwards of every step."""
+        return 2.0 * self.steps * self.restarts
+
+    @classmethod
+    def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:
+        """Returns the attack of a name such as "pgd-20" or "fgsm"."""
+        if match["steps"] is None:
+            return cls(threat_model, steps=1, random_start=False, loss=match["loss"] or "ce")
+        return super().from_name(match, threat_model)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the name, the threat model and every setting, with the step size as taken."""
-        return {
-            "name": self.name,
-            "threat_model": self.threat_model.to_dict(),
-            "steps": self.steps,
-            "step_size": self.resolved_step_size,
-            "loss": self.loss,
-            "restarts": self.restarts,
-            "random_start": self.random_start,
-            "targeted": self.targeted,
-            **({} if self.clip_each_step else {"clip_each_step": False}),
-        }
+        """Returns the name, the threat model and every setting, with the step size as taken."""
+        settings = super().to_dict() | {"step_size": self.resolved_step_size}
+        if self.clip_each_step:
+            del settings["clip_each_step"]
+        return settings
 
-    def run(
+    def perturb(
         self,
         logits_fn: LogitsFn,
         images: Tensor,
         labels: Tensor,
-        generator: Seeds = None,
-        *,
-        clean_logits: Tensor | None = None,
-        report: Report | None = None,
-    ) -> AttackResult:
-        """Attack a batch.
-
-        Args:
-            logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N), differentiable.
-            images: (B, 3, H, W) float32 or float64 in [0, 1].
-            labels: (B,) int64 in [0, N): the true classes, or the targets if `targeted`.
-            generator: source of the random starts: a seed, or one generator for each image (an image's start then does not
-                depend on the batch it comes in), or one for the batch.
-            clean_logits: (B, N) logits of `images`, which save "kl" a forward. Other losses ignore them.
-            report: called with (name, images left, images standing) before each restart.
-
-        Returns:
-            The adversarial images, and the share of zero gradients.
-
-        Raises:
-            TypeError: wrong type or dtype.
-            ValueError: wrong shape or range, or a model without usable logits or gradients.
-        """
-        threat = self.threat_model
-        threat.check(images, labels)
-        generator = resolve_generator(generator, len(images))
-        # Tensors made in inference mode carry no gradients: work outside it, on a copy of the labels.
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            undisturbed(logits_fn, generator, images.device) as logits_fn,
-        ):
-            images, labels = images.detach(), labels.to(images.device, copy=True)
-            if threat.epsilon == 0:
-                return AttackResult(threat.project(images, images), images.new_full(labels.shape, torch.nan))
-            reference = labels
-            if self.loss == "kl":
-                clean = logits_fn(images) if clean_logits is None else check_logits(clean_logits, len(images)).clone()
-                reference = clean.to(images.device)  # (B, N)
-            result = self._ascend(logits_fn, images, labels, reference, generator)
-            if self.restarts == 1:
-                return result
-            best = self._restart(logits_fn, result.images, images, labels, reference, generator, report)
-            return AttackResult(best, result.zero_gradient_share)
-
-    def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
-        check_label_range(labels, logits.shape[1])
-        if self.loss == "kl" and reference.shape != logits.shape:
-            raise ValueError(
-                f"clean_logits have shape {tuple(reference.shape)} but the model returns {tuple(logits.shape)}: give "
-                "the logits of the same model on the same images"
-            )
-        losses = LOSSES[self.loss](logits, reference)  # (B,)
-        return -losses if self.targeted else losses
-
-    def _ascend(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, reference: Tensor, generator: Generators
-    ) -> AttackResult:
-        """Run the steps once, from one start."""
-        threat, clip = self.threat_model, self.clip_each_step
-        keep = threat.project if clip else threat.into_ball
-        adversarial = threat.random_start(images, generator, clip=clip) if self.random_start else keep(images, images)
-        zero_share = images.new_full(labels.shape, torch.nan)  # (B,)
-        loss = partial(self._losses, labels=labels, reference=reference)
-        for step in range(self.steps):
-            _, _, gradient = pixel_gradient(logits_fn, adversarial if clip else adversarial.clamp(0, 1), loss)
-            if step == 0:
-                zero_share = (gradient == 0).to(images.dtype).mean(dim=(1, 2, 3))
-            adversarial = keep(adversarial + self.resolved_step_size * threat.direction(gradient), images)
-        return AttackResult(adversarial if clip else adversarial.clamp(0, 1), zero_share)
-
-    def _score(
-        self, logits_fn: LogitsFn, adversarial: Tensor, labels: Tensor, reference: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return whether each image reached its goal (B,) bool, and its loss (B,)."""
-        logits = logits_fn(adversarial)
-        losses = self._losses(logits.to(wide_dtype(logits.device)), labels, reference)
-        return (logits.argmax(1) == labels) == self.targeted, losses
-
-    def _restart(
-        self,
-        logits_fn: LogitsFn,
-        best: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        reference: Tensor,
-        generator: Generators,
+        generators: Generators,
+        clean_logits: Tensor | None,
         report: Report | None,
-    ) -> Tensor:
-        """Run the remaining restarts on the images that `best` (B, 3, H, W) leaves standing; return the best of all."""
+    ) -> AttackResult:
+        """Runs the steps from each start; only "kl" looks at the clean logits."""
+        if self.threat_model.epsilon == 0:
+            return AttackResult(self.threat_model.project(images, images), images.new_full(labels.shape, torch.nan))
+        reference = labels
+        if self.loss == "kl":
+            reference = clean_answers(logits_fn, images, labels, clean_logits).to(images.device)  # (B, N)
+        result = self._ascend(logits_fn, images, labels, reference, generators)
+        best = result.images
+        if self.restarts == 1:
+            return result
         done, losses = self._score(logits_fn, best, labels, reference)
         for _ in range(1, self.restarts):
             alive = (~done).nonzero().squeeze(1)  # (A,) rows
@@ -233,9 +172,40 @@ class PGD(Attack):
             if report is not None:
                 report(self.name, len(alive), len(alive))
             rows = images[alive], labels[alive], reference[alive]
-            found = self._ascend(logits_fn, *rows, select_generators(generator, alive)).images  # (A, 3, H, W)
+            found = self._ascend(logits_fn, *rows, select_generators(generators, alive)).images  # (A, 3, H, W)
             won, gained = self._score(logits_fn, found, *rows[1:])
             better = won | (gained > losses[alive])
             kept = alive[better]
             best[kept], done[kept], losses[kept] = found[better], won[better], gained[better]
-        return best
+        return AttackResult(best, result.zero_gradient_share)
+
+    def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+        check_label_range(labels, logits.shape[1])
+        if self.loss == "kl":
+            check_classes(reference, logits)
+        losses = LOSSES[self.loss](logits, reference)  # (B,)
+        return -losses if self.targeted else losses
+
+    def _ascend(
+        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, reference: Tensor, generators: Generators
+    ) -> AttackResult:
+        """Runs the steps once, from one start."""
+        threat, clip = self.threat_model, self.clip_each_step
+        keep = threat.project if clip else threat.into_ball
+        adversarial = threat.random_start(images, generators, clip=clip) if self.random_start else keep(images, images)
+        share = images.new_full(labels.shape, torch.nan)  # (B,)
+        loss = partial(self._losses, labels=labels, reference=reference)
+        for step in range(self.steps):
+            _, _, gradient = pixel_gradient(logits_fn, adversarial if clip else adversarial.clamp(0, 1), loss)
+            if step == 0:
+                share = zero_share(gradient)
+            adversarial = keep(adversarial + self.resolved_step_size * threat.direction(gradient), images)
+        return AttackResult(adversarial if clip else adversarial.clamp(0, 1), share)
+
+    def _score(
+        self, logits_fn: LogitsFn, adversarial: Tensor, labels: Tensor, reference: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns whether each image reached its goal (B,) bool, and its loss (B,)."""
+        logits = logits_fn(adversarial)
+        losses = self._losses(logits.to(wide_dtype(logits.device)), labels, reference)
+        return (logits.argmax(1) == labels) == self.targeted, losses

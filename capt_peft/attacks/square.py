@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Attempt, Found, SearchAttack, label_lead
-from .checks import check_counts, check_threat_model
-from .noise import Generators, draw
+from ..randomness import Generators, draw
+from .base import AttackResult, Attempt, SearchAttack, check_settings, size_name, size_pattern
+from .losses import margin
+from .registry import register_attack
 from .threat import LogitsFn, ThreatModel
 
 # p is halved at these queries of 10,000; a search with another number of queries scales them (section 4.1)
@@ -22,6 +23,7 @@ _BLOCK = 64  # queries whose random numbers are drawn at a time
 _L2_STRIPES = 5  # squares along a side of the start (section 4.4)
 
 
+@register_attack
 @dataclass(frozen=True)
 class Square(SearchAttack):
     """The Square attack (Andriushchenko et al. 2020, arXiv 1912.00049, algorithms 1 to 3).
@@ -41,7 +43,9 @@ class Square(SearchAttack):
         ValueError: a setting is out of range.
     """
 
-    strong: ClassVar[bool] = True
+    pattern = "square" + size_pattern("queries")
+    help: ClassVar[dict[str, str]] = {"square": "5,000 queries; square-1000 has 1,000"}
+    uses_gradients: ClassVar[bool] = False
     threat_model: ThreatModel
     _: KW_ONLY
     queries: int = 5000
@@ -49,38 +53,36 @@ class Square(SearchAttack):
     p_init: float = 0.8
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        check_threat_model(self)
-        check_counts(self, "queries", "restarts")
+        """Checks the settings."""
+        check_settings(self, queries=1, restarts=1)
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init={self.p_init} must be more than 0 and at most 1: a share of the image")
 
     @property
     def name(self) -> str:
         """The settings in short, those at their default left out: "square", "square-1000", "square-1000x2"."""
-        sized = "" if (self.queries, self.restarts) == (5000, 1) else f"-{self.queries}"
         share = "" if self.p_init == 0.8 else f"-p{self.p_init:.4g}"
-        return "square" + sized + (f"x{self.restarts}" if self.restarts > 1 else "") + share
+        return "square" + size_name(self.queries, self.restarts, 5000) + share
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the name, the threat model and every setting."""
-        settings = {"queries": self.queries, "restarts": self.restarts, "p_init": self.p_init}
-        return {"name": self.name, "threat_model": self.threat_model.to_dict(), **settings}
+    @property
+    def passes(self) -> float:
+        """About how many times an image goes through the model: about half of the images stop early."""
+        return self.queries * self.restarts / 2
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yield the restarts."""
+        """Yields the restarts."""
         for _ in range(self.restarts):
             yield self._search
 
     def _search(
         self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, clean_logits: Tensor, generators: Generators
-    ) -> Found:
-        """Run algorithm 1; an image leaves once it is misclassified."""
+    ) -> AttackResult:
+        """Runs algorithm 1; an image leaves once it is misclassified."""
         linf = self.threat_model.norm == "linf"
         points = self._stripes(images, generators) if linf else self._grid(images, generators)
         best = points.clone()
         rows = torch.arange(len(images), device=images.device)
-        lead = images.new_full((len(images),), torch.inf)
+        loss = images.new_full((len(images),), -torch.inf)
         numbers = torch.empty(0)
         for query in range(self.queries):
             if query > 0:
@@ -90,17 +92,16 @@ class Square(SearchAttack):
                 propose = self._new_square if linf else self._new_pair
                 points = propose(best[rows], images[rows], numbers[rows, place], query)
             logits = logits_fn(points)
-            gap = label_lead(logits, labels[rows]).to(lead.dtype)
-            wrong = logits.argmax(1) != labels[rows]
-            better = wrong | (gap < lead[rows])
-            best[rows[better]], lead[rows[better]] = points[better], gap[better]
+            wrong, gained = logits.argmax(1) != labels[rows], margin(logits, labels[rows]).to(loss.dtype)
+            better = wrong | (gained > loss[rows])
+            best[rows[better]], loss[rows[better]] = points[better], gained[better]
             rows = rows[~wrong]
             if len(rows) == 0:
                 break
-        return Found(best, images.new_full((len(images),), torch.nan))
+        return AttackResult(best, images.new_full((len(images),), torch.nan))
 
     def _side(self, query: int, height: int, width: int) -> float:
-        """Return the side of the squares of a query, not rounded: the square root of p times the image's area."""
+        """Returns the side of the squares of a query, not rounded: the square root of p times the image's area."""
         scaled = query / self.queries * 10_000
         p: float = self.p_init / 2 ** sum(scaled > halving for halving in _HALVINGS)
         return math.sqrt(p * height * width)
@@ -108,13 +109,13 @@ class Square(SearchAttack):
     # -------------------------------------------------------------------------------------------------------- L-inf
 
     def _stripes(self, images: Tensor, generators: Generators) -> Tensor:
-        """Return the images with vertical stripes of width 1 (section 4.2, "initialization")."""
+        """Returns the images with vertical stripes of width 1 (section 4.2, "initialization")."""
         batch, channels, _, width = images.shape
         sign = _signs(draw(torch.rand, (batch, channels, 1, width), generators)).to(images)
         return self.threat_model.project(images + self.threat_model.epsilon * sign, images)
 
     def _new_square(self, best: Tensor, images: Tensor, numbers: Tensor, query: int) -> Tensor:
-        """Return points with one square set to the image +-epsilon, by colour (algorithm 2)."""
+        """Returns points with one square set to the image +-epsilon, by colour (algorithm 2)."""
         height, width = best.shape[2:]
         side = min(max(round(self._side(query, height, width)), 1), height, width)
         inside = _window(numbers[:, 0], numbers[:, 1], side, height, width)  # (A, 1, H, W)
@@ -125,7 +126,7 @@ class Square(SearchAttack):
     # ----------------------------------------------------------------------------------------------------------- L2
 
     def _grid(self, images: Tensor, generators: Generators) -> Tensor:
-        """Return the images with a 5 x 5 grid of squares of random sign, at length epsilon (section 4.4)."""
+        """Returns the images with a 5 x 5 grid of squares of random sign, at length epsilon (section 4.4)."""
         batch, channels, height, width = images.shape
         side = max(min(height, width) // _L2_STRIPES, 1)
         down, across = height // side, width // side
@@ -142,7 +143,7 @@ class Square(SearchAttack):
         return self._at_length_epsilon(delta, images)
 
     def _new_pair(self, best: Tensor, images: Tensor, numbers: Tensor, query: int) -> Tensor:
-        """Return points whose perturbation in one square has moved into another (algorithm 3)."""
+        """Returns points whose perturbation in one square has moved into another (algorithm 3)."""
         channels, height, width = best.shape[1:]
         smaller = min(height, width)
         side = max(round(self._side(query, height, width)), 3)
@@ -169,7 +170,7 @@ class Square(SearchAttack):
 
 
 def _signs(uniform: Tensor) -> Tensor:
-    """Return -1 or 1 for numbers in [0, 1)."""
+    """Returns -1 or 1 for numbers in [0, 1)."""
     return (uniform >= 0.5).float() * 2 - 1
 
 
@@ -178,7 +179,7 @@ def _corner(uniform: Tensor, side: int, length: int) -> Tensor:
 
 
 def _window(top: Tensor, left: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Return masks (A, 1, H, W) of squares whose corners lie where the uniform numbers `top` and `left` (A,) say."""
+    """Returns masks (A, 1, H, W) of squares whose corners lie where the uniform numbers `top` and `left` (A,) say."""
     rows = torch.arange(height, device=top.device) - _corner(top, side, height)[:, None]  # (A, H)
     columns = torch.arange(width, device=top.device) - _corner(left, side, width)[:, None]  # (A, W)
     inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
@@ -186,7 +187,7 @@ def _window(top: Tensor, left: Tensor, side: int, height: int, width: int) -> Te
 
 
 def _placed(tiles: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """Return planes (A, 1, H, W) that hold each tile (A, s, s) where `_window` has its square, and 0 elsewhere."""
+    """Returns planes (A, 1, H, W) that hold each tile (A, s, s) where `_window` has its square, and 0 elsewhere."""
     side = tiles.shape[-1]
     rows = torch.arange(height, device=tiles.device) - _corner(top, side, height)[:, None]
     columns = torch.arange(width, device=tiles.device) - _corner(left, side, width)[:, None]
@@ -201,7 +202,7 @@ def _length(delta: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _pyramid(side: int) -> Tensor:
-    """Return the tile (s, s) of unit length: a pyramid with a positive and a negative half (section 4.4, Eq. 2)."""
+    """Returns the tile (s, s) of unit length: a pyramid with a positive and a negative half (section 4.4, Eq. 2)."""
     half = side // 2
     tile = torch.zeros(side, side)
     tile[:half], tile[half:] = _half_pyramid(half, side), -_half_pyramid(side - half, side)
@@ -209,7 +210,7 @@ def _pyramid(side: int) -> Tensor:
 
 
 def _half_pyramid(height: int, width: int) -> Tensor:
-    """Sum rectangles around the centre, the k-th of weight 1 / (k + 1)^2, and scale to unit length."""
+    """Returns the sum of rectangles around the centre, the k-th of weight 1 / (k + 1)^2, at unit length."""
     tile = torch.zeros(height, width)
     if height == 0:
         return tile

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import Generators, draw, resolve_generator
+from ..randomness import Generators, draw, resolve_generator
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 PIXEL_TOLERANCE = 1e-6
@@ -27,7 +27,7 @@ LogitsFn = Callable[[Tensor], Tensor]
 
 
 def parse_fraction(value: float | int | str) -> float:
-    """Read a non-negative number, exactly where it is written as a fraction.
+    """Returns a non-negative number, exact where it is written as a fraction.
 
     Args:
         value: a number, or a text such as `"4/255"` or `"0.03"`.
@@ -54,7 +54,7 @@ def parse_fraction(value: float | int | str) -> float:
 
 
 def format_fraction(value: float) -> str:
-    """Write a number as this field does: a short decimal if that is exact, else n/255 if that is, else six digits."""
+    """Writes a number as this field does: a short decimal if that is exact, else n/255 if that is, else six digits."""
     levels = round(value * 255)
     short = f"{value:.6g}"
     if float(short) != value and math.isclose(levels / 255, value, rel_tol=1e-12):
@@ -63,7 +63,7 @@ def format_fraction(value: float) -> str:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest float of the device: sums over 150,000 pixels and softmax tails need more than float32 has."""
+    """Returns the widest float of the device: sums over 150,000 pixels and softmax tails need more than float32 has."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -103,15 +103,15 @@ class ThreatModel:
         object.__setattr__(self, "epsilon", radius)
 
     def __str__(self) -> str:
-        """Write the norm and the radius, as in "L-inf 4/255"."""
+        """Returns the norm and the radius, as in "L-inf 4/255"."""
         return f"{NORMS[self.norm]} {format_fraction(self.epsilon)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings: `ThreatModel(**threat_model.to_dict())` is the same threat model."""
+        """Returns the settings: `ThreatModel(**threat_model.to_dict())` is the same threat model."""
         return {"norm": self.norm, "epsilon": self.epsilon}
 
     def norm_of(self, delta: Tensor) -> Tensor:
-        """Return the length (B,) of each perturbation in `delta` (B, 3, H, W)."""
+        """Returns the length (B,) of each perturbation in `delta` (B, 3, H, W)."""
         if self.norm == "linf":
             return delta.abs().amax(dim=(1, 2, 3))
         wide = wide_dtype(delta.device)
@@ -119,7 +119,7 @@ class ThreatModel:
         return lengths.to(delta.dtype)
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Return the step of length 1 along which a loss with this gradient rises fastest (no step where it is zero).
+        """Returns the step of length 1 along which a loss with this gradient rises fastest (no step where it is zero).
 
         Args:
             gradient: (B, 3, H, W) float.
@@ -136,7 +136,7 @@ class ThreatModel:
         )  # its largest entry is 1, so its norm is at least 1
 
     def project(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Bring images back into the ball around `images` and into [0, 1].
+        """Brings images back into the ball around `images` and into [0, 1].
 
         The result never leaves [0, 1], and leaves the ball by no more than 1e-6 (rounding).
 
@@ -147,7 +147,7 @@ class ThreatModel:
         return self.into_ball(adversarial, images).clamp(0, 1)  # the centre is in [0, 1]: no pixel gets farther from it
 
     def into_ball(self, adversarial: Tensor, images: Tensor) -> Tensor:
-        """Bring points back into the ball around `images`, which may lie outside [0, 1]; arguments as for `project`."""
+        """Brings points back into the ball around `images`, which may lie outside [0, 1]; arguments as for `project`."""
         if self.norm == "linf":
             return torch.minimum(torch.maximum(adversarial, images - self.epsilon), images + self.epsilon)
         return self._into_l2_ball(adversarial, images)
@@ -164,7 +164,7 @@ class ThreatModel:
         return torch.where(norm <= radius, adversarial, moved)
 
     def random_start(self, images: Tensor, generator: Generators | None = None, *, clip: bool = True) -> Tensor:
-        """Draw a point for each image, uniformly in the ball, then cut it to [0, 1].
+        """Draws a point for each image, uniformly in the ball.
 
         Args:
             images: (B, 3, H, W) float in [0, 1].
@@ -184,12 +184,16 @@ class ThreatModel:
             offset = towards * share.pow(1 / images[0].numel()) * self.epsilon  # volume grows with radius ** dimensions
         return (self.project if clip else self.into_ball)(images + offset.to(images), images)
 
-    def check_images(self, images: Tensor) -> None:
-        """Refuse what is not a batch of images (B, 3, H, W), float32 or float64, in [0, 1] within 1e-6.
+    def check(self, images: Tensor, labels: Tensor) -> None:
+        """Refuses what is not a batch of images in [0, 1] (within 1e-6) with its labels.
+
+        Args:
+            images: (B, 3, H, W) float32 or float64, finite, at least one.
+            labels: (B,) int64, 0 or more.
 
         Raises:
-            TypeError: `images` is not a tensor of float32 or float64.
-            ValueError: wrong shape, an empty batch, or values that are not finite or not in [0, 1].
+            TypeError: wrong type.
+            ValueError: wrong shape or range.
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
@@ -208,30 +212,16 @@ class ThreatModel:
                 f"images range from {low:.4g} to {high:.4g}: attacks work on pixels in [0, 1] before normalisation; "
                 "scale them to [0, 1] and normalise inside the model"
             )
-
-    def check(self, images: Tensor, labels: Tensor, num_classes: int | None = None) -> None:
-        """Refuse images that `check_images` refuses, and labels that do not fit them.
-
-        Args:
-            images: (B, 3, H, W) float32 or float64 in [0, 1].
-            labels: (B,) int64 in [0, N).
-            num_classes: N, where it is known.
-
-        Raises:
-            TypeError: wrong type.
-            ValueError: wrong shape or range.
-        """
-        self.check_images(images)
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels are {kind}: a torch.int64 tensor of class numbers is needed")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: ({len(images)},) is needed, one for each image")
-        check_label_range(labels, num_classes)
+        check_label_range(labels)
 
 
-def check_label_range(labels: Tensor, num_classes: int | None) -> None:
-    """Refuse labels (B,) outside [0, `num_classes`); None leaves the upper end open."""
+def check_label_range(labels: Tensor, num_classes: int | None = None) -> None:
+    """Refuses labels (B,) outside [0, `num_classes`); None leaves the upper end open."""
     low, high = torch.stack(labels.aminmax()).tolist()
     if low < 0 or (num_classes is not None and high >= num_classes):
         allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}, for {num_classes} classes"

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, set_seed
 
-from ..attacks import parse_attack
+from ..attacks import PGD, Attack, parse_attack
 from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import Evaluation, evaluate
 from ..methods import METHODS
@@ -192,14 +192,17 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     task = read_task(target.task, target.classes, root)
     template = template_of(cell, task)
     classifier = ZeroShotClassifier(model, processor, task.class_names, template)
-    threat = cell.threat
-    attacks = []
-    for name in cell.attacks:
-        step_size = cell.eval_step_size if name.startswith("pgd") else None
-        attacks.append(parse_attack(name, threat, step_size=step_size))
+    attacks = [_with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
     data = drawn(task[cell.split], cell.limit)
     evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, progress=False)
     return {"task": target.task, "classes": target.classes, "template": template, **_counts(evaluation)}
+
+
+def _with_step_size(attack: Attack, step_size: float | str | None) -> Attack:
+    """Returns the attack with the step size that a cell sets for PGD; FGSM's one step is epsilon."""
+    if step_size is None or not isinstance(attack, PGD) or not attack.random_start:
+        return attack
+    return replace(attack, step_size=step_size)
 
 
 def _counts(evaluation: Evaluation) -> dict[str, Any]:

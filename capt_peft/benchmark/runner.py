@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,22 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
+from transformers import AutoModel
 
+from ..attacks import parse_attack
+from ..training import CaptTrainingArguments
+from ..tuner.clip import image_features, image_size
+from ..tuner.loading import load_pretrained
 from ..utils.files import make_writable
 from ..utils.outputs import main_process_says
-from .cost import duration, passes, seconds_a_pass
 from .executors import Executor, collect, run_here
 from .inputs import Inputs, Root, _load_task
 from .lines import Lines, is_whole
-from .plan import Cell
+from .plan import ZERO_SHOT, Cell
 
 logger = logging.getLogger(__name__)
+
+_CLASSES, _ALL_IMAGES, _TEST_IMAGES = 10, 64, 400  # guesses where the data set has not been read
 
 
 def run_cells(
@@ -133,7 +140,7 @@ def listing(cells: Sequence[Cell], output: str | Path, model: str, workers: int 
         root: As for `run_cells`.
     """
     lines, inputs = Lines(output).read(), Inputs(root)
-    pace = seconds_a_pass(cells, lines, model)
+    pace = seconds_per_pass(cells, lines, model)
     rows, left, finished = [], 0.0, 0
     for cell in cells:
         status = str(lines.get(cell.key, {}).get("status", "to run"))
@@ -145,3 +152,62 @@ def listing(cells: Sequence[Cell], output: str | Path, model: str, workers: int 
         rows.append(f"{cell.key}  {status:8}  {duration(seconds):>7}  {cell}")
     total = f"{len(cells)} cells, {finished} finished; the others should take {duration(left / workers)}"
     return "\n".join([*rows, f"{total}{f' with {workers} workers' if workers > 1 else ''}."])
+
+
+# ------------------------------------------------------------------------------------------------- how long cells take
+
+
+def passes(cell: Cell) -> float:
+    """Returns about how many images go through the image tower, forward or backward, when the cell is run."""
+    return _training_passes(cell) + _measuring_passes(cell)
+
+
+def _training_passes(cell: Cell) -> float:
+    if cell.method == ZERO_SHOT:
+        return 0.0
+    settings = cell.settings
+    batch = _setting(settings, "per_device_train_batch_size")
+    per_class = _ALL_IMAGES if cell.shots == "all" else int(cell.shots)
+    images = per_class * _CLASSES
+    steps = int(settings.get("max_steps", -1))
+    seen = steps * min(batch, images) if steps > 0 else images * _setting(settings, "num_train_epochs")
+    return seen * (2 * _setting(settings, "attack_steps") + 4)
+
+
+def _setting(settings: Mapping[str, Any], name: str) -> float:
+    return float(settings.get(name, getattr(CaptTrainingArguments, name)))
+
+
+def _measuring_passes(cell: Cell) -> float:
+    images = (cell.limit or _TEST_IMAGES) * len(cell.targets)
+    return images * (1 + sum(parse_attack(name, cell.threat).passes for name in cell.attacks))
+
+
+def seconds_per_pass(cells: Sequence[Cell], lines: Mapping[str, Mapping[str, Any]], model: str) -> float:
+    """Returns the seconds of an image's pass: from cells that have ended, or else timed on the model for a moment.
+
+    Args:
+        cells: All cells.
+        lines: The lines there are, by key.
+        model: Folder or Hub id of the CLIP.
+    """
+    ended = [(cell, lines[cell.key]) for cell in cells if lines.get(cell.key, {}).get("status") == "finished"]
+    if len(ended) >= 3:
+        return sum(float(line["seconds"]) for _, line in ended) / sum(passes(cell) for cell, _ in ended)
+    clip: Any = load_pretrained(AutoModel, model, dtype=torch.float32).eval()
+    side = image_size(clip)
+    pixels = torch.rand(32, 3, side, side, requires_grad=True)
+    rounds: list[float] = []
+    while len(rounds) < 3 or (sum(rounds) < 1 and len(rounds) < 20):
+        start = time.perf_counter()
+        torch.autograd.grad(image_features(clip, pixels).float().sum(), pixels)
+        rounds.append(time.perf_counter() - start)
+    return sorted(rounds)[len(rounds) // 2] / (2 * len(pixels))
+
+
+def duration(seconds: float) -> str:
+    """Returns a duration as people read it: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack, AttackResult, LogitsFn
-from ..attacks.base import Report
-from ..attacks.guard import Guarded
+from ..attacks.base import Guarded, Report
 from ..clip.classifier import ZeroShotClassifier
 from ..randomness import example_generators
 from .subject import Subject

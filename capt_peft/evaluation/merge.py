@@ -133,12 +133,13 @@ def _square_gain(attacks: Sequence[Attack], by_attack: Sequence[Records], n: int
         for attack, records in zip(attacks, by_attack, strict=True):
             if attack.threat_model != threat:
                 continue
-            squared |= isinstance(attack, Square) or any("square" in p["name"] for r in records for p in r["parts"])
-            others |= not isinstance(attack, Square)
+            squares = {part.name for part in attack.parts if isinstance(part, Square)}
+            squared |= bool(squares)
+            others |= any(part.uses_gradients for part in attack.parts)
             for record in records:
                 for index, by in zip(record["index"], record["broken_by"], strict=True):
                     if by is not None:
-                        (by_square if by.startswith("square") else by_others).add(index)
+                        (by_square if by in squares else by_others).add(index)
         if squared and others:
             gains.append(len(by_square - by_others) / n)
     return max(gains) if gains else None

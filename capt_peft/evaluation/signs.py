@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..attacks import APGD, PGD, Square, ThreatModel
-from ..attacks.losses import cross_entropy, pixel_gradient
+from ..attacks.base import pixel_gradient
+from ..attacks.losses import cross_entropy
 from ..randomness import example_generators
 from ..results.evaluation import Sign
 from .precision import precision_of

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..attacks import LogitsFn
-from ..attacks.guard import Guarded
+from ..attacks.base import Guarded
 from ..clip.classifier import ZeroShotClassifier
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint

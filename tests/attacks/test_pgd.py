@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from toy_models import CLASSES, accuracy, epsilon_for, make_model, seeded, some_images
 
 from capt_peft.attacks import PGD, Attack, ThreatModel, parse_attack
-from capt_peft.attacks.losses import LOSSES, pixel_gradient
+from capt_peft.attacks.base import pixel_gradient
+from capt_peft.attacks.losses import LOSSES
 
 NORMS = ["linf", "l2"]
 THREAT = ThreatModel("linf", "8/255")

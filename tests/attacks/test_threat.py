@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capt_peft.attacks import ThreatModel, parse_fraction
-from capt_peft.attacks.noise import draw, resolve_generator
-from capt_peft.randomness import example_generators
+from capt_peft.attacks.threat import check_label_range
+from capt_peft.randomness import draw, example_generators, resolve_generator
 
 NORMS = ["linf", "l2"]
 
@@ -244,6 +244,7 @@ def test_other_generators_are_refused(generator: object, error: type[Exception],
 
 
 GOOD = torch.full((2, 3, 4, 4), 0.5)
+LABELS = torch.tensor([0, 1])
 
 
 @pytest.mark.parametrize(
@@ -263,18 +264,17 @@ GOOD = torch.full((2, 3, 4, 4), 0.5)
 )
 def test_other_images_are_refused(images: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ThreatModel("linf", "4/255").check_images(images)
+        ThreatModel("linf", "4/255").check(images, LABELS)
 
 
 def test_images_a_rounding_error_outside_the_range_are_accepted() -> None:
-    ThreatModel("linf", "4/255").check_images(GOOD + 0.5 + 5e-7)
-    ThreatModel("linf", "4/255").check_images(GOOD - 0.5 - 5e-7)
+    ThreatModel("linf", "4/255").check(GOOD + 0.5 + 5e-7, LABELS)
+    ThreatModel("linf", "4/255").check(GOOD - 0.5 - 5e-7, LABELS)
 
 
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
-        (torch.tensor([0, 3]), ValueError, "range from 0 to 3.*0 to 2, for 3 classes"),
         (torch.tensor([-1, 0]), ValueError, "range from -1 to 0"),
         (torch.tensor([0]), ValueError, r"shape \(1,\): \(2,\) is needed"),
         (torch.tensor([[0, 1]]), ValueError, r"shape \(1, 2\)"),
@@ -285,4 +285,10 @@ def test_images_a_rounding_error_outside_the_range_are_accepted() -> None:
 )
 def test_other_labels_are_refused(labels: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ThreatModel("linf", "4/255").check(GOOD, labels, 3)
+        ThreatModel("linf", "4/255").check(GOOD, labels)
+
+
+def test_labels_of_classes_that_are_not_there_are_refused() -> None:
+    check_label_range(torch.tensor([0, 2]), 3)
+    with pytest.raises(ValueError, match=r"range from 0 to 3.*0 to 2, for 3 classes"):
+        check_label_range(torch.tensor([0, 3]), 3)

@@ -15,7 +15,7 @@ from benchmark import main
 from helpers import TINY_CLIP
 from PIL import Image
 
-from capt_peft.benchmark import Lines, Plan, Suite, Target, cost, get_suite, listing, run_cells
+from capt_peft.benchmark import Lines, Plan, Suite, Target, get_suite, listing, run_cells, runner
 from capt_peft.benchmark.executors import run_here
 from capt_peft.benchmark.inputs import Inputs
 from capt_peft.report import read_lines
@@ -285,7 +285,7 @@ def test_the_list_shows_states_durations_and_the_time_left(output):
 
 
 def test_without_finished_cells_the_pace_is_that_of_the_model(output):
-    assert 0 < cost.seconds_a_pass(make_cells(), {}, TINY_CLIP) < 1
+    assert 0 < runner.seconds_per_pass(make_cells(), {}, TINY_CLIP) < 1
     assert "3 cells, 0 finished; the others should take" in listing(make_cells(), output, TINY_CLIP)
     assert not output.parent.exists() or list(output.parent.iterdir()) == []
 
@@ -295,7 +295,7 @@ def test_without_finished_cells_the_pace_is_that_of_the_model(output):
     [(0, "1 s"), (40.4, "40 s"), (89, "89 s"), (100, "2 min"), (89 * 60, "89 min"), (12000, "3 h 20 min"), (7260, "2 h 01 min")],
 )  # fmt: skip
 def test_durations_are_written_as_people_say_them(seconds, words):
-    assert cost.duration(seconds) == words
+    assert runner.duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -309,15 +309,7 @@ def test_durations_are_written_as_people_say_them(seconds, words):
 )
 def test_the_cost_of_tuning_grows_with_its_images_and_attack_steps(changes, factor):
     cell = replace(make_cells()[0], settings={"max_steps": 40, "attack_steps": 2}, attacks=(), limit=1)
-    assert cost.passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (cost.passes(cell) - 1))
-
-
-@pytest.mark.parametrize(
-    ("cheap", "dear", "factor"),
-    [("fgsm", "pgd-10", 10), ("pgd-10", "pgd-20", 2), ("pgd-20", "pgd-20x5", 5), ("apgd-ce-20", "apgd-t-20", 9)],
-)
-def test_the_cost_of_an_attack_grows_with_its_steps_restarts_and_targets(cheap, dear, factor):
-    assert cost.attack_passes(dear) == factor * cost.attack_passes(cheap)
+    assert runner.passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (runner.passes(cell) - 1))
 
 
 # ----------------------------------------------------------------------------------------------------- killed at any time

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -30,6 +32,7 @@ from capt_peft import (
     evaluate,
     load_task,
 )
+from capt_peft.attacks import Attack, register_attack, registry
 from capt_peft.evaluation import Accuracy
 from capt_peft.results.card import TEMPLATE, CardDetails, model_card, write_card
 from capt_peft.results.run import results_table
@@ -175,6 +178,20 @@ class Own(PGD):
         return {**super().to_dict(), "name": self.name, "own": True}
 
 
+@dataclass(frozen=True)
+class Outside(Attack):
+    """An attack that somebody else registers."""
+
+    pattern = r"outside-(?P<level>\d+)"
+    help: ClassVar[dict[str, str]] = {"outside-LEVEL": "moves pixels towards a level"}
+    threat_model: ThreatModel
+    level: int = 128
+
+    @property
+    def name(self):
+        return f"outside-{self.level}"
+
+
 @pytest.mark.parametrize(
     ("attacks", "alone"),
     [
@@ -198,6 +215,17 @@ def test_what_it_was_measured_with_alone_follows_from_the_attacks_and_not_from_t
     assert ("alone here" in card) == (alone is not None)
     assert alone is None or f"It was measured with {alone} alone here" in card
     assert ("| worst case |" in card) == (len(attacks) > 1)
+
+
+@pytest.mark.parametrize("strong", [True, False])
+def test_an_attack_from_outside_counts_as_strong_if_its_class_says_so(results, evaluation, strong, monkeypatch):
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
+    kind = register_attack(type("Outside", (Outside,), {"strong": strong}))
+    changed = copy.deepcopy(evaluation)
+    outcome = {**changed["attacks"][0], "attack": json.loads(json.dumps(kind(THREAT, level=7).to_dict()))}
+    changed["attacks"] = [outcome]
+    card = model_card(results, "a", changed)
+    assert "| outside-7 |" in card and ("It was measured with PGD and outside-7 alone here" in card) != strong
 
 
 def test_a_transferred_attack_is_no_robust_accuracy(results, evaluation):

@@ -14,7 +14,8 @@ from training_helpers import adapter_of, losses, make_model, make_task, make_tra
 
 from capt_peft import TrainingStopped, load_task
 from capt_peft.attacks import Attack, AttackResult
-from capt_peft.attacks.losses import LOSSES, cross_entropy, pixel_gradient
+from capt_peft.attacks.base import pixel_gradient
+from capt_peft.attacks.losses import LOSSES, cross_entropy
 from capt_peft.training.callbacks import SKIPPED, VANISHED, CheckGradients
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}

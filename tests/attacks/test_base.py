@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from toy_models import CLASSES, epsilon_for, make_model, some_images
 
 from capt_peft.attacks import APGD, FAB, PGD, Attack, AutoAttack, SearchAttack, Square, ThreatModel
-from capt_peft.attacks.losses import margin, pixel_gradient
+from capt_peft.attacks.base import pixel_gradient
+from capt_peft.attacks.losses import margin
 
 
 class SmallAutoAttack(AutoAttack):

@@ -1,14 +1,37 @@
-"""Names of attacks: what is read from one is written as the same, and a wrong one is answered with those there are."""
+"""Names of attacks: what is read from one is written as the same, a wrong one is answered, and own attacks join them."""
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
+import torch
+from torch import Tensor
+from toy_models import make_model, some_images
 
-from capt_peft.attacks import APGD, FAB, PGD, Attack, AutoAttack, Square, ThreatModel, parse_attack
-from capt_peft.attacks.registry import KNOWN
+from capt_peft.attacks import (
+    APGD,
+    FAB,
+    PGD,
+    Attack,
+    AttackResult,
+    AutoAttack,
+    Square,
+    ThreatModel,
+    attack_names,
+    parse_attack,
+    register_attack,
+    registry,
+)
+from capt_peft.attacks.registry import known_attack
+from capt_peft.benchmark import Plan, get_suite
+from capt_peft.benchmark.runner import passes
+from capt_peft.evaluation import evaluate
 
+KNOWN = attack_names()
 THREAT = ThreatModel("linf", "8/255")
 # every example in the table: words that begin with the name of an attack, but for the placeholder
 LISTED = re.findall(r"\b(?:fgsm|a?pgd|fab|square|autoattack)(?:-(?!STEPS)\w+)*", " ".join([*KNOWN, *KNOWN.values()]))
@@ -133,6 +156,21 @@ def test_unknown_names_are_answered_with_the_known_ones(name: str) -> None:
     assert all(shape in str(error.value) and meaning in str(error.value) for shape, meaning in KNOWN.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("pdg-20", "pgd-20"),
+        ("AutoAttack", "autoattack"),
+        ("apgd_ce", "apgd-ce"),
+        ("squares", "square"),
+        ("deepfool", None),
+    ],
+)
+def test_a_name_much_like_a_known_one_is_answered_with_that(name: str, near: str | None) -> None:
+    with pytest.raises(ValueError, match=f"'{name}'. Did you mean {near}. Known" if near else f"'{name}'. Known"):
+        parse_attack(name, THREAT)
+
+
 @pytest.mark.parametrize("name", ["apgd-ce-0", "fab-t-10x0", "square-0", "pgd-10x0"])
 def test_counts_of_zero_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="=0 must be 1 or more"):
@@ -149,3 +187,91 @@ def test_a_step_size_is_refused_by_attacks_that_set_their_own(name: str) -> None
 def test_a_step_size_is_taken_by_pgd_and_fgsm(name: str) -> None:
     attack = parse_attack(name, THREAT, step_size="1/255")
     assert isinstance(attack, PGD) and attack.resolved_step_size == pytest.approx(1 / 255)
+
+
+@pytest.mark.parametrize(
+    ("cheap", "dear", "factor"),
+    [("fgsm", "pgd-10", 10), ("pgd-10", "pgd-20", 2), ("pgd-20", "pgd-20x5", 5), ("apgd-ce-20", "apgd-t-20", 9)],
+)
+def test_the_cost_of_an_attack_grows_with_its_steps_restarts_and_targets(cheap: str, dear: str, factor: int) -> None:
+    assert parse_attack(dear, THREAT).passes == factor * parse_attack(cheap, THREAT).passes
+
+
+def test_an_ensemble_costs_what_its_parts_cost() -> None:
+    names = ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert parse_attack("autoattack", THREAT).passes == sum(parse_attack(name, THREAT).passes for name in names)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_settings_in_results_lead_back_to_the_attack(name: str) -> None:
+    attack = parse_attack(name, THREAT)
+    kept = json.loads(json.dumps(attack.to_dict()))
+    assert known_attack(kept) == attack
+    assert known_attack(kept | {"own": True}) is None
+
+
+# ---------------------------------------------------------------------------------------------- an attack of your own
+
+
+@dataclass(frozen=True)
+class Flat(Attack):
+    """Grey images, as near as the ball allows."""
+
+    pattern = r"flat(?:-(?P<level>\d+))?"
+    help: ClassVar[dict[str, str]] = {"flat-LEVEL": "flat-128 moves every pixel towards 128/255"}
+    uses_gradients: ClassVar[bool] = False
+    passes = 1.0
+    threat_model: ThreatModel
+    _: KW_ONLY
+    level: int = 128
+
+    @property
+    def name(self) -> str:
+        return f"flat-{self.level}"
+
+    def perturb(self, logits_fn: Any, images: Tensor, labels: Tensor, *rest: Any) -> AttackResult:
+        goal = torch.full_like(images, self.level / 255)
+        return AttackResult(self.threat_model.project(goal, images), torch.full_like(images[:, 0, 0, 0], torch.nan))
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> type[Attack]:
+    monkeypatch.setattr(registry, "_KINDS", dict(registry._KINDS))
+    return register_attack(Flat)
+
+
+def test_an_attack_from_outside_is_known_by_name_with_its_cost(registered: type[Attack]) -> None:
+    assert parse_attack("flat", THREAT) == Flat(THREAT)
+    attack = parse_attack("flat-7", THREAT)
+    assert attack == Flat(THREAT, level=7) and attack.passes == 1
+    assert attack.to_dict() == {"name": "flat-7", "threat_model": THREAT.to_dict(), "level": 7}
+    with pytest.raises(ValueError, match=r"Did you mean flat-128\? .*flat-LEVEL \(flat-128 moves"):
+        parse_attack("flat128", THREAT)
+    with pytest.raises(ValueError, match="'flat' sets its own step size"):
+        parse_attack("flat", THREAT, step_size="1/255")
+    cell = Plan(get_suite("toy"), "none", ["zero-shot"], ["few-shot"], [1], [0], ["digits"], limit=4).cells()[0]
+    assert passes(replace(cell, attacks=("flat",))) == 4 * (1 + 1)
+
+
+def test_an_attack_from_outside_is_evaluated_and_shown_by_its_strength(
+    registered: type[Attack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = some_images(8)
+    model = make_model()
+    attack = parse_attack("flat-7", THREAT)
+    evaluation = evaluate(model, (images, model(images).argmax(1)), attacks=[attack, Square(THREAT, queries=2)])
+    outcome = evaluation.attacks[0]
+    assert outcome.name == "flat-7" and outcome.gradients == 0 and outcome.forwards == 0
+    moved = THREAT.project(torch.full_like(images, 7 / 255), images)
+    assert outcome.accuracy.correct == (model(moved).argmax(1) == model(images).argmax(1)).sum()
+    found = known_attack(json.loads(json.dumps(outcome.attack)))
+    assert found == attack and not found.strong
+
+
+def test_what_is_no_attack_with_a_name_is_not_registered(registered: type[Attack]) -> None:
+    assert register_attack(Flat) is Flat  # a cell of a notebook that runs again
+    for kind in (object, Attack, "flat"):
+        with pytest.raises(TypeError, match="must be a subclass of Attack with a pattern and a help"):
+            register_attack(kind)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="is that of Flat already"):
+        register_attack(type("Other", (Flat,), {}))
