@@ -14,7 +14,7 @@ from .base import Attack, AttackResult, Part, Report, SearchAttack, check_settin
 from .fab import FAB
 from .registry import register_attack
 from .square import Square
-from .threat import LogitsFn, ThreatModel
+from .threat import LogitsFn, ThreatModel, check_label_range
 
 VERSIONS = ("standard", "plus", "rand")
 
@@ -94,7 +94,8 @@ class AutoAttack(Attack):
     ) -> AttackResult:
         """Runs the parts; the result's `parts` say how many images each was given and which it broke."""
         images = images.clamp(0, 1)
-        clean = clean_answers(logits_fn, images, labels, clean_logits)
+        clean = clean_answers(logits_fn, images, clean_logits)
+        check_label_range(labels, clean.shape[1])
         best, share = images.clone(), images.new_full(labels.shape, torch.nan)
         standing = clean.argmax(1) == labels
         told: list[Part] = []

@@ -199,7 +199,8 @@ class SearchAttack(Attack):
     ) -> AttackResult:
         """Runs the attempts."""
         images = images.clamp(0, 1)
-        clean = clean_answers(logits_fn, images, labels, clean_logits)
+        clean = clean_answers(logits_fn, images, clean_logits)
+        check_label_range(labels, clean.shape[1])
         best, loss = images.clone(), margin(clean, labels)  # (B, 3, H, W), (B,)
         share = images.new_full(labels.shape, torch.nan)
         standing = clean.argmax(1) == labels
@@ -323,11 +324,9 @@ def check_logits(logits: Tensor, batch: int) -> Tensor:
     return logits
 
 
-def clean_answers(logits_fn: LogitsFn, images: Tensor, labels: Tensor, given: Tensor | None) -> Tensor:
-    """Returns the logits (B, N) of the images: a copy of those given, or else the model's; refuses labels beyond them."""
-    clean = logits_fn(images) if given is None else check_logits(given, len(images)).detach().clone()
-    check_label_range(labels, clean.shape[1])
-    return clean
+def clean_answers(logits_fn: LogitsFn, images: Tensor, given: Tensor | None) -> Tensor:
+    """Returns the logits (B, N) of the images: a copy of those given, which are checked, or else the model's."""
+    return logits_fn(images) if given is None else check_logits(given, len(images)).detach().clone()
 
 
 def check_classes(clean_logits: Tensor, logits: Tensor) -> None:

@@ -159,7 +159,7 @@ class PGD(Attack):
             return AttackResult(self.threat_model.project(images, images), images.new_full(labels.shape, torch.nan))
         reference = labels
         if self.loss == "kl":
-            reference = clean_answers(logits_fn, images, labels, clean_logits).to(images.device)  # (B, N)
+            reference = clean_answers(logits_fn, images, clean_logits).to(images.device)  # (B, N)
         result = self._ascend(logits_fn, images, labels, reference, generators)
         best = result.images
         if self.restarts == 1:
