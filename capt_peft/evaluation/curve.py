@@ -16,7 +16,7 @@ from accelerate import PartialState
 from ..attacks import PGD, ThreatModel
 from ..attacks.threat import format_fraction
 from ..clip.classifier import ZeroShotClassifier
-from ..plotting import import_figure
+from ..plotting import COLOURS, GREY, import_figure, new_figure, open_axis, save_figure
 from ..results.accuracy import Accuracy
 from ..results.evaluation import Evaluation
 from ..tuner import adapters_in_use
@@ -30,7 +30,6 @@ EPSILONS = (0, 0.5, 1, 2, 4, 8, 16, 255)  # of 255
 STEPS = (1, 5, 10, 20, 50, 100)
 NOISE = 0.005  # a rise of accuracy with a stronger attack by no more than this, or one image, is noise
 ZERO_SHOT, ADAPTER = "zero-shot", "CAPT"
-COLOURS = ("#57606a", "#0969da", "#bf8700", "#8250df")
 
 
 @dataclass(frozen=True)
@@ -154,12 +153,9 @@ def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: i
     Returns:
         The paths of the pictures.
     """
-    figure_class = import_figure()
-    from matplotlib import rc_context
-
-    figure = figure_class(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    for (name, curve), colour in zip(curves.items(), COLOURS, strict=False):
+    for (name, curve), colour in zip(curves.items(), (GREY, *COLOURS), strict=False):
         for axis, points in ((left, curve.epsilon), (right, curve.steps)):
             places = list(range(len(points)))
             axis.plot(places, [100 * a.value for _, a in points], marker="o", markersize=4, color=colour, label=name)
@@ -176,11 +172,8 @@ def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: i
     n = next(iter(curves.values())).epsilon[0][1].n
     figure.suptitle(f"Accuracy against the strength of the attack (n = {n}; shaded: 95% interval)", fontsize=11)
     paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-    with written_whole(path.parent) as folder, rc_context({"svg.hashsalt": "capt-peft"}):
-        for target in paths:
-            # without a date and random ids, the same figures give the same file
-            metadata = {"Date": None} if target.suffix == ".svg" else None
-            figure.savefig(folder / target.name, dpi=120, metadata=metadata)
+    with written_whole(path.parent) as folder:
+        save_figure(figure, *(folder / target.name for target in paths), dpi=120)
     return paths
 
 
@@ -192,5 +185,4 @@ def _label(axis: Any, ticks: Sequence[str], title: str) -> None:
     axis.set_xticks(range(len(ticks)), ticks, fontsize=8)
     axis.set_xlabel(title)
     axis.set_ylim(0, 100)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    open_axis(axis)

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from ..attacks import Attack
 from ..clip.classifier import ZeroShotClassifier
-from ..plotting import import_figure
+from ..plotting import RIGHT, WRONG, new_figure, save_figure
 from ..randomness import example_generators
-
-RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def attack_picture(
@@ -43,7 +41,7 @@ def attack_picture(
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure_class = import_figure()
+    figure = new_figure(1.25 * len(images) + 1.1, 1.42 * 3 * len(classifiers))
     first = next(iter(classifiers.values()))
     pixels = first.transform.batch(images).to(first.device)  # (B, 3, H, W)
     truth = torch.tensor(list(labels), device=pixels.device)
@@ -56,7 +54,6 @@ def attack_picture(
         rows.append((f"attacked\n{name}", attacked, _answers(classifier, attacked, truth, names)))
         scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)
         rows.append((f"noise x{scale:.0f}", (0.5 + scale * (attacked - pixels)).clamp(0, 1), []))
-    figure = figure_class(figsize=(1.25 * len(pixels) + 1.1, 1.42 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(pixels), squeeze=False)
     for (title, row_pixels, answers), row in zip(rows, axes, strict=True):
         for i, axis in enumerate(row):
@@ -67,7 +64,7 @@ def attack_picture(
                 axis.set_xlabel(answers[i][0], color=RIGHT if answers[i][1] else WRONG, fontsize=9)
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle(f"{attack.name}, {attack.threat_model}; answers in green are right, in red wrong", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, Path(path), dpi=110)
     return Path(path)
 
 

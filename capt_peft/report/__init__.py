@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ..plotting import import_figure
+from ..plotting import import_figure, save_figure
 from ..utils.files import written_whole
-from .difference_plot import differences_figure
-from .lines import Section, choose_attack, read_lines, sections
-from .plots import few_shot_sections, save_figure, scatter_figure, shots_figure
+from .plots import differences_figure, scatter_figure, shots_figure
+from .sections import Section, read_sections
 from .tables import section_tables, to_latex, to_markdown
 
-__all__ = ["read_lines", "section_tables", "sections", "to_latex", "to_markdown", "write_report"]
+__all__ = ["Section", "read_sections", "section_tables", "to_latex", "to_markdown", "write_report"]
 
 
 def write_report(
@@ -32,25 +32,26 @@ def write_report(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: A line is broken, one cell was run with different settings, or no cell has the attack.
+        ValueError: As of `read_sections`.
     """
     import_figure()  # before any long work
     folder = Path(folder)
-    cells = read_lines(lines_path)
-    attack = choose_attack(cells, attack)
-    found = sections(cells)
-    parts = [(section, tables) for section in found if (tables := section_tables(section, attack))]
+    sections = read_sections(lines_path, attack)
+    parts = [(section, tables) for section in sections if (tables := section_tables(section))]
+    drawn = [s for s in sections if s.protocol == "few-shot" and s.runs.robust.notna().any()]
+    figures: dict[str, Any] = {}
+    for section, suffix in zip(drawn, _suffixes(drawn), strict=True):
+        figures |= {f"shots{suffix}": shots_figure(section), f"scatter{suffix}": scatter_figure(section)}
+    figures["differences"] = differences_figure(sections)
     names = ["tables.md", "tables.tex"]
     with written_whole(folder) as temporary:
         (temporary / "tables.md").write_text(to_markdown(parts), encoding="utf-8")
         (temporary / "tables.tex").write_text(to_latex(parts), encoding="utf-8")
-        drawn = few_shot_sections(found, attack)
-        for section, suffix in zip(drawn, _suffixes(drawn), strict=True):
-            names += save_figure(shots_figure(section, attack), temporary, f"shots{suffix}")
-            if (figure := scatter_figure(section, attack)) is not None:
-                names += save_figure(figure, temporary, f"scatter{suffix}")
-        if (figure := differences_figure(found, attack)) is not None:
-            names += save_figure(figure, temporary, "differences")
+        for name, figure in figures.items():
+            if figure is not None:
+                files = [f"{name}.png", f"{name}.svg"]
+                save_figure(figure, *(temporary / file for file in files), dpi=130)
+                names += files
     return [folder / name for name in names]
 
 

@@ -1,52 +1,42 @@
-"""The pictures of few-shot runs: accuracy against shots, and clean against robust. They need the extra `plot`."""
+"""The pictures: accuracy against shots, clean against robust, and paired differences. They need the extra `plot`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..plotting import import_figure
-from .lines import FEW_SHOT, Section, Shots, shots_name
-from .statistics import CLEAN, ROBUST, Runs, Summary, collect, common_runs, summarise
-from .tables import section_title
+import numpy as np
 
-# Okabe and Ito's colours, which colour-blind people can tell apart; CAPT has the first one wherever it is drawn
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from ..benchmark.plan import TRANSFERS, Shots, shots_name
+from ..plotting import COLOURS, GREY, new_figure, open_axis
+from .sections import Section
+from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Difference, Rows, compare, rows_of
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
-GREY = "#6e7781"
-STYLES = ((CLEAN, "-"), (ROBUST, "--"))
+LINES = ((CLEAN, "-"), (ROBUST, "--"))
 AVERAGE = "average"
 ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
 PREFERRED_SHOTS = 16
+Styles = dict[str, tuple[str, str]]
 
 
-def shots_figure(section: Section, attack: str) -> Any:
-    """Draws clean and robust accuracy against shots, one panel a task and one for their average.
-
-    Args:
-        section: A few-shot section.
-        attack: The attack that robust accuracy is of.
-
-    Returns:
-        The figure.
+def shots_figure(section: Section) -> Any:
+    """Draws clean and robust accuracy of a few-shot section against shots, one panel a task and one for their average.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure_class = import_figure()
-    rows = {shots: collect(section.at(shots), attack) for shots in section.shots}
-    tasks = list(dict.fromkeys(task for of in rows.values() for row in of for task, _ in row.scores))
+    rows = {shots: rows_of(section, shots) for shots in section.shots}
+    tasks = list(dict.fromkeys(task for of in rows.values() for task in of.tasks))
     panels = [AVERAGE, *tasks] if len(tasks) > 1 else tasks
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    styles = row_styles(collect(section.cells, attack))
-    figure = figure_class(figsize=(max(2.9 * columns + 0.6, 5.5), 2.5 * lines + 1.2), layout="constrained")
+    styles = row_styles(rows_of(section))
+    figure = new_figure(max(2.9 * columns + 0.6, 5.5), 2.5 * lines + 1.2)
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axis, panel in zip(axes, panels, strict=False):
-        of = {s: rows[s] if panel == AVERAGE else [row.of_tasks([panel]) for row in rows[s]] for s in section.shots}
-        _draw_panel(axis, of, section.shots, styles)
+        _draw_panel(axis, {s: of if panel == AVERAGE else of.of_tasks([panel]) for s, of in rows.items()}, styles)
         axis.set_title(_averaged(rows) if panel == AVERAGE else panel, fontsize=11)
     for i, axis in enumerate(axes):
         axis.set_visible(i < len(panels))
@@ -55,16 +45,15 @@ def shots_figure(section: Section, attack: str) -> Any:
             axis.set_xlabel("shots", fontsize=11)
     figure.supylabel("accuracy (%)", fontsize=11)
     _legend(figure, styles)
-    figure.suptitle(_heading(section, attack), fontsize=11)
+    figure.suptitle(_heading(section), fontsize=11)
     return figure
 
 
-def scatter_figure(section: Section, attack: str) -> Any | None:
+def scatter_figure(section: Section) -> Any | None:
     """Draws robust against clean accuracy, averaged over tasks, with lines of equal harmonic mean.
 
     Args:
         section: A few-shot section; of its numbers of shots, 16 is drawn, or else the largest.
-        attack: The attack that robust accuracy is of.
 
     Returns:
         The figure; None where the rows have no runs in common.
@@ -72,142 +61,120 @@ def scatter_figure(section: Section, attack: str) -> Any | None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure_class = import_figure()
     shots = PREFERRED_SHOTS if PREFERRED_SHOTS in section.shots else section.shots[-1]
-    rows = collect(section.at(shots), attack)
-    styles = row_styles(collect(section.cells, attack))
-    common = common_runs(rows)
-    if not common.tasks:
+    mean, spread = rows_of(section, shots).averages
+    mean = mean.dropna()
+    if mean.empty:
         return None
-    figure = figure_class(figsize=(7.2, 4.6), layout="constrained")
+    styles = row_styles(rows_of(section))
+    figure = new_figure(7.2, 4.6)
     axis = figure.subplots()
-    drawn = []
-    for row in rows:
-        clean, robust = (summarise(row, measure, common) for measure in (CLEAN, ROBUST))
-        if clean is None or robust is None:
-            continue
-        drawn.append((clean.mean, robust.mean))
-        colour, marker = styles[row.label]
-        bars = {"xerr": clean.std or None, "yerr": robust.std or None}
-        axis.errorbar(
-            clean.mean,
-            robust.mean,
-            **bars,
-            color=colour,
-            marker=marker,
-            markersize=8,
-            ls="",
-            capsize=3,
-            label=row.label,
-            zorder=3,
-        )
-    _limits(axis, drawn)
+    for label, (clean, robust) in zip(mean.index, mean[[CLEAN, ROBUST]].to_numpy(), strict=True):
+        colour, marker = styles[label]
+        bars = [np.nan_to_num(of) or None for of in spread.loc[label, [CLEAN, ROBUST]]]
+        style = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 8,
+            "ls": "",
+            "capsize": 3,
+            "label": label,
+            "zorder": 3,
+        }
+        axis.errorbar(clean, robust, xerr=bars[0], yerr=bars[1], **style)
+    for values, set_limits in ((mean[CLEAN], axis.set_xlim), (mean[ROBUST], axis.set_ylim)):
+        pad = max(4.0, 0.15 * (values.max() - values.min()))
+        set_limits(max(0, values.min() - pad), min(100, values.max() + pad))
     _iso_lines(axis)
     axis.set_xlabel("clean accuracy (%)", fontsize=11)
     axis.set_ylabel("robust accuracy (%)", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=10)
-    axis.set_title(f"{_heading(section, attack)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
+    axis.set_title(f"{_heading(section)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
     return figure
 
 
-def row_styles(rows: Sequence[Runs]) -> dict[str, tuple[str, str]]:
-    """Returns the colour and the marker of each label, the same in every picture of a section."""
-    trained = sorted((row for row in rows if not row.once), key=lambda row: not row.ours)  # CAPT first
-    styles = {row.label: (GREY, "*") for row in rows if row.once}
-    for i, row in enumerate(trained):
-        styles[row.label] = (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-    return {row.label: styles[row.label] for row in rows}
-
-
-def save_figure(figure: Any, folder: Path, name: str) -> list[str]:
-    """Writes a figure as PNG and SVG; the same figures give the same files.
-
-    Args:
-        figure: The figure.
-        folder: Where to write.
-        name: Name of the files without suffix.
+def differences_figure(sections: Sequence[Section]) -> Any | None:
+    """Draws how far CAPT is above each baseline in H, with 95% intervals, one panel a section and number of shots.
 
     Returns:
-        The names of the files.
+        The figure; None where there is nothing to compare.
+
+    Raises:
+        ImportError: matplotlib is missing.
     """
-    from matplotlib import rc_context
+    panels = [(f"{s.title}\n{shots_name(shots)}", _compared(s, shots)) for s in sections for shots in s.shots]
+    panels = [(title, found) for title, found in panels if found]
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    tallest = max(len(found) for _, found in panels)
+    figure = new_figure(3.6 * columns + 1.0, (0.36 * tallest + 1.1) * lines + 0.8)
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+    for i, (axis, (title, found)) in enumerate(zip(axes, panels, strict=False)):
+        _bars(axis, found)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelbottom=i + columns >= len(panels))
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("points of H (95% interval; pale where it contains 0 or there is none)", fontsize=10)
+    figure.suptitle(f"{OURS} minus each baseline, robust under {sections[0].attack}", fontsize=11)
+    return figure
 
-    names = [f"{name}.{kind}" for kind in ("png", "svg")]
-    for file in names:
-        with rc_context({"svg.hashsalt": "capt-peft"}):
-            # without a date and random ids, the same figures give the same file
-            figure.savefig(folder / file, dpi=130, metadata={"Date": None} if file.endswith("svg") else None)
-    return names
+
+def row_styles(rows: Rows) -> Styles:
+    """Returns the colour and the marker of each label, the same in every picture of a section."""
+    trained = sorted(
+        (label for label in rows.labels if label not in rows.once), key=lambda label: label not in rows.ours
+    )
+    places = {label: i for i, label in enumerate(trained)}  # CAPT first
+    cycled = {label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for label, i in places.items()}
+    return {label: cycled.get(label, (GREY, "*")) for label in rows.labels}
 
 
-def _draw_panel(
-    axis: Any, rows: dict[Shots, list[Runs]], shots: Sequence[Shots], styles: dict[str, tuple[str, str]]
-) -> None:
+def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:
     trained = [label for label, (colour, _) in styles.items() if colour != GREY]
-    common = {s: common_runs(of) for s, of in rows.items()}
+    frames = [[frame.reindex(list(styles)) for frame in of.averages] for of in rows.values()]
     for label, (colour, marker) in styles.items():
-        found = {s: next((row for row in of if row.label == label), None) for s, of in rows.items()}
-        for measure, style in STYLES:
-            points = [(i, summarise(row, measure, common[s])) for i, s in enumerate(shots) if (row := found[s])]
-            kept = [(i, summary) for i, summary in points if summary]
-            if not kept:
-                continue
-            if colour == GREY:
-                _draw_reference(axis, kept, style)
-                continue
-            shift = DODGE * (trained.index(label) - (len(trained) - 1) / 2)
-            axis.errorbar(
-                [i + shift for i, _ in kept],
-                [summary.mean for _, summary in kept],
-                yerr=[summary.std or 0 for _, summary in kept],
-                color=colour,
-                marker=marker,
-                ls=style,
-                markersize=4,
-                lw=1.4,
-                capsize=2,
-                elinewidth=0.9,
-            )
-    axis.set_xticks(range(len(shots)), [str(s) for s in shots])
-    axis.set_xlim(-0.4, len(shots) - 0.6)
+        for measure, line in LINES:
+            means, spreads = ([frame.at[label, measure] for frame in of] for of in zip(*frames, strict=True))
+            places = [i for i, mean in enumerate(means) if not np.isnan(mean)]
+            means, spreads = [means[i] for i in places], [np.nan_to_num(spreads[i]) for i in places]
+            if colour == GREY and places:
+                # a horizontal line; it has steps where not the same tasks count at every number of shots
+                ends = [i + side for i in places for side in (-0.5, 0.5)]
+                axis.plot(ends, np.repeat(means, 2), color=GREY, ls=line, lw=1.4, zorder=1)
+            elif places:
+                shift = DODGE * (trained.index(label) - (len(trained) - 1) / 2)
+                style = {"color": colour, "marker": marker, "ls": line, "markersize": 4, "lw": 1.4}
+                axis.errorbar([i + shift for i in places], means, yerr=spreads, capsize=2, elinewidth=0.9, **style)
+    axis.set_xticks(range(len(rows)), [str(shots) for shots in rows])
+    axis.set_xlim(-0.4, len(rows) - 0.6)
     axis.set_ylim(-2, 100)  # a line at 0 is seen
     axis.tick_params(labelsize=10)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    open_axis(axis)
 
 
-def _averaged(rows: dict[Shots, list[Runs]]) -> str:
-    counts = sorted({len(common_runs(of).tasks) for of in rows.values()})
+def _averaged(rows: Mapping[Shots, Rows]) -> str:
+    counts = sorted({len(of.common.tasks) for of in rows.values()})
     return f"average of {counts[0]} tasks" if len(counts) == 1 else f"average of {counts[0]} to {counts[-1]} tasks"
 
 
-def _draw_reference(axis: Any, points: Sequence[tuple[int, Summary]], style: str) -> None:
-    """Draws zero-shot as a horizontal line; it has steps where not the same tasks count at every number of shots."""
-    ends = [(i + side, summary.mean) for i, summary in points for side in (-0.5, 0.5)]
-    axis.plot(*zip(*ends, strict=True), color=GREY, ls=style, lw=1.4, zorder=1)
-
-
-def _legend(figure: Any, styles: dict[str, tuple[str, str]]) -> None:
+def _legend(figure: Any, styles: Styles) -> None:
     from matplotlib.lines import Line2D
 
     names = [
         Line2D([], [], color=c, marker="" if c == GREY else m, markersize=6, lw=1.6, label=label)
         for label, (c, m) in styles.items()
     ]
-    kinds = [Line2D([], [], color="black", ls=style, lw=1.4, label=measure) for measure, style in STYLES]
+    kinds = [Line2D([], [], color="black", ls=line, lw=1.4, label=measure) for measure, line in LINES]
     handles = [*names, *kinds]
     widest = 0.9 + 0.08 * max(len(label) for label in styles)  # inches
     fitting = max(1, int(figure.get_figwidth() / widest))
     lines = -(-len(handles) // fitting)
     columns = -(-len(handles) // lines)  # lines of equal length
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
-
-
-def _limits(axis: Any, points: Sequence[tuple[float, float]]) -> None:
-    for values, set_limits in zip(zip(*points, strict=True), (axis.set_xlim, axis.set_ylim), strict=False):
-        pad = max(4.0, 0.15 * (max(values) - min(values)))
-        set_limits(max(0, min(values) - pad), min(100, max(values) + pad))
 
 
 def _iso_lines(axis: Any) -> None:
@@ -219,24 +186,39 @@ def _iso_lines(axis: Any) -> None:
         inside = [(c, r) for c, r in curve if low <= r <= high]
         if len(inside) > 1:
             axis.plot(*zip(*inside, strict=True), color=GREY, lw=0.7, alpha=0.5, zorder=0)
-            axis.annotate(
-                f"H = {h}",
-                inside[-1],
-                fontsize=8,
-                color=GREY,
-                ha="right",
-                va="bottom",
-                textcoords="offset points",
-                xytext=(0, 1),
-            )
+            style = {"fontsize": 8, "color": GREY, "ha": "right", "va": "bottom"}
+            axis.annotate(f"H = {h}", inside[-1], xytext=(0, 1), textcoords="offset points", **style)
     axis.set_xlim(left, right)
     axis.set_ylim(low, high)
 
 
-def few_shot_sections(sections: Sequence[Section], attack: str) -> list[Section]:
-    """Returns the sections that are drawn against shots: few-shot ones that have the attack."""
-    return [s for s in sections if s.protocol == FEW_SHOT and any(cell.has(attack) for cell in s.cells)]
+def _bars(axis: Any, found: Sequence[Difference]) -> None:
+    for place, one in enumerate(found):
+        value, low, high = one.measures[HARMONIC]
+        interval = [] if low is None or high is None else [low, high]
+        sure = bool(interval) and not interval[0] <= 0 <= interval[1]
+        axis.barh(place, value, height=0.6, color=COLOURS[0], alpha=0.85 if sure else 0.3)
+        if interval:
+            axis.plot(interval, [place, place], color="black", lw=1.3, marker="|", markersize=6)
+        # the figure stands beyond the bar and its interval, which may be too small to read
+        side, end = (1, max) if value >= 0 else (-1, min)
+        style = {"fontsize": 9, "va": "center", "ha": "left" if side > 0 else "right"}
+        where = (end([value, 0.0, *interval]), place)
+        axis.annotate(f"{value:+.1f}", where, xytext=(4 * side, 0), textcoords="offset points", **style)
+    axis.margins(x=0.16)
+    axis.set_yticks(range(len(found)), [one.baseline for one in found], fontsize=10)
+    axis.set_ylim(len(found) - 0.4, -0.6)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.grid(axis="x", alpha=0.25)
+    axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _heading(section: Section, attack: str) -> str:
-    return f"{section_title(section)} ({section.split} split, {attack}, {section.threat})"
+def _compared(section: Section, shots: Shots) -> list[Difference]:
+    rows = rows_of(section, shots)
+    if section.protocol in TRANSFERS:
+        rows = rows.of_tasks([task for task in rows.tasks if task != section.source])
+    return compare(rows)[0]
+
+
+def _heading(section: Section) -> str:
+    return f"{section.title} ({section.split} split, {section.attack}, {section.threat})"

@@ -1,46 +1,29 @@
-"""Numbers over tasks and seeds: the scores of runs, their averages and their spread."""
+"""Numbers over tasks and seeds: scores, averages and their spread, and paired differences with bootstrap intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from statistics import fmean, stdev
+from functools import cached_property
+from statistics import fmean, stdev  # exact, where pandas' sums would turn 8.75 into 8.8
+from typing import NamedTuple
 
-from .lines import BASE_TO_NEW, Cell
+import numpy as np
+import pandas as pd
+
+from ..benchmark.plan import Shots
+from .sections import Section
 
 CLEAN, ROBUST, HARMONIC = MEASURES = ("clean", "robust", "H")
 OURS = "capt"
-Scores = Mapping[str, float]  # accuracies in percent by the name of the measure; there are always clean, robust and H
+DRAWS = 10_000
 
 
-@dataclass(frozen=True)
-class Runs:
-    """The scores of one row of a table.
-
-    Attributes:
-        label: Name of the row.
-        ours: Whether it is the method or one of its variants, and so no baseline.
-        once: Whether it was run once and stands for every seed.
-        scores: By task and seed.
-    """
-
-    label: str
-    ours: bool
-    once: bool
-    scores: Mapping[tuple[str, int], Scores]
-
-    def of_tasks(self, tasks: Iterable[str]) -> Runs:
-        """Returns the runs on some of the tasks."""
-        kept = set(tasks)
-        return replace(self, scores={place: s for place, s in self.scores.items() if place[0] in kept})
-
-
-@dataclass(frozen=True)
-class Common:
+class Common(NamedTuple):
     """The tasks and seeds that all rows have.
 
     Attributes:
-        tasks: Tasks, in the order of the first row.
+        tasks: Tasks, in the order of the rows.
         seeds: Seeds; every row has each of them on each of the tasks.
         left_out: (task, seed) that some row has and another has not, or that had to go with those.
     """
@@ -51,124 +34,196 @@ class Common:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A mean over seeds.
+class Rows:
+    """The rows of a table: zero-shot first, then the baselines, then CAPT and its variants.
 
     Attributes:
-        mean: The mean, in percent.
-        std: The sample standard deviation over seeds; None with one seed.
+        labels: Names of the rows, also of those that have no scores.
+        once: Those that were run once and stand for every seed.
+        ours: CAPT and its variants, which are no baselines.
+        scores: Percent, by label, task and seed: clean, robust and H; for base-to-new also "base clean", "base robust", "new
+            clean" and "new robust": clean is then the harmonic mean of base and new clean, and robust likewise.
     """
 
-    mean: float
-    std: float | None
+    labels: list[str]
+    once: Collection[str]
+    ours: Collection[str]
+    scores: pd.DataFrame
 
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order of the rows."""
+        return list(self.scores.index.unique("task"))
 
-def harmonic_mean(*values: float) -> float:
-    """Returns the harmonic mean of numbers of 0 or more; 0 where one of them is 0."""
-    return len(values) / sum(1 / v for v in values) if all(v > 0 for v in values) else 0.0
+    def of_tasks(self, tasks: Collection[str]) -> Rows:
+        """Returns the rows with some of the tasks only."""
+        return replace(self, scores=self.scores[self.scores.index.isin(tasks, level="task")])
 
+    @cached_property
+    def common(self) -> Common:
+        """The largest set of tasks x seeds that all rows with scores have; of equal ones, the one of more tasks.
 
-def cell_scores(cell: Cell, attack: str) -> dict[str, Scores]:
-    """Returns the scores of a cell by task, in percent.
-
-    Args:
-        cell: The cell.
-        attack: The attack that robust accuracy is of.
-
-    Returns:
-        clean, robust and H by task, without the tasks that were not measured under the attack. For base-to-new also "base clean",
-        "base robust", "new clean" and "new robust": clean is then the harmonic mean of base and new clean, and robust likewise.
-    """
-    measured = {
-        (r.task, r.classes): (100 * r.clean.value, 100 * r.attacks[attack].value)
-        for r in cell.results
-        if attack in r.attacks
-    }
-    if cell.protocol != BASE_TO_NEW:
-        return {task: _scores(*pair) for (task, classes), pair in measured.items() if classes == "all"}
-    parts = [measured.get((cell.task, classes)) for classes in ("base", "new")]
-    if parts[0] is None or parts[1] is None:
-        return {}
-    (base_clean, base_robust), (new_clean, new_robust) = parts[0], parts[1]
-    named = {"base clean": base_clean, "base robust": base_robust, "new clean": new_clean, "new robust": new_robust}
-    both = _scores(harmonic_mean(base_clean, new_clean), harmonic_mean(base_robust, new_robust))
-    return {cell.task: {**named, **both}}
-
-
-def collect(cells: Sequence[Cell], attack: str) -> list[Runs]:
-    """Returns the rows of a table: zero-shot first, then the baselines, then CAPT and its variants.
-
-    Args:
-        cells: The cells of one section at one number of shots, with those that nothing was trained for.
-        attack: The attack that robust accuracy is of.
-
-    Returns:
-        One row a label, also where all of its cells failed: such a row has no scores.
-    """
-    seeds = sorted({cell.seed for cell in cells if not cell.once}) or [0]
-    found: dict[str, dict[tuple[str, int], Scores]] = {}
-    first: dict[str, Cell] = {}
-    for cell in cells:
-        row = found.setdefault(cell.label, {})
-        first.setdefault(cell.label, cell)
-        for task, scores in cell_scores(cell, attack).items():
-            for seed in seeds if cell.once else [cell.seed]:
-                row[task, seed] = scores
-    labels = sorted(found, key=lambda label: _rank(first[label]))  # stable: otherwise as they come
-    return [Runs(label, first[label].method == OURS, first[label].once, found[label]) for label in labels]
-
-
-def common_runs(rows: Sequence[Runs]) -> Common:
-    """Returns the largest set of tasks x seeds that all rows with scores have.
-
-    It is whole, every task with every seed, so that the average of each seed is over the same tasks. Of sets of equal size the
-    one of more tasks counts.
-
-    Args:
-        rows: The rows; those without any scores are left aside.
-    """
-    filled = [row.scores for row in rows if row.scores]
-    every = list(dict.fromkeys(place for scores in filled for place in scores))
-    seeds_of: dict[str, set[int]] = {}
-    for task, seed in every:
-        if all((task, seed) in scores for scores in filled):
+        It is whole, every task with every seed, so that the average of each seed is over the same tasks.
+        """
+        counts = self.scores.groupby(["task", "seed"], sort=False).size()
+        seeds_of: dict[str, set[int]] = {}
+        for task, seed in counts.index[counts == self.scores.index.unique("label").size]:
             seeds_of.setdefault(task, set()).add(seed)
-    # the seeds of the largest set are those that some of the tasks have in common
-    candidates: set[frozenset[int]] = set()
-    for seeds in map(frozenset, seeds_of.values()):
-        candidates |= {seeds & other for other in candidates} | {seeds}
-    best: tuple[tuple[str, ...], frozenset[int]] = ((), frozenset())
-    for candidate in sorted(candidates, key=sorted):
-        tasks = tuple(task for task, seeds in seeds_of.items() if candidate and candidate <= seeds)
-        if (len(tasks) * len(candidate), len(tasks)) > (len(best[0]) * len(best[1]), len(best[0])):
-            best = (tasks, candidate)
-    kept = {(task, seed) for task in best[0] for seed in best[1]}
-    return Common(best[0], tuple(sorted(best[1])), tuple(place for place in every if place not in kept))
+        # the seeds of the largest set are those that some of the tasks have in common
+        candidates: set[frozenset[int]] = set()
+        for seeds in map(frozenset, seeds_of.values()):
+            candidates |= {seeds & other for other in candidates} | {seeds}
+        sets = [
+            (tuple(task for task, of in seeds_of.items() if seeds <= of), tuple(sorted(seeds)))
+            for seeds in sorted(candidates, key=sorted)
+        ]
+        tasks, chosen = max(sets, key=lambda of: (len(of[0]) * len(of[1]), len(of[0])), default=((), ()))
+        left_out = tuple((task, seed) for task, seed in counts.index if task not in tasks or seed not in chosen)
+        return Common(tasks, chosen, left_out)
+
+    @cached_property
+    def averages(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The mean over seeds of each row's averages over tasks, and their sample standard deviation, by label and measure.
+
+        Of the tasks and seeds that all rows have. The mean is missing where a row has no scores or no runs count; the spread
+        also with one seed, and where one run stands for all of them.
+        """
+        places = self.scores.index
+        counted = places.isin(self.common.tasks, level="task") & places.isin(self.common.seeds, level="seed")
+        by_label = self.scores[counted].groupby(["label", "seed"]).agg(fmean).groupby("label")
+        mean, spread = (by_label.agg(of).reindex(self.labels) for of in (fmean, _spread))
+        spread.loc[list(self.once)] = np.nan
+        return mean, spread
 
 
-def summarise(row: Runs, measure: str, common: Common) -> Summary | None:
-    """Returns the average over tasks of each seed, as mean and spread over seeds.
+def rows_of(section: Section, shots: Shots | None = None) -> Rows:
+    """Returns the rows of a section at one number of shots, with those that nothing was trained for; by default all of it."""
+    runs = section.runs if shots is None else section.at(shots)
+    first = runs.drop_duplicates("label")
+    once, ours = set(first.label[first.shots == 0]), set(first.label[first.method == OURS])
+    # stable: otherwise as they come
+    labels = sorted(first.label, key=lambda label: (label not in once, label in ours, label in ours and label != OURS))
+    seeds = sorted(set(runs.seed[runs.shots != 0])) or [0]
+    measured = runs.dropna(subset="robust").sort_values("label", key=lambda of: of.map(labels.index), kind="stable")
+    every = [seeds if s == 0 else [seed] for s, seed in zip(measured.shots, measured.seed, strict=True)]
+    indexed = measured.assign(seed=every).explode("seed").set_index(["label", "task", "seed"])
+    parts = {of: indexed.loc[indexed.classes == of, [CLEAN, ROBUST]].astype(float) for of in ("all", "base", "new")}
+    parts = {of: part[~part.index.duplicated(keep="last")] for of, part in parts.items()}
+    scores = parts["all"]
+    if section.protocol == "base-to-new":
+        scores = parts["base"].add_prefix("base ").join(parts["new"].add_prefix("new "), how="inner")
+        for measure in (CLEAN, ROBUST):
+            scores[measure] = harmonic_mean(scores[f"base {measure}"], scores[f"new {measure}"])
+    scores = scores.assign(**{HARMONIC: harmonic_mean(scores[CLEAN], scores[ROBUST])})
+    return Rows(labels, once, ours, scores)
 
-    Args:
-        row: The row.
-        measure: "clean", "robust", "H", or another that its scores have.
-        common: The tasks and seeds that count.
+
+def harmonic_mean(first: pd.Series, second: pd.Series) -> pd.Series:
+    """Returns the harmonic mean of numbers of 0 or more; 0 where one of them is 0."""
+    return 2 / (1 / first + 1 / second)
+
+
+def _spread(values: pd.Series) -> float:
+    return stdev(values) if len(values) > 1 else np.nan
+
+
+class Interval(NamedTuple):
+    """A difference in points, and the ends of its 95% interval: None where there is one pair of runs only."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far CAPT is above a baseline, on the runs that both have.
+
+    Attributes:
+        baseline: Label of the baseline.
+        measures: The difference in clean, robust and H.
+        pairs: How many tasks and seeds, in words.
+    """
+
+    baseline: str
+    measures: Mapping[str, Interval]
+    pairs: str
+
+    def sentence(self) -> str:
+        """Returns what the difference in H says, if the baseline is the best."""
+        value, low, high = self.measures[HARMONIC]
+        points = f"{abs(value):.1f} points {'above' if value > 0 else 'below'}"
+        where = "level with" if f"{abs(value):.1f}" == "0.0" else points
+        start = f"{OURS} is {where} {self.baseline}, the best baseline"
+        if low is None or high is None:
+            return f"{start} ({self.pairs}: too few for an interval)."
+        # above, the interval is of the points that are named; otherwise it is said whose difference it is
+        name = "95% interval" if where == points and value > 0 else "95% interval of the difference"
+        text = f"{start} ({name} {low:.1f} to {high:.1f}, {self.pairs})"
+        return (
+            f"{text}; the interval contains 0: the runs do not show a difference." if low <= 0 <= high else f"{text}."
+        )
+
+
+def compare(rows: Rows) -> tuple[list[Difference], Difference | None]:
+    """Compares CAPT with every baseline.
 
     Returns:
-        None where the row has no scores, or no tasks and seeds count. The spread is None with one seed, and where one run stands
-        for all of them.
+        The differences to the baselines that have runs in common with it, and the one to the best of them: of the highest mean
+        H on what all rows have, or None where that is nothing.
     """
-    if not row.scores or not common.tasks:
+    scores = {label: of.droplevel("label") for label, of in rows.scores.groupby("label", sort=False)}
+    ours = scores.get(OURS, pd.DataFrame())
+    baselines = [label for label in rows.labels if label in scores and label not in rows.ours]
+    found = {label: of for label in baselines if (of := difference(ours, scores[label], label))}
+    means = rows.averages[0].loc[list(found), HARMONIC].dropna()
+    return list(found.values()), found[means.idxmax()] if len(means) else None
+
+
+def difference(
+    first: pd.DataFrame, second: pd.DataFrame, baseline: str, *, draws: int = DRAWS, seed: int = 0
+) -> Difference | None:
+    """Returns how far one row is above another, with 95% percentile bootstrap intervals.
+
+    The runs are paired by task and seed. A draw takes tasks with replacement and, for each of them, seeds with replacement; a
+    task counts as much as any other, however many seeds it has.
+
+    Args:
+        first: Scores of the one, by task and seed.
+        second: Scores of the other.
+        baseline: Label of the other.
+        draws: Number of draws.
+        seed: Seed of the random numbers.
+
+    Returns:
+        None where they have no task and seed in common.
+    """
+    both = first.index[first.index.isin(second.index)]
+    if both.empty:
         return None
-    means = [fmean(row.scores[task, seed][measure] for task in common.tasks) for seed in common.seeds]
-    return Summary(fmean(means), stdev(means) if len(means) > 1 and not row.once else None)
+    by_task = (first - second).loc[both, list(MEASURES)].groupby("task", sort=False)
+    ends = _bootstrap([of.to_numpy().T for _, of in by_task], draws, seed)
+    measures = {m: Interval(v, *of) for (m, v), of in zip(by_task.agg(fmean).agg(fmean).items(), ends, strict=True)}
+    seeds = [tuple(sorted(of.index.unique("seed"))) for _, of in by_task]
+    tasks = f"{len(seeds)} task{'s' * (len(seeds) > 1)}"
+    pairs = f"{sum(map(len, seeds))} pairs of runs on {tasks}"
+    if len(set(seeds)) == 1:
+        pairs = f"{tasks} x {len(seeds[0])} seed{'s' * (len(seeds[0]) > 1)}"
+    return Difference(baseline, measures, pairs)
 
 
-def _scores(clean: float, robust: float) -> Scores:
-    return {CLEAN: clean, ROBUST: robust, HARMONIC: harmonic_mean(clean, robust)}
-
-
-def _rank(cell: Cell) -> int:
-    if cell.once:
-        return 0
-    return 1 if cell.method != OURS else 3 if cell.variant else 2
+def _bootstrap(tasks: list[np.ndarray], draws: int, seed: int) -> list[tuple[float | None, float | None]]:
+    """Returns the interval of each measure, from its differences by task and seed; all measures are of the same draws."""
+    counts = np.array([values.shape[1] for values in tasks])
+    if counts.sum() < 2:
+        return [(None, None) for _ in MEASURES]  # the interval of a single pair would be a point, and look certain
+    padded = np.zeros((len(MEASURES), len(tasks), counts.max()))
+    for i, values in enumerate(tasks):
+        padded[:, i, : counts[i]] = values
+    generator = np.random.default_rng(seed)
+    chosen = generator.integers(len(counts), size=(draws, len(counts)))
+    places = np.floor(generator.random((*chosen.shape, counts.max())) * counts[chosen][..., None]).astype(int)
+    drawn = padded[:, chosen[..., None], places]
+    real = np.arange(counts.max()) < counts[chosen][..., None]  # a task of fewer seeds has fewer draws
+    means = ((drawn * real).sum(-1) / counts[chosen]).mean(-1)
+    return [(float(low), float(high)) for low, high in np.percentile(means, [2.5, 97.5], axis=-1).T]

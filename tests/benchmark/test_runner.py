@@ -18,7 +18,7 @@ from PIL import Image
 from capt_peft.benchmark import Lines, Plan, Suite, Target, get_suite, listing, run_cells, runner
 from capt_peft.benchmark.executors import run_here
 from capt_peft.benchmark.inputs import Inputs
-from capt_peft.report import read_lines
+from capt_peft.report import read_sections
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
 KILLED = [
@@ -154,7 +154,7 @@ def test_figures_that_cannot_be_are_refused_with_the_number_of_their_line(output
     with pytest.raises(ValueError, match=rf"Line 2 of .* figures that cannot be \({why}\). Fix or remove it"):
         go(cells, output, Engine())
     with pytest.raises(ValueError, match=f"(?i)line 2.*{why}"):
-        read_lines(output)
+        read_sections(output)
 
 
 def test_a_changed_configuration_of_the_base_is_measured_again(tmp_path, output):

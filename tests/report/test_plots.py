@@ -6,18 +6,17 @@ from itertools import pairwise
 import pytest
 from report.benchmark_lines import METHODS, base_to_new, line, suite, transfer, write
 
-from capt_peft.report import write_report
-from capt_peft.report.difference_plot import differences_figure
-from capt_peft.report.lines import read_lines, sections
-from capt_peft.report.plots import GREY, row_styles, scatter_figure, shots_figure
-from capt_peft.report.statistics import Runs
+from capt_peft.plotting import GREY
+from capt_peft.report import read_sections, write_report
+from capt_peft.report.plots import differences_figure, row_styles, scatter_figure, shots_figure
+from capt_peft.report.statistics import rows_of
 
 pytest.importorskip("matplotlib")
 PICTURES = ["shots.png", "shots.svg", "scatter.png", "scatter.svg", "differences.png", "differences.svg"]
 
 
 def read(tmp_path, lines):
-    return sections(read_lines(write(tmp_path / "lines.jsonl", lines)))
+    return read_sections(write(tmp_path / "lines.jsonl", lines))
 
 
 def visible(figure):
@@ -26,7 +25,7 @@ def visible(figure):
 
 def test_shots_have_a_panel_for_every_task_and_one_for_the_average(tmp_path):
     (section,) = read(tmp_path, suite(["a", "b", "c", "d"], shots=(1, 4)))
-    panels = visible(shots_figure(section, "pgd-20"))
+    panels = visible(shots_figure(section))
     assert [axis.get_title() for axis in panels] == ["average of 4 tasks", "a", "b", "c", "d"]
     assert [tick.get_text() for tick in panels[-1].get_xticklabels()] == ["1", "4"]
 
@@ -34,14 +33,14 @@ def test_shots_have_a_panel_for_every_task_and_one_for_the_average(tmp_path):
 def test_the_average_says_over_how_many_tasks_it_is(tmp_path):
     lines = [line(m, t) for m, tasks in (("capt", "abc"), ("tecoa", "ab")) for t in tasks]
     (section,) = read(tmp_path, lines)
-    assert visible(shots_figure(section, "pgd-20"))[0].get_title() == "average of 2 tasks"
+    assert visible(shots_figure(section))[0].get_title() == "average of 2 tasks"
 
 
 def test_clean_is_solid_robust_dashed_and_zero_shot_a_grey_line(tmp_path):
     lines = [line("zero-shot", clean=60, robust=5)]
     lines += [line(shots=k, seed=s, clean=c + s, robust=40) for k, c in ((1, 70), (16, 80)) for s in (0, 2)]
     (section,) = read(tmp_path, lines)
-    (axis,) = visible(shots_figure(section, "pgd-20"))
+    (axis,) = visible(shots_figure(section))
     grey = [artist for artist in axis.lines if artist.get_color() == GREY]
     assert [(artist.get_linestyle(), set(artist.get_ydata())) for artist in grey] == [("-", {60.0}), ("--", {5.0})]
     clean, robust = axis.containers
@@ -52,25 +51,26 @@ def test_clean_is_solid_robust_dashed_and_zero_shot_a_grey_line(tmp_path):
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 2**0.5)  # the sample standard deviation of 70 and 72, each way
 
 
-def test_capt_has_one_colour_wherever_it_is_and_no_two_rows_look_the_same():
-    rows = [Runs(f"m{i}", False, False, {}) for i in range(9)]
-    capt = Runs("capt", True, False, {})
-    styles = row_styles([*rows, capt])
-    assert styles["capt"] == row_styles([capt])["capt"] == row_styles([*rows[:2], capt])["capt"]
+def test_capt_has_one_colour_wherever_it_is_and_no_two_rows_look_the_same(tmp_path):
+    others = [line(f"m{i}") for i in range(9)]
+    styles, few, alone = (
+        row_styles(rows_of(read(tmp_path, [*lines, line()])[0])) for lines in (others, others[:2], [])
+    )
+    assert styles["capt"] == few["capt"] == alone["capt"]
     assert len(set(styles.values())) == 10
 
 
 def test_the_scatter_is_at_sixteen_shots_or_else_the_largest(tmp_path):
     for shots, expected in (((1, 16, "all"), "16 shots"), ((1, 4), "4 shots")):
         (section,) = read(tmp_path, suite(["a", "b"], shots=shots))
-        (axis,) = visible(scatter_figure(section, "pgd-20"))
+        (axis,) = visible(scatter_figure(section))
         assert f"\n{expected};" in axis.get_title()
         assert len(axis.containers) == len(METHODS)
 
 
 def test_lines_of_equal_harmonic_mean_are_where_they_should_be(tmp_path):
     (section,) = read(tmp_path, suite(["a", "b"], shots=(16,)))
-    (axis,) = visible(scatter_figure(section, "pgd-20"))
+    (axis,) = visible(scatter_figure(section))
     curves = [artist for artist in axis.lines if len(artist.get_xdata()) > 1]
     assert curves
     found = []
@@ -87,7 +87,7 @@ def test_differences_have_a_panel_a_comparison_and_are_pale_where_nothing_is_sho
 
     lines = values("capt", 80) + values("tecoa", 60) + values("apt", 80)
     lines += [base_to_new(m, "a", 0, (c, 40), (c, 40)) for m, c in (("capt", 80), ("tecoa", 60))]
-    figure = differences_figure(read(tmp_path, lines), "pgd-20")
+    figure = differences_figure(read(tmp_path, lines))
     few_shot, both = visible(figure)
     assert few_shot.get_title() == "toy: few-shot\n16 shots"
     tecoa, apt = (bar for bars in few_shot.containers for bar in bars)
@@ -101,13 +101,13 @@ def test_the_differences_of_transfer_are_on_the_targets_alone(tmp_path):
     lines = [
         transfer(m, 0, {"imagenet": (90, source), "pets": (60, 30)}) for m, source in (("capt", 90), ("tecoa", 10))
     ]
-    (axis,) = visible(differences_figure(read(tmp_path, lines), "pgd-20"))
+    (axis,) = visible(differences_figure(read(tmp_path, lines)))
     ((bar,),) = axis.containers
     assert bar.get_width() == 0
 
 
 def test_nothing_to_compare_is_no_picture(tmp_path):
-    assert differences_figure(read(tmp_path, [line("tecoa")]), "pgd-20") is None
+    assert differences_figure(read(tmp_path, [line("tecoa")])) is None
 
 
 def test_a_report_is_tables_and_pictures_and_the_same_every_time(tmp_path):

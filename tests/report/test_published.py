@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capt_peft.report import read_lines, section_tables, sections, to_markdown
-from capt_peft.report.lines import choose_attack
+from capt_peft.report import read_sections, section_tables, to_markdown
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob("*/lines.jsonl"))
@@ -18,9 +17,7 @@ def tables_of(text):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_tables_are_made_from_the_lines(folder):
-    cells = read_lines(folder / "lines.jsonl")
-    attack = choose_attack(cells)
-    made = to_markdown([(section, section_tables(section, attack)) for section in sections(cells)])
+    made = to_markdown([(section, section_tables(section)) for section in read_sections(folder / "lines.jsonl")])
     assert (folder / "tables.md").read_text(encoding="utf-8") == made, "run `make tables`"
 
 

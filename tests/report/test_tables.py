@@ -2,26 +2,33 @@
 
 import re
 
+import pandas as pd
 import pytest
 from report.benchmark_lines import base_to_new, figures, line, suite, transfer, write
 
-from capt_peft.report.lines import read_lines, sections
-from capt_peft.report.markup import Table, escape_latex, number_columns
-from capt_peft.report.statistics import Summary
-from capt_peft.report.tables import section_tables, to_latex, to_markdown
+from capt_peft.report import read_sections, section_tables, to_latex, to_markdown
+from capt_peft.report.tables import Table, escape_latex, numbers
 
 
-def tables(tmp_path, lines, attack="pgd-20"):
-    (section,) = sections(read_lines(write(tmp_path / "lines.jsonl", lines)))
-    return section_tables(section, attack)
+def tables(tmp_path, lines, attack=None):
+    (section,) = read_sections(write(tmp_path / "lines.jsonl", lines), attack)
+    return section_tables(section)
 
 
 def cells(table):
-    return {label: [" / ".join(text for text, _ in entry) for entry in entries] for label, entries in table.rows}
+    return {label: [entry.replace("**", "") for entry in row] for label, *row in table.entries.itertuples(name=None)}
 
 
 def bold(table):
-    return {(label, i) for label, entries in table.rows for i, entry in enumerate(entries) for _, b in entry if b}
+    return {(label, i) for label, *row in table.entries.itertuples(name=None) for i, e in enumerate(row) if "**" in e}
+
+
+def names(table):
+    return [name for _, name in table.entries]
+
+
+def groups(table):
+    return list(dict.fromkeys(group for group, _ in table.entries))
 
 
 def notes(table):
@@ -39,8 +46,7 @@ def test_few_shot_is_averaged_over_tasks_for_each_number_of_shots(tmp_path):
         *[line("capt", t, s, 90, 45, shots="all") for t in "ab" for s in (0, 1)],
     ]
     table = tables(tmp_path, lines)[0]
-    assert table.columns == ("clean", "robust", "H") * 2
-    assert table.groups == (("4 shots", 3), ("all shots", 3))
+    assert list(table.entries) == [(k, m) for k in ("4 shots", "all shots") for m in ("clean", "robust", "H")]
     zero_shot, capt = cells(table)["zero-shot"], cells(table)["capt"]
     assert zero_shot == ["60.0", "0.0", "0.0"] * 2  # the reference for every number of shots
     assert capt == ["65.0 ± 7.1", "30.0 ± 0.0", "40.9 ± 1.3", "90.0 ± 0.0", "45.0 ± 0.0", "60.0 ± 0.0"]
@@ -49,22 +55,22 @@ def test_few_shot_is_averaged_over_tasks_for_each_number_of_shots(tmp_path):
 
 
 def test_the_best_of_a_column_is_bold_with_all_that_look_the_same():
-    same, other = Summary(70.04, None), Summary(69.96, None)
-    rows = number_columns([[[same], [other], [Summary(69.9, None)], [None]]])
-    assert [entry[0][1] if entry else None for (entry,) in rows] == [True, True, False, None]
-    assert not number_columns([[[same]]])[0][0][0][1]  # there is nothing to compare it with
+    mean = pd.DataFrame({"clean": [70.04, 69.96, 69.9, float("nan")]})
+    spread = pd.DataFrame({"clean": [0.25, float("nan"), float("nan"), float("nan")]})
+    assert list(numbers(mean, spread).clean) == ["**70.0 ± 0.2**", "**70.0**", "69.9", "-"]
+    assert list(numbers(mean[:1], spread[:1]).clean) == ["70.0 ± 0.2"]  # there is nothing to compare it with
 
 
-def test_clean_and_robust_of_one_entry_are_bold_each_for_itself():
-    rows = number_columns([[[Summary(70, None), Summary(10, None)], [Summary(60, None), Summary(20, None)]]])
-    assert rows == [((("70.0", True), ("10.0", False)),), ((("60.0", False), ("20.0", True)),)]
+def test_clean_and_robust_of_one_entry_are_bold_each_for_itself(tmp_path):
+    table = tables(tmp_path, [line("capt", clean=70, robust=10), line("tecoa", clean=60, robust=20)])[-1]
+    assert list(table.entries["", "shapes"]) == ["60.0 / **20.0**", "**70.0** / 10.0"]
 
 
 def test_every_task_has_a_column_and_incomplete_seeds_are_said(tmp_path):
     lines = [line("capt", t, s, 80, 40) for t in "ab" for s in (0, 1)]
     lines += [line("tecoa", t, s, 70, 30) for t, s in (("a", 0), ("b", 0), ("b", 1))]
     table = tables(tmp_path, lines)[-1]
-    assert table.columns == ("a", "b")
+    assert names(table) == ["a", "b"]
     assert cells(table) == {
         "tecoa": ["70.0 / 30.0", "70.0 ± 0.0 / 30.0 ± 0.0"],
         "capt": ["80.0 / 40.0", "80.0 ± 0.0 / 40.0 ± 0.0"],
@@ -78,7 +84,7 @@ def test_base_to_new_has_both_halves_and_their_harmonic_means_averaged_and_for_e
     ]
     lines += [base_to_new("tecoa", t, 0, (50, 20), (50, 20)) for t in "ab"]
     average, compared, first, second = tables(tmp_path, lines)
-    assert average.groups == (("base classes", 2), ("new classes", 2), ("both", 2))
+    assert groups(average) == ["base classes", "new classes", "both"]
     assert cells(average)["capt"] == ["70.0", "40.0", "55.0", "20.0", "60.0", "26.7"]
     assert cells(first)["capt"] == ["60.0", "40.0", "30.0", "20.0", "40.0", "26.7"]
     assert "16 shots, b" in second.title
@@ -92,7 +98,7 @@ def test_transfer_has_the_source_each_target_and_the_average_over_targets(tmp_pa
         transfer("tecoa", 0, {"imagenet": (10, 10), "pets": (60, 20), "cars": (50, 40)}, protocol),
     ]
     table, compared = tables(tmp_path, lines)
-    assert table.columns == ("imagenet (source)", "pets", "cars", "average of targets")
+    assert names(table) == ["imagenet (source)", "pets", "cars", "average of targets"]
     assert cells(table)["capt"] == ["90.0 / 60.0", "70.0 / 20.0", "50.0 / 40.0", "60.0 / 30.0"]
     assert cells(compared)["tecoa"][1] == "+5.0 (0.0 to 10.0)"  # of the targets alone
     assert cells(compared)["tecoa"][3] == "2 tasks x 1 seed"
@@ -111,7 +117,7 @@ def test_incomplete_rows_are_averaged_over_common_runs_and_it_is_said(tmp_path):
 
 def test_rows_without_a_common_run_show_dashes(tmp_path):
     table = tables(tmp_path, [line("capt", "a"), line("tecoa", "b")])[0]
-    assert cells(table) == {"tecoa": [""] * 3, "capt": [""] * 3}
+    assert cells(table) == {"tecoa": ["-"] * 3, "capt": ["-"] * 3}
     assert "| capt | - | - | - |" in table.markdown()
     assert "the rows have no runs in common" in notes(table)
 
@@ -128,7 +134,7 @@ def test_failed_runs_are_counted_and_named_under_the_table(tmp_path):
 
 def test_a_method_that_failed_everywhere_keeps_its_row(tmp_path):
     table = tables(tmp_path, [line(), line("tecoa", error="out of memory")])[0]
-    assert cells(table)["tecoa"] == [""] * 3
+    assert cells(table)["tecoa"] == ["-"] * 3
     assert cells(table)["capt"][0] == "80.0"
 
 
@@ -153,13 +159,15 @@ def test_the_attack_that_is_asked_for_is_the_one_in_the_table(tmp_path):
 
 
 def test_a_section_without_the_attack_has_no_tables(tmp_path):
-    assert tables(tmp_path, [line()], "autoattack") == []
+    lines = [line(), line(model="vit-b-32", attack="autoattack")]
+    _, section = read_sections(write(tmp_path / "lines.jsonl", [lines[1], lines[0]]), "autoattack")
+    assert section_tables(section) == []
 
 
 def test_the_sentence_stands_under_the_differences(tmp_path):
     lines = [line(m, t, s, c, 40) for m, c in (("capt", 80), ("tecoa", 70)) for t in "ab" for s in (0, 1)]
     compared = tables(tmp_path, lines)[1]
-    assert compared.columns == ("H", "clean", "robust", "pairs")
+    assert names(compared) == ["H", "clean", "robust", "pairs"]
     assert compared.notes[0].startswith("capt is 2.4 points above tecoa, the best baseline (95% interval 2.4 to 2.4")
 
 
@@ -176,7 +184,7 @@ def test_latex_escapes_what_means_something_to_it():
 
 
 def test_markdown_escapes_bars():
-    assert "| a\\|b | - |" in Table("t", ("x",), (("a|b", ((),)),)).markdown()
+    assert "| a\\|b | - |" in Table("t", pd.DataFrame({("", "x"): {"a|b": "-"}})).markdown()
 
 
 @pytest.fixture
@@ -187,8 +195,8 @@ def everything(tmp_path):
         lines += [base_to_new(method, t, 0, (80, 40), (70, 30)) for t in ("oxford_pets", "dtd")]
         lines.append(transfer(method, 0, {"imagenet": (80, 40), "x_y": (70, 30)}))
         lines.append(transfer(method, 0, {"imagenet": (80, 40), "x_y": (70, 30)}, "shift"))
-    found = sections(read_lines(write(tmp_path / "lines.jsonl", lines)))
-    return [(section, section_tables(section, "pgd-20")) for section in found]
+    found = read_sections(write(tmp_path / "lines.jsonl", lines))
+    return [(section, section_tables(section)) for section in found]
 
 
 def test_latex_has_balanced_braces_and_as_many_columns_in_every_row(everything):

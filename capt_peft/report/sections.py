@@ -1,0 +1,192 @@
+"""Benchmark lines as data frames: one for each group of runs that may be compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ..benchmark.lines import Line, read
+from ..benchmark.plan import PROTOCOLS, TRANSFERS, Cell, Shots, shots_name
+from ..results.accuracy import Accuracy
+from ..utils.text import differences
+
+WORST = "worst of "  # the share of images that none of several attacks broke
+COLUMNS = [
+    "name", "label", "method", "variant", "trained", "shots", "seed", "task", "classes", "clean", "robust", "n_clean", "n",
+    "collapsed", "failure",
+]  # fmt: skip
+Place = tuple[str, str, str, str, str, str]  # of a section: suite to source
+Figures = dict[tuple[str, str], dict[str, Accuracy]]  # by task and classes, and by attack; "" for clean images
+
+
+@dataclass(frozen=True)
+class Section:
+    """The runs that may stand in one table, since only method, task, shots and seed differ.
+
+    Attributes:
+        suite: Name of the suite.
+        protocol: The protocol.
+        split: The split that was measured.
+        model: Name of the base model.
+        threat: The threat model of the attacks, as in "L-inf 10/255".
+        source: For cross-dataset and shift, the task that was trained on; otherwise "".
+        attack: The attack that robust accuracy is of.
+        runs: A row for each run and target, of `COLUMNS`: `label` is method and variant, `shots` 0 where nothing was trained,
+            `clean` and `robust` are percent of `n_clean` and `n` images. A run without a figure has a row without a target;
+            `failure` says why, if it failed.
+    """
+
+    suite: str
+    protocol: str
+    split: str
+    model: str
+    threat: str
+    source: str
+    attack: str
+    runs: pd.DataFrame = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """Suite and protocol, and the task that was trained on where others are measured."""
+        return f"{self.suite}: {self.protocol}" + (f" from {self.source}" if self.source else "")
+
+    @property
+    def shots(self) -> list[Shots]:
+        """The numbers of shots that were trained with, "all" last; [0] where nothing was trained."""
+        return sorted({*self.runs.shots} - {0}, key=lambda shots: (isinstance(shots, str), shots)) or [0]
+
+    def at(self, shots: Shots) -> pd.DataFrame:
+        """Returns the runs at a number of shots, with those that nothing was trained for."""
+        return self.runs[self.runs.shots.isin([0, shots])]
+
+
+def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None = None) -> list[Section]:
+    """Reads benchmark lines in groups that may be compared, few-shot first.
+
+    Lines of one cell with different keys (other attacks, another limit) are one run: an attack's figure is the one of most
+    images, and so is the clean figure.
+
+    Args:
+        paths: A file of lines, or several in the order in which they were written.
+        attack: The attack that robust accuracy is of; by default the one that most cells have, or the worst case of several.
+
+    Raises:
+        ValueError: A line is broken, there is none at all, no cell has the attack, one cell was run with different settings, or
+            cells of one section are of different images, base models or processors.
+    """
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    lines = read(*files)
+    if not lines:
+        raise ValueError(f"There is no benchmark line in {', '.join(map(str, files)) or 'no file'}.")
+    _check_inputs(lines)
+    runs: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        cell = line.cell
+        runs.setdefault((_section(cell), cell.label, cell.task, cell.shots, cell.seed), []).append(line)
+    figures = {place: _figures(of_run) for place, of_run in runs.items()}
+    attack = _choose_attack(figures.values(), attack)
+    rows: dict[Place, list[dict[str, Any]]] = {}
+    for place, of_run in runs.items():
+        _check_settings(of_run)
+        rows.setdefault(place[0], []).extend(_rows(of_run, figures[place], attack))
+    sections = [Section(*names, attack, pd.DataFrame(of, columns=COLUMNS)) for names, of in rows.items()]
+    return sorted(sections, key=lambda section: PROTOCOLS.index(section.protocol))
+
+
+def _section(cell: Cell) -> Place:
+    source = cell.task if cell.protocol in TRANSFERS else ""
+    return cell.suite, cell.protocol, cell.split, cell.model, str(cell.threat), source
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.label} on {cell.task}, {shots_name(cell.shots)}, seed {cell.seed}"
+
+
+def _figures(lines: Iterable[Line]) -> Figures:
+    """Returns the accuracies of a run: of several under one attack the one of most images, of equally many the last."""
+    figures: Figures = {}
+    for result in (result for line in lines for result in line.results):
+        measured = {"": result.clean, **result.attacks}
+        if len(result.attacks) > 1 and result.worst_case is not None:
+            measured[WORST + ", ".join(result.attacks)] = result.worst_case
+        target = figures.setdefault((result.task, result.classes), {})
+        target |= {a: of for a, of in measured.items() if a not in target or of.n >= target[a].n}
+    return figures
+
+
+def _choose_attack(figures: Iterable[Figures], attack: str | None) -> str:
+    counts = Counter(a for run in figures for a in dict.fromkeys(a for of in run.values() for a in of if a))
+    if not counts:
+        raise ValueError(
+            "No cell was measured under an attack: all of them failed, or were measured on clean images only."
+        )
+    if attack is not None and attack not in counts:
+        raise ValueError(f"No cell was measured under {attack!r}. The attacks are {', '.join(sorted(counts))}.")
+    return attack or max(counts, key=lambda name: (counts[name], name.startswith(WORST)))
+
+
+def _rows(lines: Sequence[Line], figures: Figures, attack: str) -> list[dict[str, Any]]:
+    """Returns what a data frame says of a run."""
+    cell = lines[0].cell
+    run = {name: getattr(cell, name) for name in ("label", "method", "variant", "shots", "seed")}
+    run |= {"name": _name(cell), "trained": cell.task}
+    run["collapsed"] = next((line.collapsed for line in lines if line.collapsed), None)
+    measured = [
+        {**run, "task": task, "classes": classes}
+        | {"clean": 100 * of[""].value, "n_clean": of[""].n, "robust": 100 * of[attack].value, "n": of[attack].n}
+        for (task, classes), of in figures.items()
+        if attack in of
+    ]
+    failed = [line for line in lines if line.error]
+    # a run without any figure counts as failed whatever its attacks were called
+    counted = [line for line in failed if attack in line.cell.attacks] or ([] if figures else failed)
+    return measured or [{**run, "failure": counted[-1].error if counted else None}]
+
+
+def _check_settings(lines: Sequence[Line]) -> None:
+    """Raises a ValueError if the lines of one cell are of different settings."""
+    cells = [line.cell for line in lines if not line.error]
+    for cell in cells[1:]:
+        one, other = ({**c.settings, "prompts": c.prompts} for c in (cells[0], cell))
+        differing = [f"{'.'.join(map(str, path))} ({a!r} and {b!r})" for path, a, b in differences(one, other)]
+        if differing:
+            raise ValueError(
+                f"{_name(cell)} ({cell.suite}, {cell.protocol}, {cell.split}) was run with different settings, which are: "
+                f"{', '.join(differing)}. Give one of them a variant, so that it has a row of its own."
+            )
+
+
+def _check_inputs(lines: Iterable[Line]) -> None:
+    """Raises a ValueError if lines of one section are of different images or models."""
+    first: dict[tuple[Any, ...], tuple[Cell, str]] = {}
+    for cell, inputs in ((line.cell, _inputs(line)) for line in lines):
+        known = {key: first.setdefault((_section(cell), key), (cell, digest)) for key, digest in inputs.items()}
+        mixed = {key[0]: one for key, (one, digest) in known.items() if digest != inputs[key]}
+        if mixed:
+            one = _name(next(iter(mixed.values())))
+            both = one if one == _name(cell) else f"{one}, beside {_name(cell)},"
+            raise ValueError(
+                f"{both} ({cell.suite}, {cell.protocol}, {cell.split}) has lines with another {', '.join(sorted(mixed))} each, "
+                "whose figures do not belong in one table. Keep them in files, and reports, of their own, or measure one again."
+            )
+
+
+def _inputs(line: Line) -> dict[tuple[Any, ...], str]:
+    """Returns the digests of a line, each under what all lines of a section with the same one of it have in common."""
+    cell, inputs = line.cell, {}
+    trained = ("training_images", cell.task, cell.shots, cell.seed)
+    template = line.results[0].template if line.results else None
+    places = {"training_images": trained, "training_data": (*trained, template), "teacher_fingerprint": (cell.label,)}
+    for name, digest in line.digests.items():
+        if not name.startswith("measured"):
+            inputs[name, places.get(name)] = digest
+            continue
+        for result, of in zip(line.results, digest, strict=False):
+            texts = (result.template,) if name == "measured_data" else ()
+            inputs[name, (result.task, result.classes, cell.limit, *texts)] = of
+    return {key: digest for key, digest in inputs.items() if digest}
