@@ -39,13 +39,12 @@ from capt_peft import (
     load_task,
 )
 from capt_peft.data.task import task_features
-from capt_peft.results.run import count_parameters, results_table
+from capt_peft.results.run import RESULTS, RunResults
 from capt_peft.toy.images import FACTS, Facts, draw
 from capt_peft.training.fare import FareTrainer, train_image_tower_alone
 from capt_peft.tuner.loading import load_pretrained
 from capt_peft.utils.files import write_json
 from capt_peft.utils.outputs import save_somewhere
-from capt_peft.utils.versions import describe_machine, versions
 
 OBJECTIVES, DTYPES = ("tecoa", "fare"), ("float32", "float16", "bfloat16")
 DRAWN = "drawn"
@@ -175,7 +174,7 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, dtype: str)
     save_somewhere(folder, write)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> RunResults:
     """Measures, fine-tunes, saves, measures what was saved; returns the results."""
     script, args = parse_args(sys.argv[1:] if argv is None else argv)
     check_places(asdict(script))
@@ -203,53 +202,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()
     after = measure(load_bare(args.output_dir), processor, measured, data, args)
 
-    results = record(trainer, script, measured, before, after, seconds)
+    results = RunResults.of(
+        trainer,
+        before,
+        after,
+        method=script.objective,
+        split=script.eval_split,
+        seconds=seconds,
+        script=asdict(script),
+        measured=measured.name,
+    )
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / "results.json", results)
+        write_json(Path(args.output_dir) / RESULTS, results.to_dict())
         trainer.unlock()
-        print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of fine-tuning.")
+        print(f"\n{results.table()}\n\nSaved to {args.output_dir} after {seconds:.0f} s of fine-tuning.")
     return results
-
-
-def record(
-    trainer: CaptTrainer,
-    script: FinetuneArguments,
-    measured: Task,
-    before: Evaluation,
-    after: Evaluation,
-    seconds: float,
-) -> dict[str, Any]:
-    """Returns the record of the run: what `results.json` holds."""
-    task, args = trainer.task, trainer.args
-    stages = {"before": before, "after": after}
-    return {
-        "method": script.objective,
-        "seed": args.seed,
-        "task": {
-            "name": task.name,
-            "source": task.source,
-            "class_names": list(task.class_names),
-            "template": task.template,
-            "training_images": len(task["train"]),
-        },
-        "evaluation": {
-            "task": measured.name,
-            "split": script.eval_split,
-            "attack": args.evaluation_attack.to_dict(),
-            **{name: {"clean": e.clean.to_dict(), "robust": e.robust.to_dict()} for name, e in stages.items()},
-        },
-        "training": {
-            "seconds": seconds,
-            "attack": trainer.attack.to_dict(),
-            "steps": trainer.state.global_step,
-            "processes": args.world_size,
-            "pixels": trainer.classifier.transform.to_dict(),
-        },
-        "parameters": count_parameters(trainer.classifier.model),
-        "configuration": {"script": asdict(script), "training": args.to_sanitized_dict()},
-        "versions": versions(),
-        "machine": describe_machine(),
-    }
 
 
 if __name__ == "__main__":

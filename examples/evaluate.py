@@ -35,7 +35,7 @@ from capt_peft.data.task import check_template
 from capt_peft.evaluation.curve import robustness_curves
 from capt_peft.evaluation.subject import TARGETS, describe
 from capt_peft.results.card import is_capt
-from capt_peft.results.run import check_update, update_card
+from capt_peft.results.hub import check_update, update_card
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from capt_peft.utils.versions import versions
 

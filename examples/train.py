@@ -26,7 +26,8 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, get_method, load_task
 from capt_peft.methods import method_settings
-from capt_peft.results.run import results_table, run_results, save_run
+from capt_peft.results.hub import save_run
+from capt_peft.results.run import RunResults
 from capt_peft.tuner.loading import load_pretrained
 
 TINY_CLIP, DIGITS = str(EXAMPLES / "tiny_clip"), str(EXAMPLES / "configs" / "digits.yaml")
@@ -121,7 +122,7 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
     return task.few_shot(shots, seed)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None) -> RunResults:
     """Tunes, measures and saves; returns the results."""
     script, args = parse_args(sys.argv[1:] if argv is None else argv)
     method = get_method(script.method)
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     after = trainer.evaluate(measured, metric_key_prefix="after")
 
-    results = run_results(
+    results = RunResults.of(
         trainer,
         before,
         after,
@@ -179,12 +180,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         split=script.eval_split,
         seconds=seconds,
         shots=script.shots,
+        script=asdict(script),
     )
-    results["configuration"]["script"] = asdict(script)
     if trainer.is_world_process_zero():
-        save_run(model, results, args.output_dir, trainer.hub_model_id if args.push_to_hub else args.output_dir)
+        name = trainer.hub_model_id if args.push_to_hub else args.output_dir
+        results = save_run(model, results, args.output_dir, name)
         trainer.unlock()
-        print(f"\n{results_table(results)}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
+        print(f"\n{results.table()}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
         if args.push_to_hub:
             print(f"Uploaded to {trainer.push_to_hub().commit_url}")
     return results

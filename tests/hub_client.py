@@ -125,34 +125,14 @@ def save_adapter(base, seed, folder):
 
 def records(folder):
     """Returns a record of a run and of an evaluation, of the weights in a folder."""
-    from capt_peft import PGD, CaptConfig, ThreatModel
-    from capt_peft.evaluation import Accuracy
+    from records import evaluation_record, run_record
+
+    from capt_peft import CaptConfig
     from capt_peft.tuner.fingerprint import adapter_fingerprint
 
     config, fingerprint = CaptConfig.from_pretrained(folder).to_dict(), adapter_fingerprint(folder)
-    attack = PGD(ThreatModel("linf", "4/255"), steps=2).to_dict()
-    share = Accuracy(305, 700).to_dict()
-    measured = {"clean": share, "robust": share}
-    training = {
-        "consistency": 1.0, "weighting": "x", "optim": "sgd", "learning_rate": 0.1, "num_train_epochs": 1,
-        "per_device_train_batch_size": 8,
-    }  # fmt: skip
-    results = {
-        "method": "capt", "seed": 0, "machine": "CPU", "versions": {"torch": "2"}, "configuration": {"training": training},
-        "task": {
-            "name": "digits", "source": "digits", "class_names": ["a", "b"], "template": "{}", "shots": 1, "training_images": 2,
-        },
-        "evaluation": {"split": "test", "attack": attack, "before": measured, "after": measured},
-        "training": {"seconds": 1.0, "attack": attack, "processes": 1},
-        "adapter": {"parameters": {"trainable": 8}, "config": config, "fingerprint": fingerprint},
-    }  # fmt: skip
-    model = {"base": {"fingerprint": config["base_model_fingerprint"]}, "adapter": {"fingerprint": fingerprint}}
-    model |= {"class_names": ["a", "b"], "template": "{}"}
-    evaluation = {
-        "kind": "evaluation", "clean": share, "attacks": [{"kind": "robust", "attack": attack, **share}], "worst_case": [],
-        "signs": [], "configuration": {"model": model, "task": {"name": "digits", "source": "digits", "split": "test"}},
-    }  # fmt: skip
-    return {"results.json": results, "evaluation.json": evaluation}
+    evaluation = evaluation_record(fingerprint, config["base_model_fingerprint"])
+    return {"results.json": run_record(fingerprint, config), "evaluation.json": evaluation}
 
 
 def push_model(base, seed, name, **arguments):

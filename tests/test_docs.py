@@ -25,7 +25,9 @@ WITH_ALL = (
     "capt_peft.report",
 )
 WITHOUT_ALL = {
-    "capt_peft.results.card": ("write_card", "model_card", "accuracy_rows", "card_data", "CardDetails", "Row"),
+    "capt_peft.results.card": ("write_card", "CardDetails"),
+    "capt_peft.results.hub": ("save_run", "update_card"),
+    "capt_peft.results.run": ("RunResults",),
     "capt_peft.randomness": ("example_generator", "example_generators"),
 }
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from ..utils.files import DamagedFileError
+from ..utils.markup import plain
 
 _ROUNDING = 1e-6
 
@@ -38,9 +42,15 @@ class Accuracy:
         """The 95% Wilson score interval (Wilson 1927), in [0, 1]."""
         return wilson_interval(self.correct, self.n)
 
+    @property
+    def percent(self) -> str:
+        """The accuracy and its interval in percent, as every table shows it: "30.8 (25.5 to 36.6)"."""
+        share, low, high = (f"{100 * value:.1f}" for value in (self.value, *self.interval))
+        return f"{share} ({low} to {high})"
+
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:.1f}% ({100 * low:.1f} to {100 * high:.1f}, n={self.n})"
+        share, interval = self.percent.split(" ", 1)
+        return f"{share}% {interval[:-1]}, n={self.n})"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns accuracy, number of images and interval, for results."""
@@ -51,25 +61,53 @@ class Accuracy:
         """Reads what `to_dict` returned; without `correct` it is counted from the share.
 
         Raises:
+            FigureError: The numbers are not those of one share.
             KeyError: Something else is missing.
-            ValueError: The numbers are not those of one share, whose message begins with a verb.
         """
         value, n, (low, high) = row["accuracy"], row["n"], row["interval_95"]
         if not (all(map(_is_number, (value, low, high))) and _is_count(n) and n >= 1 and 0 <= value <= 1):
-            raise ValueError(
+            raise FigureError(
                 f"says accuracy {str(value)[:40]} of {str(n)[:40]} images with the interval {str([low, high])[:80]}; an accuracy "
                 "is a share from 0 to 1, of at least one image."
             )
         correct = row.get("correct", round(value * n))
         if not _is_count(correct) or abs(correct / n - value) > _ROUNDING:
-            raise ValueError(f"says {str(correct)[:40]} correct of {n} images and accuracy {value}; they must agree.")
+            raise FigureError(f"says {str(correct)[:40]} correct of {n} images and accuracy {value}; they must agree.")
         accuracy = cls(correct, n)
         if any(abs(a - b) > _ROUNDING for a, b in zip((low, high), accuracy.interval, strict=True)):
-            raise ValueError(
+            raise FigureError(
                 f"says {correct} correct of {n} images with the interval {low} to {high}; the 95% interval is "
                 f"{accuracy.interval[0]:.6f} to {accuracy.interval[1]:.6f}."
             )
         return accuracy
+
+    def check_at_most(self, other: Accuracy, what: str) -> None:
+        """Raises a FigureError that begins with `what` unless this is at most another accuracy, of as many images."""
+        if self.n != other.n or self.correct > other.correct:
+            raise FigureError(
+                f"{plain(what, 200)} {self.correct} of {self.n} and {other.correct} of {other.n} images; the first cannot be "
+                "more, and both must be of the same images."
+            )
+
+
+class FigureError(ValueError):
+    """A figure that cannot be true; the message begins with a verb, whose subject is the file that has the figure."""
+
+
+@contextmanager
+def readable(name: Any) -> Iterator[None]:
+    """Turns what a record of another shape raises into a `DamagedFileError` that names it."""
+    try:
+        yield
+    except DamagedFileError as error:
+        raise DamagedFileError(f"{plain(error, 400)} Measure again, or remove it.") from error
+    except FigureError as error:
+        raise DamagedFileError(f"{name} {plain(error, 300)} Measure again.") from error
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        detail = f"{type(error).__name__}: {plain(error, 200)}"
+        raise DamagedFileError(
+            f"{name} is not a record of this package, or is damaged ({detail}). Measure again."
+        ) from error
 
 
 def _is_number(value: Any) -> bool:

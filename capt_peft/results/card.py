@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..attacks import PGD, ThreatModel
 from ..attacks.registry import known_attack
@@ -19,16 +20,146 @@ from ..tuner import config as tuner_config
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..utils.files import write_text
 from ..utils.markup import Markdown, code, escape, plain, quoted
-from .card_details import MARK, CardDetails, is_hub_id, is_replaceable, kept_details, without_local_paths
-from .records import EVALUATION, RESULTS, RecordError, Records, Row, accuracy_rows, read_records, readable, tied_records
-
-__all__ = ["EVALUATION", "RESULTS", "CardDetails", "Row", "accuracy_rows", "card_data", "model_card", "write_card"]
+from .accuracy import Accuracy
+from .run import RESULTS, Accuracies, Records
 
 logger = logging.getLogger(__name__)
 
+CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md")
+MARK = "<!-- Written by capt-peft, which writes it again with the adapter. To keep words of your own, delete this line. -->"
+_BY_PEFT = re.compile(r"### Framework versions|- PEFT [\w.@+]+|This is the model card of a 🤗 transformers model .*")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+_TAGS = ("capt", "adversarial-robustness", "clip", "peft")
 _SHOWN_CLASSES = 30
 _TASK = "zero-shot-image-classification"
+
+
+# ------------------------------------------------------------------------------------------------- what people add to cards
+
+Names = Any  # a string, a sequence of strings, or None; a tuple once it is checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardDetails:
+    """What a person adds to a card: the arguments of transformers' `Trainer.create_model_card`, and TRL's `dataset_name`.
+
+    Args:
+        language: Languages of the class texts.
+        license: The adapter's licence.
+        tags: Further tags.
+        model_name: The model's name in the metadata; by default that of the repository or folder.
+        finetuned_from: Hub id of the base model, where the adapter's configuration names a local folder.
+        tasks: Task names; they become tags.
+        dataset_tags: Data that it was tuned on; Hub ids go into the metadata.
+        dataset: The same.
+        dataset_args: Which configuration of it.
+        dataset_name: The same as `dataset`.
+
+    Raises:
+        TypeError: One of them is neither a string nor a list of strings.
+    """
+
+    language: Names = ()
+    license: str | None = None
+    tags: Names = ()
+    model_name: str | None = None
+    finetuned_from: str | None = None
+    tasks: Names = ()
+    dataset_tags: Names = ()
+    dataset: Names = ()
+    dataset_args: Names = ()
+    dataset_name: Names = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.default == ():
+                names = () if value is None else (value,) if isinstance(value, str) else value
+                if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+                    raise TypeError(f"{field.name}={plain(repr(value), 100)} must be a string or a list of strings.")
+                object.__setattr__(self, field.name, tuple(names))
+            elif value is not None and not isinstance(value, str):
+                raise TypeError(f"{field.name}={plain(repr(value), 100)} must be a string.")
+
+    @classmethod
+    def of(cls, named: Mapping[str, Any], *positional: Any) -> CardDetails:
+        """Returns them from arguments; raises a TypeError that names what a card has no place for."""
+        known = [field.name for field in fields(cls)]
+        arguments = {**dict(zip(known, positional, strict=False)), **named}
+        for name in arguments:
+            if name not in known:
+                raise TypeError(f"{name} is unknown here: a card takes {', '.join(known)}.")
+        return cls(**arguments)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """All data sets that were named."""
+        return tuple(dict.fromkeys((*self.dataset_name, *self.dataset, *self.dataset_tags)))
+
+    def over(self, kept: CardDetails) -> CardDetails:
+        """Returns these, with what they leave open from others; tags add up."""
+        values = {field.name: getattr(self, field.name) or getattr(kept, field.name) for field in fields(self)}
+        return CardDetails(**{**values, "tags": (*self.tags, *kept.tags)})
+
+
+def is_hub_id(name: str) -> bool:
+    """Tells whether a name can be the id of a repository: it has the form of one and is not a folder here."""
+    return len(name) <= 96 and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def is_replaceable(path: Path) -> bool:
+    """Tells whether a README.md says nothing that a person wrote: it is not there, ours, or a template that nobody filled in."""
+    if not path.is_file():
+        return True
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if MARK in text:
+        return True
+    template = {line.strip() for line in str(ModelCard.from_template(ModelCardData())).splitlines()}
+    body = re.sub(r"\A\s*---\s*\n.*?\n---\s*(\n|\Z)", "", text, flags=re.DOTALL)
+    lines = (line.strip() for line in body.splitlines())
+    return all(not line or line in template or _BY_PEFT.fullmatch(line) for line in lines)
+
+
+def without_local_paths(text: str) -> str:
+    """Returns somebody's card without the folder of the base model that PEFT writes into its header; the Hub refuses it there."""
+    try:
+        card: Any = ModelCard(text)
+        base, tags = card.data.base_model, card.data.tags or []
+        local = [tag for tag in tags if tag.startswith("base_model:") and not is_hub_id(tag.split(":")[-1])]
+        if not local and (not isinstance(base, str) or is_hub_id(base)):
+            return text
+        card.data.tags = [tag for tag in tags if tag not in local] or None
+        card.data.base_model = base if isinstance(base, str) and is_hub_id(base) else None
+        return str(card)
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        return text  # a header that cannot be read is the person's own: PEFT would not have written into it
+
+
+def kept_details(path: Path, fingerprint: str | None) -> CardDetails:
+    """Returns what a person added to the card that is there, which shall stay when it is written again.
+
+    Args:
+        path: The card.
+        fingerprint: That of the weights: the data is kept only if the card is of the same.
+    """
+    if not path.is_file():
+        return CardDetails()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        data: Any = ModelCard(text).data
+        same = MARK in text and fingerprint is not None and f"fingerprint `{fingerprint}`" in text
+        ours = {*_TAGS, "transformers"}
+        base = data.base_model if same and isinstance(data.base_model, str) and is_hub_id(data.base_model) else None
+        return CardDetails(
+            language=data.language,
+            license=data.license,
+            tags=[tag for tag in data.tags or [] if tag not in ours and not tag.startswith("base_model:")],
+            dataset=data.datasets if same else (),
+            finetuned_from=base,
+        )
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        return CardDetails()  # somebody's header that cannot be read keeps nothing
 
 
 # --------------------------------------------------------------------------------------------------------- writing cards
@@ -50,9 +181,9 @@ def write_card(folder: str | Path, adapter: str | None = None, details: CardDeta
     Raises:
         ValueError: There is no whole CAPT adapter in the folder, or a record in it is damaged or of other weights.
     """
-    folder = Path(folder)
-    write_text(folder / "README.md", card_of(folder, adapter, details=details)[0])
-    return folder / "README.md"
+    path = Path(folder, CARD)
+    write_text(path, card_of(Path(folder), adapter, details=details)[0])
+    return path
 
 
 def write_cards_for(temporary: Path, home: Path, adapter: str | None = None) -> None:
@@ -68,59 +199,11 @@ def write_cards_for(temporary: Path, home: Path, adapter: str | None = None) -> 
     """
     for weights in temporary.rglob(SAFETENSORS_NAME):
         folder, to = weights.parent, home / weights.parent.relative_to(temporary)
-        if not is_capt(folder):
-            continue
-        (folder / "README.md").unlink(missing_ok=True)
-        if not is_replaceable(to / "README.md"):
-            continue
-        measured = (folder / RESULTS).is_file()
-        card, records = card_of(folder, adapter, strict=measured, home=to, records_in=folder if measured else to)
-        for reason in records.unshown:
-            logger.warning("%s: %s", to, reason)
-        write_text(folder / "README.md", card)
-
-
-def is_capt(folder: Path) -> bool:
-    """Tells whether a folder has a whole CAPT adapter."""
-    try:
-        return bool(adapter_config(folder))
-    except (OSError, ValueError):
-        return False
-
-
-def card_of(
-    folder: Path,
-    adapter: str | None = None,
-    *,
-    details: CardDetails | None = None,
-    strict: bool = True,
-    home: Path | None = None,
-    records_in: Path | None = None,
-) -> tuple[str, Records]:
-    """Returns the card of a saved adapter, and the records that are of its weights.
-
-    Args:
-        folder: As for `write_card`.
-        adapter: As for `write_card`.
-        details: As for `write_card`.
-        strict: False: records of other weights are left out, and the card says why, instead of raising.
-        home: Where the folder will be, and the card is that it takes the place of; by default the folder.
-        records_in: Where the records are; by default the folder.
-
-    Raises:
-        ValueError: As for `write_card`.
-    """
-    config = adapter_config(folder)
-    fingerprint = adapter_fingerprint(folder)
-    records = read_records(records_in or folder, fingerprint, config.base_model_fingerprint, strict=strict)
-    return _card(home or folder, config, fingerprint, records, adapter, details, strict)
-
-
-def adapter_config(folder: Path) -> CaptConfig:
-    """Returns the configuration of a saved adapter; raises a ValueError unless it is whole and one of CAPT."""
-    if not (folder / SAFETENSORS_NAME).is_file():
-        raise ValueError(f"There is no adapter in {folder}: it has no {SAFETENSORS_NAME}. Save one: save_pretrained.")
-    return CaptConfig.from_pretrained(str(folder))  # refuses damaged files and other methods
+        if is_capt(folder):
+            (folder / CARD).unlink(missing_ok=True)
+            if is_replaceable(to / CARD):
+                made = card_of(folder, adapter, strict=(folder / RESULTS).is_file(), home=to)
+                _write(folder / CARD, made, to)
 
 
 def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
@@ -134,17 +217,70 @@ def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
         whole: Whether its weights are in the folder already; otherwise no record can be compared with them.
     """
     whole = whole and (folder / SAFETENSORS_NAME).is_file()
-    if is_replaceable(folder / "README.md"):
-        fingerprint = adapter_fingerprint(folder) if whole else None
-        records = read_records(folder, fingerprint, config.base_model_fingerprint, strict=False)
-        card, records = _card(folder, config, fingerprint, records)
-        for reason in records.unshown:
-            logger.warning("%s: %s", folder, reason)
-        write_text(folder / "README.md", card)
+    if is_replaceable(folder / CARD):
+        _write(folder / CARD, card_of(folder, strict=False, unsaved=None if whole else config), folder)
     else:
-        _tidy(folder / "README.md")
+        _tidy(folder / CARD)
     if whole:
         _put_right_above(folder)
+
+
+tuner_config.write_saved_card = write_saved_card
+
+
+def is_capt(folder: Path) -> bool:
+    """Tells whether a folder has a whole CAPT adapter."""
+    try:
+        return bool(adapter_config(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def adapter_config(folder: Path) -> CaptConfig:
+    """Returns the configuration of a saved adapter; raises a ValueError unless it is whole and one of CAPT."""
+    if not (folder / SAFETENSORS_NAME).is_file():
+        raise ValueError(f"There is no adapter in {folder}: it has no {SAFETENSORS_NAME}. Save one: save_pretrained.")
+    return CaptConfig.from_pretrained(str(folder))  # refuses damaged files and other methods
+
+
+def card_of(
+    folder: Path,
+    adapter: str | None = None,
+    *,
+    details: CardDetails | None = None,
+    strict: bool = True,
+    home: Path | None = None,
+    unsaved: CaptConfig | None = None,
+) -> tuple[str, Records]:
+    """Returns the card of a saved adapter, and the records that are of its weights.
+
+    Args:
+        folder: As for `write_card`.
+        adapter: As for `write_card`.
+        details: As for `write_card`.
+        strict: False: records of other weights are left out, and the card says why, instead of raising.
+        home: Where the folder will be: there are the card that it takes the place of, and the records if it has none of its own.
+            By default the folder.
+        unsaved: The configuration of an adapter whose weights are not in the folder yet.
+
+    Raises:
+        ValueError: As for `write_card`.
+    """
+    config = unsaved or adapter_config(folder)
+    fingerprint = None if unsaved else adapter_fingerprint(folder)
+    home = home or folder
+    measured = folder if (folder / RESULTS).is_file() else home
+    records = Records.read(measured, fingerprint, config.base_model_fingerprint, strict=strict)
+    details = (details or CardDetails()).over(kept_details(home / CARD, fingerprint))
+    name = str(adapter or (records.results and records.results.name) or shown_path(home))
+    return card_text(records, name, config.to_dict(), fingerprint, details), records
+
+
+def _write(path: Path, made: tuple[str, Records], home: Path) -> None:
+    card, records = made
+    for reason in records.unshown:
+        logger.warning("%s: %s", home, reason)
+    write_text(path, card)
 
 
 def _tidy(readme: Path) -> None:
@@ -156,13 +292,12 @@ def _tidy(readme: Path) -> None:
 
 def _put_right_above(folder: Path) -> None:
     """Replaces the blank card that PEFT leaves above an adapter with a name of its own, or the one of ours that it changed."""
-    above = folder.parent / "README.md"
+    above = folder.parent / CARD
     if not above.is_file():
         return
     if not is_replaceable(above):
         _tidy(above)
-        return
-    if (above.parent / SAFETENSORS_NAME).is_file():
+    elif (above.parent / SAFETENSORS_NAME).is_file():
         try:
             text = card_of(above.parent, strict=False)[0]
         except (OSError, ValueError):  # of another method: PEFT's card is its card
@@ -176,121 +311,104 @@ def _put_right_above(folder: Path) -> None:
         above.unlink()
 
 
-def _card(
-    folder: Path,
-    config: CaptConfig,
-    fingerprint: str | None,
-    records: Records,
-    adapter: str | None = None,
-    details: CardDetails | None = None,
-    strict: bool = False,
-) -> tuple[str, Records]:
-    details = (details or CardDetails()).over(kept_details(folder / "README.md", fingerprint))
-    adapter = str(adapter or (records.results or {}).get("name") or shown_path(folder))
-    try:
-        return _filled_in(records, adapter, config.to_dict(), fingerprint, details), records
-    except RecordError as error:
-        if strict:
-            raise
-        records = Records(unshown=(*records.unshown, str(error)))
-        return _filled_in(records, adapter, config.to_dict(), fingerprint, details), records
-
-
-tuner_config.write_saved_card = write_saved_card
-
-
 # -------------------------------------------------------------------------------------------------------------- the card
 
 
-def model_card(
-    results: Mapping[str, Any] | None,
-    adapter: str,
-    evaluation: Mapping[str, Any] | None = None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    fingerprint: str | None = None,
-    details: CardDetails | None = None,
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of accuracies; clean ones have no threat model and no attack."""
+
+    model: str
+    accuracy: Accuracy
+    threat_model: str | None = None
+    attack: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Which accuracy it is."""
+        return "clean" if self.attack is None else "robust"
+
+
+def accuracy_rows(records: Records) -> list[Row]:
+    """Returns the accuracies of an adapter, zero-shot first."""
+    results, evaluation = records.results, records.evaluation
+    before: list[Row] = []
+    after: list[Row] = []
+    method = "this adapter"
+    if results is not None:
+        measured, method = results.evaluation, results.method
+        before = _pair("zero-shot", measured.before, measured.attack)
+        after = _pair(method, measured.after, measured.attack)
+    if evaluation is None:
+        return [*before, *after]
+    rows = [Row(method, evaluation.clean)]
+    rows += [Row(method, o.accuracy, str(o.threat_model), o.name) for o in evaluation.white_box()]
+    for threat, worst in evaluation.worst_case.items():
+        if len(evaluation.white_box(threat)) > 1:
+            rows.append(Row(method, worst, str(threat), "worst case"))
+    # figures of other images stay, beside the zero-shot ones of the same images
+    again = {(row.threat_model, row.attack, row.accuracy.n) for row in rows}
+    kept = [row for row in after if (row.threat_model, row.attack, row.accuracy.n) not in again]
+    return [*before, *kept, *rows]
+
+
+def _pair(model: str, both: Accuracies, attack: Mapping[str, Any]) -> list[Row]:
+    threat = str(ThreatModel(**attack["threat_model"]))
+    return [Row(model, both.clean), Row(model, both.robust, threat, str(attack["name"]))]
+
+
+def card_text(
+    records: Records, adapter: str, config: Mapping[str, Any], fingerprint: str | None, details: CardDetails
 ) -> str:
     """Returns the card of an adapter.
 
     Args:
-        results: What `results.json` holds; None where no run was recorded.
+        records: Those of its weights. The figures of the evaluation take the place of those of the run where they are of as many
+            images or more.
         adapter: Folder or Hub id by which people load it.
-        evaluation: What `evaluation.json` holds: figures of the same adapter under more attacks. They take the place of those in
-            the results where they are of as many images or more.
-        config: The adapter's configuration; by default that in the results.
-        fingerprint: The adapter's (`adapter_fingerprint`); by default that in the results or the evaluation. Records without a
-            fingerprint are not shown, and the card says so.
+        config: Its configuration.
+        fingerprint: Its fingerprint; None: unknown.
         details: What else the card says.
-
-    Raises:
-        ValueError: A record is damaged or of other weights, the evaluation is not one of a CAPT adapter, or neither `results` nor
-            `config` is given.
     """
-    if config is None and results is None:
-        raise ValueError(
-            "Give the results of a run, or the adapter's configuration: config=model.peft_config[...].to_dict()."
-        )
-    with readable(RESULTS):
-        config = config or (results or {})["adapter"]["config"]
-        records = tied_records(results, evaluation, fingerprint, config.get("base_model_fingerprint"))
-    if fingerprint is None and (records.results or records.evaluation):
-        shown = records.results or (records.evaluation or {})["configuration"]["model"]
-        fingerprint = shown["adapter"]["fingerprint"]
-    return _filled_in(records, adapter, config, fingerprint, details or CardDetails())
-
-
-def _filled_in(
-    records: Records, adapter: str, config: Mapping[str, Any], fingerprint: str | None, details: CardDetails
-) -> str:
-    results, evaluation = records.results, records.evaluation
-    with readable("The record of the adapter"):
-        rows = accuracy_rows(results, evaluation)
-        task = next(iter(details.datasets), None) if results is None else results["task"]["name"]
-        base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
-        values = {
-            "mark": Markdown(MARK),
-            "title": f"CAPT adapter for {shown_path(task or base)}",
-            "adapter": shown_path(adapter),
-            "results": results,
-            "config": config,
-            "fingerprint": fingerprint,
-            "base": shown_path(base, hub=True),
-            "datasets": [shown_path(name) + details.dataset_words for name in details.datasets],
-            "rows": rows,
-            "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.kind == "robust")),
-            "alone": _weak_alone(records),
-            "signs": [] if evaluation is None else evaluation["signs"],
-            "evaluated": evaluation is not None,
-            "unshown": records.unshown,
-            "measured": _measured(records, config),
-            "shown_classes": _shown(config.get("class_names") or []),
-            "card_data": _yaml(card_data(results, rows, adapter, evaluation, config=config, details=details)),
-        }
-        if results is not None:
-            values["training"] = results["configuration"]["training"]
-            values["training_threat"] = str(ThreatModel(**results["training"]["attack"]["threat_model"]))
-            values["source"] = shown_path(results["task"]["source"] or results["task"]["name"])
-        template = _environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
-        try:
-            return template.render(values)
-        except jinja2.UndefinedError as error:
-            raise KeyError(str(error)) from error
-
-
-def _environment() -> jinja2.Environment:
+    results, evaluation, rows = records.results, records.evaluation, accuracy_rows(records)
+    task = next(iter(details.datasets), None) if results is None else results.task.name
+    base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
+    words = f" ({', '.join(details.dataset_args)})" if details.dataset_args else ""
+    values = {
+        "mark": Markdown(MARK),
+        "title": f"CAPT adapter for {shown_path(task or base)}",
+        "adapter": shown_path(adapter),
+        "results": results,
+        "config": config,
+        "fingerprint": fingerprint,
+        "base": shown_path(base, hub=True),
+        "datasets": [shown_path(name) + words for name in details.datasets],
+        "rows": rows,
+        "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.kind == "robust")),
+        "alone": _weak_alone(records),
+        "signs": () if evaluation is None else evaluation.signs,
+        "evaluated": evaluation is not None,
+        "unshown": records.unshown,
+        "measured": _measured(records, config),
+        "shown_classes": _classes(config.get("class_names") or []),
+        "card_data": _yaml(card_data(records, rows, adapter, config, details)),
+    }
+    if results is not None:
+        values["training"] = results.configuration["training"]
+        values["training_threat"] = str(ThreatModel(**results.training.attack["threat_model"]))
+        values["source"] = shown_path(results.task.source or results.task.name)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=escape
     )
     environment.filters |= {"code": code, "quoted": quoted, "markdown": Markdown}
-    return environment
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
 
 
 def _weak_alone(records: Records) -> list[str]:
-    """Returns what the robust accuracies were measured with, if it was neither AutoAttack nor a part of it."""
-    attacks = [] if records.results is None else [records.results["evaluation"]["attack"]]
+    """Returns what the robust accuracies were measured with, if none of the attacks is a strong one."""
+    attacks = [] if records.results is None else [records.results.evaluation.attack]
     if records.evaluation is not None:
-        attacks += [outcome["attack"] for outcome in records.evaluation["attacks"] if outcome["kind"] == "robust"]
+        attacks += [outcome.attack for outcome in records.evaluation.white_box()]
     known = [(known_attack(settings), settings["name"]) for settings in attacks]
     if any(attack is not None and attack.strong for attack, _ in known):
         return []
@@ -299,26 +417,22 @@ def _weak_alone(records: Records) -> list[str]:
 
 def _measured(records: Records, config: Mapping[str, Any]) -> str:
     """Says which images the figures are of and, where no results say so, which classes and texts they were told apart by."""
-    said = []
-    if (results := records.results) is not None:
-        n = results["evaluation"]["after"]["clean"]["n"]
-        said.append(f"{n} images of the {results['evaluation']['split']} split of {results['task']['name']}")
-    if records.evaluation is not None:
-        n, task = records.evaluation["clean"]["n"], records.evaluation["configuration"].get("task") or {}
+    results, evaluation, said = records.results, records.evaluation, []
+    if results is not None:
+        n, split = results.evaluation.after.clean.n, results.evaluation.split
+        said.append(f"{n} images of the {split} split of {results.task.name}")
+    if evaluation is not None:
+        task, model = evaluation.configuration.get("task") or {}, evaluation.configuration["model"]
         where = (
-            f" of the {task.get('split', '?')} split of {task.get('name', '?')}"
-            if task
-            else " of a data set without a name"
+            f"the {task.get('split', '?')} split of {task.get('name', '?')}" if task else "a data set without a name"
         )
-        said.append(f"{n} images{where}{'' if results else _other_texts(records.evaluation, config)}")
+        names, template = model.get("class_names"), model.get("template")
+        if results is None and names is not None and names != config.get("class_names"):
+            where += f", with {len(names)} classes"
+        if results is None and template not in (None, config.get("template")):
+            where += f", with the template {template}"
+        said.append(f"{evaluation.clean.n} images of {where}")
     return ", and on ".join(dict.fromkeys(said))
-
-
-def _other_texts(evaluation: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    model = evaluation["configuration"]["model"]
-    names, template = model.get("class_names"), model.get("template")
-    words = f", with {len(names)} classes" if names is not None and names != config.get("class_names") else ""
-    return words + (f", with the template {template}" if template not in (None, config.get("template")) else "")
 
 
 def shown_path(name: str | Path, *, hub: bool = False) -> str:
@@ -337,58 +451,43 @@ def shown_path(name: str | Path, *, hub: bool = False) -> str:
     return text
 
 
-def _shown(names: Sequence[str]) -> str:
+def _classes(names: Sequence[str]) -> str:
     more = f", and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
     return Markdown(", ".join(escape(name, 100) for name in names[:_SHOWN_CLASSES]) + more)
 
 
 def card_data(
-    results: Mapping[str, Any] | None,
-    rows: Sequence[Row],
-    adapter: str,
-    evaluation: Mapping[str, Any] | None = None,
-    *,
-    config: Mapping[str, Any] | None = None,
-    details: CardDetails | None = None,
+    records: Records, rows: Sequence[Row], adapter: str, config: Mapping[str, Any], details: CardDetails
 ) -> ModelCardData:
     """Returns the metadata of a card, with clean and robust accuracy of the adapter as its model-index.
 
     Without a name of the data set that they were measured on, there is no model-index.
-
-    Args:
-        results: What `results.json` holds, or None.
-        rows: What `accuracy_rows` returned.
-        adapter: Folder or Hub id of the adapter.
-        evaluation: What `evaluation.json` holds, or None.
-        config: The adapter's configuration; by default that in the results.
-        details: What else the card says.
     """
-    details = details or CardDetails()
-    config = config or (results or {})["adapter"]["config"]
     base = str(details.finetuned_from or config.get("base_model_name_or_path") or "")
-    task: Mapping[str, Any] = {}
-    if results is not None:
-        task = {**results["task"], "split": results["evaluation"]["split"]}
-    elif evaluation is not None:
-        task = evaluation["configuration"].get("task") or {}
-    dataset, split = str(task.get("name")), task.get("split")
+    dataset, source, split = None, None, None
+    if records.results is not None:
+        task, split = records.results.task, records.results.evaluation.split
+        dataset, source = task.name, task.source
+    elif records.evaluation is not None:
+        measured = records.evaluation.configuration.get("task") or {}
+        dataset, source, split = (measured.get(key) for key in ("name", "source", "split"))
     metrics = [
         EvalResult(
             task_type=_TASK,
-            dataset_type=_metadata(shown_path(task.get("source") or dataset)),
+            dataset_type=_metadata(shown_path(source or dataset)),
             dataset_name=_metadata(shown_path(dataset)),
             dataset_split=None if split is None else _metadata(split),
             metric_type="accuracy",
             metric_name=_metadata(
                 "clean accuracy" if row.kind == "clean" else f"robust accuracy ({row.attack}, {row.threat_model})"
             ),
-            metric_value=round(row.accuracy, 6),
-            metric_args={"n": row.n, "interval_95": [round(value, 6) for value in row.interval]},
+            metric_value=round(row.accuracy.value, 6),
+            metric_args={"n": row.accuracy.n, "interval_95": [round(value, 6) for value in row.accuracy.interval]},
         )
         for row in rows
-        if row.model != "zero-shot" and task.get("name")
+        if row.model != "zero-shot" and dataset
     ]
-    tags = ["capt", "adversarial-robustness", "clip", "peft", *details.all_tags]
+    tags = [*_TAGS, *details.tags, *details.tasks]
     return ModelCardData(
         base_model=base if is_hub_id(base) else None,  # the Hub refuses anything else
         base_model_relation="adapter",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,34 @@ import pyarrow.parquet as pq
 from ..attacks import ThreatModel
 from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
-from .accuracy import Accuracy
+from .accuracy import Accuracy, readable
 
+EVALUATION = "evaluation.json"  # in an adapter's folder
 ROBUST, TRANSFER = "robust", "transfer"
 CLEAN = b"clean_correct"  # in the metadata of the examples
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One sign of masked gradients.
+
+    Attributes:
+        name: Which sign.
+        raised: Whether the evaluation shows it; None where it was not checked.
+        value: What was measured; None where it was not.
+        threshold: The value above which the sign is raised.
+        sentence: What it means, for people.
+    """
+
+    name: str
+    raised: bool | None
+    value: float | None
+    threshold: float | None
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the sign, for results."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -58,56 +82,43 @@ class AttackOutcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, for results."""
-        numbers = {"broken": self.broken, "forwards": self.forwards, "gradients": self.gradients}
         return {
             "kind": self.kind,
             "attack": self.attack,
             **self.accuracy.to_dict(),
-            **numbers,
+            "broken": self.broken,
+            "forwards": self.forwards,
+            "gradients": self.gradients,
             "zero_gradient_share": self.zero_gradient_share,
             "parts": list(self.parts),
             "notes": list(self.notes),
         }
 
-
-@dataclass(frozen=True)
-class Sign:
-    """One sign of masked gradients.
-
-    Attributes:
-        name: Which sign.
-        raised: Whether the evaluation shows it; None where it was not checked.
-        value: What was measured; None where it was not.
-        threshold: The value above which the sign is raised.
-        sentence: What it means, for people.
-    """
-
-    name: str
-    raised: bool | None
-    value: float | None
-    threshold: float | None
-    sentence: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the sign, for results."""
-        return asdict(self)
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> AttackOutcome:
+        """Reads what `to_dict` returned."""
+        values = {each.name: row[each.name] for each in fields(cls) if each.name != "accuracy"}
+        lists = {"parts": tuple(row["parts"]), "notes": tuple(row["notes"])}
+        outcome = cls(accuracy=Accuracy.from_dict(row), **{**values, **lists})
+        _ = outcome.name, outcome.threat_model  # or it raises
+        return outcome
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Clean accuracy, the accuracy under each attack, and the worst case over attacks, on the same images.
 
-    An image counts as robust if the classifier is right on it and on its attacked twin, so that robust never exceeds clean.
+    An image counts as robust if the classifier is right on it and on its adversarial example, so that robust never exceeds clean.
 
     Attributes:
         clean: Accuracy without an attack.
-        attacks: One outcome an attack, in the order they were given.
+        attacks: One outcome per attack, in the order they were given.
         worst_case: For each threat model, the share of images that no white-box attack broke.
         signs: Signs of masked gradients; empty where they were not looked for.
         configuration: All that the figures depend on.
         machine: What they were computed on.
-        examples: One row an image and attack: index, label, clean_prediction, attack, threat_model, prediction, broken,
-            broken_by and perturbation (its length in the threat model's norm).
+        examples: One row per image and attack: index, label, clean_prediction, attack, threat_model, prediction, broken,
+            broken_by and perturbation (its length in the threat model's norm); None where they were not kept beside the figures.
     """
 
     clean: Accuracy
@@ -116,7 +127,7 @@ class Evaluation:
     signs: tuple[Sign, ...]
     configuration: dict[str, Any]
     machine: str
-    examples: pa.Table = field(compare=False, repr=False)
+    examples: pa.Table = field(default=None, compare=False, repr=False)
 
     @property
     def robust(self) -> Accuracy:
@@ -131,6 +142,26 @@ class Evaluation:
             )
         return next(iter(self.worst_case.values()))
 
+    def white_box(self, threat: ThreatModel | None = None) -> list[AttackOutcome]:
+        """Returns the outcomes of white-box attacks, of all threat models or of one."""
+        return [o for o in self.attacks if o.kind == ROBUST and threat in (None, o.threat_model)]
+
+    def table(self) -> str:
+        """Returns a Markdown table: which accuracy, under which attack, with n and the 95% interval."""
+        lines = ["| accuracy | threat model | attack | % (95% interval) |", "|---|---|---|---|"]
+        lines.append(f"| clean | | | {self.clean.percent} |")
+        for outcome in self.attacks:
+            kind = outcome.kind if outcome.kind == ROBUST else "under a transferred attack"
+            lines.append(f"| {kind} | {outcome.threat_model} | {escape(outcome.name)} | {outcome.accuracy.percent} |")
+        for threat, accuracy in self.worst_case.items():
+            if len(self.white_box(threat)) > 1:
+                lines.append(f"| **robust** | {threat} | worst case | **{accuracy.percent}** |")
+        return "\n".join([*lines, "", f"n = {self.clean.n} images."])
+
+    def warnings(self) -> list[str]:
+        """Returns the sentences of the signs that are raised."""
+        return [sign.sentence for sign in self.signs if sign.raised]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the examples, in JSON types."""
         return {
@@ -143,21 +174,29 @@ class Evaluation:
             "machine": self.machine,
         }
 
-    def table(self) -> str:
-        """Returns a Markdown table: which accuracy, under which attack, with n and the 95% interval."""
-        lines = ["| accuracy | threat model | attack | % (95% interval) |", "|---|---|---|---|"]
-        lines.append(f"| clean | | | {_percent(self.clean)} |")
-        for outcome in self.attacks:
-            kind = outcome.kind if outcome.kind == ROBUST else "under a transferred attack"
-            lines.append(f"| {kind} | {outcome.threat_model} | {escape(outcome.name)} | {_percent(outcome.accuracy)} |")
-        for threat, accuracy in self.worst_case.items():
-            if sum(o.kind == ROBUST and o.threat_model == threat for o in self.attacks) > 1:
-                lines.append(f"| **robust** | {threat} | worst case | **{_percent(accuracy)}** |")
-        return "\n".join([*lines, "", f"n = {self.clean.n} images."])
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], examples: pa.Table = None) -> Evaluation:
+        """Reads what `to_dict` returned.
 
-    def warnings(self) -> list[str]:
-        """Returns the sentences of the signs that are raised."""
-        return [sign.sentence for sign in self.signs if sign.raised]
+        Raises:
+            ValueError: A figure cannot be true. What has another shape raises a KeyError, TypeError or AttributeError.
+        """
+        evaluation = cls(
+            clean=Accuracy.from_dict(content["clean"]),
+            attacks=tuple(map(AttackOutcome.from_dict, content["attacks"])),
+            worst_case={ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]},
+            signs=tuple(Sign(**sign) for sign in content["signs"]),
+            configuration=dict(content["configuration"]),
+            machine=str(content["machine"]),
+            examples=examples,
+        )
+        for outcome in evaluation.attacks:
+            outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")
+        for threat, worst in evaluation.worst_case.items():
+            worst.check_at_most(evaluation.clean, "has a worst case and clean accuracy of")
+            for outcome in evaluation.white_box(threat):
+                worst.check_at_most(outcome.accuracy, f"has a worst case and {outcome.name} of")
+        return evaluation
 
     def save(self, path: str | Path) -> None:
         """Writes the figures to a JSON file and the examples to a parquet file beside it, each whole or not at all."""
@@ -171,14 +210,22 @@ class Evaluation:
         write_json(path, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
+    def load(cls, path: str | Path, *, with_examples: bool = True) -> Evaluation:
         """Reads what `save` wrote, and counts again what the examples show.
 
+        Args:
+            path: The JSON file, or the folder of an adapter with an `evaluation.json`.
+            with_examples: False: the file may stand alone, as on the Hub; examples that are there count all the same.
+
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: The file holds something else, is damaged, or its figures are not those of the examples (the last two are
                 a `DamagedFileError`).
         """
-        path = Path(path)
+        path = Path(path, EVALUATION) if Path(path).is_dir() else Path(path)
+        if not with_examples and not examples_path(path).is_file():
+            with readable(path):
+                return cls.from_dict(read_json(path))
         content = read_json(path)
         if content.get("kind") != "evaluation":
             raise ValueError(f"{path} does not hold an evaluation.")
@@ -186,24 +233,12 @@ class Evaluation:
             with examples_path(path).open("rb") as file:
                 clean = (pq.read_schema(file).metadata or {}).get(CLEAN)
                 examples = pq.read_table(file, schema=EXAMPLE_SCHEMA)
-            return cls._read(content, examples, None if clean is None else int(clean))
+            evaluation = cls.from_dict(content, examples)
+            evaluation._check_counts(None if clean is None else int(clean))
         except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DamagedFileError(
                 f"{path}, or the examples in {examples_path(path).name} beside it, are damaged ({str(error)[:200]})."
             ) from error
-
-    @classmethod
-    def _read(cls, content: dict[str, Any], examples: pa.Table, clean: int | None) -> Evaluation:
-        evaluation = cls(
-            clean=Accuracy.from_dict(content["clean"]),
-            attacks=tuple(_outcome(row) for row in content["attacks"]),
-            worst_case={ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]},
-            signs=tuple(Sign(**sign) for sign in content["signs"]),
-            configuration=dict(content["configuration"]),
-            machine=str(content["machine"]),
-            examples=examples,
-        )
-        evaluation._check_counts(clean)
         return evaluation
 
     def _check_counts(self, clean: int | None) -> None:
@@ -218,21 +253,20 @@ class Evaluation:
         n, rows = self.clean.n, [(outcome, self._examples_of(outcome)) for outcome in self.attacks]
         if sum(len(of_attack) for _, of_attack in rows) != len(self.examples):
             raise ValueError("there are examples of other attacks")
+        wrong: dict[ThreatModel, set[int]] = {}
         for outcome, of_attack in rows:
-            answers = {"before": of_attack["clean_prediction"], "after": of_attack["prediction"]}
-            right = {when: _count(pc.equal(answer, of_attack["label"])) for when, answer in answers.items()}
-            found = len(of_attack), right["before"], right["after"], _count(of_attack["broken"])
+            right = pc.equal(of_attack["prediction"], of_attack["label"])
+            right_before = pc.equal(of_attack["clean_prediction"], of_attack["label"])
+            found = len(of_attack), _count(right_before), _count(right), _count(of_attack["broken"])
             before = self.clean.correct if clean is None else found[1]
             if found != (n, before, outcome.accuracy.correct, outcome.broken) or outcome.accuracy.n != n:
                 raise ValueError(
                     f"the {found[0]} examples of {outcome.name} are {found[1]} right before it, {found[2]} after it and "
                     f"{found[3]} broken, not {self.clean.correct}, {outcome.accuracy.correct} and {outcome.broken} of {n}"
                 )
-        wrong: dict[ThreatModel, set[int]] = {}
-        for outcome, of_attack in rows:
             if outcome.kind == ROBUST:
-                turned = of_attack.filter(pc.not_equal(of_attack["prediction"], of_attack["label"]))
-                wrong.setdefault(outcome.threat_model, set()).update(turned["index"].to_pylist())
+                turned = of_attack["index"].filter(pc.invert(right)).to_pylist()
+                wrong.setdefault(outcome.threat_model, set()).update(turned)
         worst = {threat: Accuracy(n - len(indices), n) for threat, indices in wrong.items()}
         if worst != self.worst_case:
             raise ValueError(
@@ -250,12 +284,26 @@ def examples_path(path: Path) -> Path:
     return path.with_suffix(".parquet")
 
 
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("label", pa.int64()),
+        ("clean_prediction", pa.int64()),
+        ("attack", pa.string()),
+        ("threat_model", pa.string()),
+        ("prediction", pa.int64()),
+        ("broken", pa.bool_()),
+        ("broken_by", pa.string()),
+        ("perturbation", pa.float32()),
+    ]
+)
+
+
 def examples_table(records: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> pa.Table:
-    """Returns one row an image and attack from (attack settings, record of a batch) pairs."""
+    """Returns one row per image and attack from (attack settings, record of a batch) pairs."""
     columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_SCHEMA.names}
     for attack, record in records:
-        n = len(record["index"])
-        threat = str(ThreatModel(**attack["threat_model"]))
+        n, threat = len(record["index"]), str(ThreatModel(**attack["threat_model"]))
         rows = {
             "index": record["index"],
             "label": record["label"],
@@ -272,35 +320,5 @@ def examples_table(records: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> 
     return pa.table(columns, schema=EXAMPLE_SCHEMA)
 
 
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("label", pa.int64()),
-        ("clean_prediction", pa.int64()),
-        ("attack", pa.string()),
-        ("threat_model", pa.string()),
-        ("prediction", pa.int64()),
-        ("broken", pa.bool_()),
-        ("broken_by", pa.string()),
-        ("perturbation", pa.float32()),
-    ]
-)
-
-
-def _percent(accuracy: Accuracy) -> str:
-    low, high = accuracy.interval
-    return f"{100 * accuracy.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def _count(true: pa.ChunkedArray) -> int:
     return pc.sum(true).as_py() or 0
-
-
-def _outcome(row: dict[str, Any]) -> AttackOutcome:
-    names = ("attack", "kind", "broken", "forwards", "gradients", "zero_gradient_share")
-    return AttackOutcome(
-        accuracy=Accuracy.from_dict(row),
-        parts=tuple(row["parts"]),
-        notes=tuple(row["notes"]),
-        **{name: row[name] for name in names},
-    )

@@ -1,35 +1,150 @@
-"""Sharing adapters on the Hub: an adapter's own files, in one commit, and nothing else."""
+"""Sharing adapters: saved with their record and card, measured again, and uploaded to the Hub in one commit."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import PushToHubMixin
 
 from ..tuner import CaptConfig
 from ..tuner.fingerprint import SAFETENSORS_NAME, active_adapter, adapter_fingerprint
-from ..utils.files import write_text
-from .card import CardDetails, adapter_config, card_of, is_capt, write_card
-from .card_details import is_hub_id, is_replaceable, kept_details, without_local_paths
-from .records import EVALUATION, RESULTS, Records
-from .run import UPLOADED, save_active_adapter
+from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text
+from ..utils.outputs import save_somewhere
+from .card import (
+    CARD,
+    CardDetails,
+    adapter_config,
+    card_of,
+    is_capt,
+    is_hub_id,
+    is_replaceable,
+    kept_details,
+    without_local_paths,
+    write_card,
+    write_cards_for,
+)
+from .earlier import changes, set_aside
+from .evaluation import EVALUATION, Evaluation, examples_path
+from .run import RESULTS, RecordError, Records, RunResults, why_unshown
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-# the arguments of transformers' `create_model_card`, in their order
-CARD_ARGUMENTS = (
-    "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args",
-)  # fmt: skip
+# the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
+UPLOADED = [SAFETENSORS_NAME, "adapter_config.json", CARD, RESULTS, EVALUATION]
+
+
+# ---------------------------------------------------------------------------------------------------------------- in a folder
+
+
+def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> RunResults:
+    """Writes the active adapter, its results and its card into a folder, each whole or not at all.
+
+    Args:
+        model: A `PeftModel`.
+        results: The record of the run, of the model's very weights.
+        folder: Where to write.
+        name: Folder or Hub id by which people load it, for the card.
+
+    Returns:
+        The record as it was written, with the name and the size of the adapter.
+
+    Raises:
+        OSError: It could not be written there; the message says where it is instead.
+        ValueError: The results are of other weights, or of no adapter. Nothing is written.
+    """
+    folder, adapter = Path(folder), results.adapter
+    if adapter is None:
+        raise ValueError(f"The results are those of a whole model: {RESULTS} of an adapter needs its fingerprint.")
+    saved = results
+
+    def write(temporary: Path) -> None:
+        nonlocal saved
+        save_active_adapter(model, temporary)
+        size = (temporary / SAFETENSORS_NAME).stat().st_size
+        saved = replace(results, adapter=replace(adapter, bytes=size), name=name)
+        write_json(temporary / RESULTS, saved.to_dict())
+        write_cards_for(temporary, folder, name)
+
+    save_somewhere(folder, write)
+    (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
+    return saved
+
+
+def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:
+    """Refuses, before long work, an evaluation that `update_card` would refuse after it.
+
+    Args:
+        folder: Folder of the adapter.
+        configuration: Of the evaluation to come: its `task`, and its `model` (`capt_peft.evaluation.subject.describe`). None: not
+            compared.
+
+    Raises:
+        ValueError: There is no whole CAPT adapter, its results are damaged or of other weights, nothing can be written there, or
+            the evaluation is of other weights, on another base, or of other images, classes or texts than the results.
+    """
+    folder = Path(folder)
+    config, fingerprint = adapter_config(folder), adapter_fingerprint(folder)
+    results = Records.read(folder, fingerprint, names=(RESULTS,)).results
+    make_writable(folder, EVALUATION, examples_path(Path(EVALUATION)).name, CARD, given="adapter")
+    if configuration is not None:
+        reason = why_unshown(configuration, fingerprint, config.base_model_fingerprint, results)
+        if reason is not None:
+            raise RecordError(reason)
+
+
+def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
+    """Puts an evaluation into an adapter's folder and its card.
+
+    An `evaluation.json` of another configuration that is there is kept under the name `evaluation.old1.json` (`.old2`, ...).
+
+    Args:
+        folder: Folder of the adapter.
+        evaluation: Measured with the very weights there, and of the same images, classes and texts as the results there.
+
+    Returns:
+        The path of the card, README.md.
+
+    Raises:
+        ValueError: As for `check_update`. Nothing is written.
+    """
+    path = Path(folder, EVALUATION)
+    check_update(folder, evaluation.configuration)
+    if path.exists():
+        try:
+            changed = changes(evaluation.configuration, read_json(path).get("configuration"))
+        except DamagedFileError as error:
+            changed = [str(error)]
+        if changed:
+            set_aside(path, (".json", ".parquet"), changed)
+    evaluation.save(path)
+    return write_card(folder)
+
+
+def save_active_adapter(model: Any, folder: Path) -> None:
+    """Writes the active adapter of a `PeftModel`, or of a model of transformers, into an empty folder, whatever its name."""
+    name = active_adapter(model)
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
+    model.save_pretrained(str(folder), selected_adapters=[name])
+    if name != "default":  # PEFT's layout
+        for path in Path(folder, name).iterdir():
+            path.replace(folder / path.name)
+        Path(folder, name).rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------- on the Hub
 
 
 def prepare_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
@@ -64,6 +179,7 @@ def push_adapter(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload a CAPT adapter",
+    strict: bool = True,
     **card: Any,
 ) -> CommitInfo:
     """Uploads an adapter's weights, configuration, card and figures, in one commit.
@@ -80,6 +196,7 @@ def push_adapter(
         private: True: create a private repository, and refuse a public one.
         revision: Branch; by default the main one. It is created from the main one if needed.
         commit_message: Title of the commit.
+        strict: False: records of other weights stay behind, with a warning, instead of stopping it.
         card: What else the card says: fields of `CardDetails` (`license`, `tags`, `dataset_name`, ...).
 
     Returns:
@@ -90,27 +207,27 @@ def push_adapter(
         ValueError: There is no whole CAPT adapter in the folder, a record in it is damaged or of other weights, or the repository
             is public and `private` is True.
     """
-    return upload(adapter, repo_id, token, private, revision, commit_message, CardDetails.of(card))
-
-
-def upload(
-    adapter: nn.Module | str | Path,
-    repo_id: str,
-    token: str | bool | None,
-    private: bool | None,
-    revision: str | None,
-    message: str,
-    details: CardDetails,
-    strict: bool = True,
-) -> CommitInfo:
-    """Does the work of `push_adapter`; with `strict=False` records of other weights stay behind instead of stopping it."""
+    details = CardDetails.of(card)
     with _as_folder(adapter) as folder:
         _, records = card_of(folder, strict=strict)  # refuses damaged files and other methods
         for reason in records.unshown:
             logger.warning("Not uploaded from %s: %s", folder, reason)
         _say_if_local(adapter_config(folder))
         try:
-            return _commit(folder, records, repo_id, token, private, revision, message, details, strict)
+            api, repo_id = HfApi(), prepare_repo(repo_id, token=token, private=private)
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+            contents: dict[str, Path | bytes] = {name: folder / name for name in UPLOADED if (folder / name).is_file()}
+            contents[CARD] = _card_to_send(folder, repo_id, details, strict).encode()
+            operations: list[CommitOperationAdd | CommitOperationDelete] = []
+            for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
+                if record is None:
+                    contents.pop(name, None)
+                    if api.file_exists(repo_id, name, revision=revision, token=token):
+                        operations.append(CommitOperationDelete(name))
+            operations += [CommitOperationAdd(name, content) for name, content in contents.items()]
+            # not upload_folder, which may spread the files over several commits
+            return api.create_commit(repo_id, operations, commit_message=commit_message, token=token, revision=revision)
         except Exception as error:
             error.add_note(
                 f"The upload to {repo_id} failed. All of the adapter is there now or nothing of it; pushing it again is safe."
@@ -139,36 +256,6 @@ def _say_if_local(config: CaptConfig) -> None:
             base[:300],
             "adapter_config.json",
         )
-
-
-def _commit(
-    folder: Path,
-    records: Records,
-    repo_id: str,
-    token: str | bool | None,
-    private: bool | None,
-    revision: str | None,
-    message: str,
-    details: CardDetails,
-    strict: bool,
-) -> CommitInfo:
-    api = HfApi()
-    repo_id = prepare_repo(repo_id, token=token, private=private)
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        contents = {name: folder / name for name in UPLOADED if (folder / name).is_file()}
-        contents[CARD] = Path(temporary, CARD)
-        contents[CARD].write_text(_card_to_send(folder, repo_id, details, strict), encoding="utf-8")
-        operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
-            if record is None:
-                contents.pop(name, None)
-                if api.file_exists(repo_id, name, revision=revision, token=token):
-                    operations.append(CommitOperationDelete(name))
-        operations += [CommitOperationAdd(name, path) for name, path in contents.items()]
-        # not upload_folder, which may spread the files over several commits
-        return api.create_commit(repo_id, operations, commit_message=message, token=token, revision=revision)
 
 
 def _card_to_send(folder: Path, repo_id: str, details: CardDetails, strict: bool) -> str:

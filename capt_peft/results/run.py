@@ -1,111 +1,272 @@
-"""The record of a run, and its table."""
+"""The record of a run, and which records are of the very weights of an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
-from ..attacks.threat import ThreatModel
-from ..tuner.fingerprint import SAFETENSORS_NAME, active_adapter, adapter_fingerprint
-from ..utils.files import DamagedFileError, make_writable, read_json, write_json
-from ..utils.markup import Markdown, escape, table_row
-from ..utils.outputs import save_somewhere
+from ..attacks import ThreatModel
+from ..tuner.fingerprint import active_adapter, adapter_fingerprint
+from ..utils.files import read_json
+from ..utils.markup import Markdown, escape, plain, table_row
 from ..utils.versions import describe_machine, versions
-from .card import adapter_config, model_card, write_card, write_cards_for
-from .earlier import changes, set_aside
-from .evaluation import Evaluation
-from .records import EVALUATION, RESULTS, check_configuration, check_record, read_records, readable
+from .accuracy import Accuracy, readable
+from .evaluation import EVALUATION, Evaluation
 
-if TYPE_CHECKING:
-    from ..training import CaptTrainer
-
-# the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
-UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", RESULTS, EVALUATION]
+RESULTS = "results.json"
+# the training arguments that a card shows
+_SHOWN = ("consistency", "weighting", "optim", "learning_rate", "num_train_epochs", "per_device_train_batch_size")
 
 
-def accuracies(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Returns what `CaptTrainer.evaluate` measured, as results hold it.
-
-    Args:
-        metrics: Its return value.
-        prefix: Its `metric_key_prefix`.
-    """
-    return {
-        kind: {
-            "accuracy": metrics[f"{prefix}_{kind}_accuracy"],
-            "interval_95": [metrics[f"{prefix}_{kind}_accuracy_{end}"] for end in ("low", "high")],
-            "n": metrics[f"{prefix}_n"],
-        }
-        for kind in ("clean", "robust")
-    }
+# ------------------------------------------------------------------------------------------------------ the record of a run
 
 
-def run_results(
-    trainer: CaptTrainer,
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    *,
-    method: str,
-    split: str,
-    seconds: float,
-    shots: int | str | None = None,
-) -> dict[str, Any]:
-    """Returns the record of a run, with its whole configuration: what `results.json` holds.
+@dataclass(frozen=True, kw_only=True)
+class TaskRecord:
+    """What a run was tuned on; `shots` are training images per class or "all", None where the record does not say."""
 
-    Args:
-        trainer: The trainer, after training.
-        before: Its evaluation of the frozen model, with `metric_key_prefix="before"`.
-        after: Its evaluation of the tuned model, with `metric_key_prefix="after"`.
-        method: Name of the method.
-        split: Name of the split that was evaluated.
-        seconds: Wall time of the training.
-        shots: Training images per class, or "all"; None: the record does not say.
+    name: str
+    source: str
+    class_names: list[str]
+    template: str | None = None
+    shots: int | str | None = None
+    training_images: int
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Clean and robust accuracy of the same images.
 
     Raises:
-        ValueError: The model was trained further since `after` was measured.
+        FigureError: More images are robust than clean, or not as many were measured.
     """
-    task, args, model = trainer.task, trainer.args, trainer.classifier.model
-    _check_measured_last(trainer, after)
-    return {
-        "method": method,
-        "seed": args.seed,
-        "task": {
-            "name": task.name,
-            "source": task.source,
-            "class_names": list(task.class_names),
-            "template": task.template,
-            "shots": shots,
-            "training_images": len(task["train"]),
-        },
-        "evaluation": {
-            "split": split,
-            "attack": args.evaluation_attack.to_dict(),
-            "before": accuracies(before, "before"),
-            "after": accuracies(after, "after"),
-        },
-        "training": {
-            "seconds": seconds,
-            "attack": trainer.attack.to_dict(),
-            "steps": trainer.state.global_step,
-            "processes": args.world_size,
-            "pixels": trainer.classifier.transform.to_dict(),
-        },
-        "adapter": {
-            "parameters": count_parameters(model),
-            "fingerprint": adapter_fingerprint(model),
-            "config": model.peft_config[active_adapter(model)].to_dict(),
-        },
-        "configuration": {"training": args.to_sanitized_dict()},
-        "versions": versions(),
-        "machine": describe_machine(),
-    }
+
+    clean: Accuracy
+    robust: Accuracy
+
+    def __post_init__(self) -> None:
+        self.robust.check_at_most(self.clean, "has robust and clean accuracy of")
+
+    @classmethod
+    def of(cls, measured: Evaluation | Mapping[str, Any], prefix: str) -> Accuracies:
+        """Returns those of an evaluation, or of the metrics of `CaptTrainer.evaluate`, whose names have a prefix."""
+        if isinstance(measured, Evaluation):
+            return cls(measured.clean, measured.robust)
+        n, shares = measured[f"{prefix}_n"], [measured[f"{prefix}_{kind}_accuracy"] for kind in ("clean", "robust")]
+        return cls(*(Accuracy(round(share * n), n) for share in shares))
 
 
-def _check_measured_last(trainer: CaptTrainer, after: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """How accurate the frozen and the tuned model are, under which attack; `task` is named where it is not the run's."""
+
+    task: str | None = None
+    split: str
+    attack: Mapping[str, Any]
+    before: Accuracies
+    after: Accuracies
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """How it was tuned: seconds, the attack's settings, steps, processes, and how images became pixels."""
+
+    seconds: float
+    attack: Mapping[str, Any]
+    steps: int | None = None
+    processes: int
+    pixels: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """The adapter: its number of parameters, fingerprint, configuration and, once it is saved, bytes."""
+
+    parameters: Mapping[str, int]
+    fingerprint: str | None = None
+    config: Mapping[str, Any] | None = None
+    bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResults:
+    """The record of a run with its whole configuration: what `results.json` holds, by the same names.
+
+    Attributes:
+        method: Name of the method.
+        seed: Seed of the run.
+        task: What it was tuned on.
+        evaluation: What was measured before and after.
+        training: How it was tuned.
+        adapter: The adapter; None where a whole model was tuned.
+        parameters: Number of trainable and of all parameters, where there is no adapter.
+        configuration: The arguments of the training and, where there was one, of the script.
+        versions: Versions of the libraries.
+        machine: What it ran on.
+        name: Folder or Hub id by which people load the adapter, once it is saved.
+    """
+
+    method: str
+    seed: int
+    task: TaskRecord
+    evaluation: EvaluationRecord
+    training: TrainingRecord
+    adapter: AdapterRecord | None = None
+    parameters: Mapping[str, int] | None = None
+    configuration: Mapping[str, Any]
+    versions: Mapping[str, str]
+    machine: str
+    name: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Any,
+        before: Evaluation | Mapping[str, Any],
+        after: Evaluation | Mapping[str, Any],
+        *,
+        method: str,
+        split: str,
+        seconds: float,
+        shots: int | str | None = None,
+        script: Mapping[str, Any] | None = None,
+        measured: str | None = None,
+    ) -> RunResults:
+        """Returns the record of a run.
+
+        Args:
+            trainer: The `CaptTrainer`, after training.
+            before: Its evaluation of the frozen model, with `metric_key_prefix="before"`; or that of `capt_peft.evaluate`.
+            after: The same of the tuned model, with `metric_key_prefix="after"`.
+            method: Name of the method.
+            split: Name of the split that was evaluated.
+            seconds: Wall time of the training.
+            shots: Training images per class, or "all"; None: the record does not say.
+            script: The arguments of the script that runs it, in JSON types.
+            measured: Name of the task that was evaluated, where it is not the trainer's.
+
+        Raises:
+            ValueError: The model was trained further since `after` was measured.
+        """
+        task, args, model = trainer.task, trainer.args, trainer.classifier.model
+        if not isinstance(after, Evaluation):
+            _check_measured_last(trainer, after)
+        parameters, adapters = count_parameters(model), getattr(model, "peft_config", None)
+        adapter = None
+        if adapters:
+            config = adapters[active_adapter(model)].to_dict()
+            adapter = AdapterRecord(parameters=parameters, fingerprint=adapter_fingerprint(model), config=config)
+        return cls(
+            method=method,
+            seed=args.seed,
+            task=TaskRecord(
+                name=task.name,
+                source=task.source,
+                class_names=list(task.class_names),
+                template=task.template,
+                shots=shots,
+                training_images=len(task["train"]),
+            ),
+            evaluation=EvaluationRecord(
+                task=measured,
+                split=split,
+                attack=args.evaluation_attack.to_dict(),
+                before=Accuracies.of(before, "before"),
+                after=Accuracies.of(after, "after"),
+            ),
+            training=TrainingRecord(
+                seconds=seconds,
+                attack=trainer.attack.to_dict(),
+                steps=trainer.state.global_step,
+                processes=args.world_size,
+                pixels=trainer.classifier.transform.to_dict(),
+            ),
+            adapter=adapter,
+            parameters=None if adapter else parameters,
+            configuration={"training": args.to_sanitized_dict(), **({} if script is None else {"script": script})},
+            versions=versions(),
+            machine=describe_machine(),
+        )
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The adapter's fingerprint; None where the record does not say."""
+        return None if self.adapter is None else self.adapter.fingerprint
+
+    def table(self) -> str:
+        """Returns a Markdown table of clean and robust accuracy before and after the tuning."""
+        measured = self.evaluation
+        attack = f"{measured.attack['name']}, {ThreatModel(**measured.attack['threat_model'])}"
+        lines = [table_row(["", "clean, %", f"robust ({attack}), %"]), "|---|---|---|"]
+        for name, both in (("zero-shot", measured.before), (self.method.upper(), measured.after)):
+            lines.append(table_row([name, both.clean.percent, both.robust.percent]))
+        n, split = measured.after.clean.n, escape(measured.split)
+        return Markdown("\n".join([*lines, "", f"n = {n} images of the {split} split; in brackets the 95% interval."]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything that is known, in JSON types."""
+        return _json(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RunResults:
+        """Reads what `to_dict` returned.
+
+        Raises:
+            ValueError: A figure cannot be true. What has another shape raises a KeyError, TypeError or AttributeError.
+        """
+        measured, adapter = dict(content["evaluation"]), content.get("adapter")
+        for when in ("before", "after"):
+            pair = (Accuracy.from_dict(measured[when][kind]) for kind in ("clean", "robust"))
+            measured[when] = Accuracies(*pair)
+        parts = {
+            "task": TaskRecord(**content["task"]),
+            "evaluation": EvaluationRecord(**measured),
+            "training": TrainingRecord(**content["training"]),
+            "adapter": None if adapter is None else AdapterRecord(**adapter),
+        }
+        results = cls(**{**content, **parts})
+        results._check_shown()
+        return results
+
+    def _check_shown(self) -> None:
+        """Raises unless all is there that a card shows."""
+        for attack in (self.evaluation.attack, self.training.attack):
+            _ = attack["name"], ThreatModel(**attack["threat_model"])
+        counts = (self.adapter.parameters if self.adapter else self.parameters) or {}
+        _ = f"{counts['trainable']:,} {self.training.seconds:.0f} {self.training.processes:d} {len(self.task.class_names)}"
+        _ = self.versions.items(), [self.configuration["training"][name] for name in _SHOWN]
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunResults:
+        """Reads a `results.json`.
+
+        Args:
+            path: The file, or its folder.
+
+        Raises:
+            DamagedFileError: It holds something else, or a figure that cannot be true.
+            FileNotFoundError: There is no such file.
+        """
+        path = Path(path, RESULTS) if Path(path).is_dir() else Path(path)
+        with readable(path):
+            return cls.from_dict(read_json(path))
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Accuracy):
+        return value.to_dict()
+    if not is_dataclass(value):
+        return value
+    entries = ((field.name, getattr(value, field.name)) for field in fields(value))
+    return {name: _json(entry) for name, entry in entries if entry is not None}
+
+
+def _check_measured_last(trainer: Any, after: Mapping[str, Any]) -> None:
     key = "after_clean_accuracy"
     measured = [entry["step"] for entry in trainer.state.log_history if key in entry and entry[key] == after.get(key)]
     if measured and measured[-1] != trainer.state.global_step:
@@ -115,130 +276,153 @@ def _check_measured_last(trainer: CaptTrainer, after: Mapping[str, Any]) -> None
         )
 
 
-def save_run(model: Any, results: dict[str, Any], folder: str | Path, name: str) -> None:
-    """Writes the active adapter, its results and its card into a folder, each whole or not at all.
-
-    Args:
-        model: A `PeftModel`.
-        results: The record of the run, of the model's very weights; the size of the adapter is added.
-        folder: Where to write.
-        name: Folder or Hub id by which people load it, for the card.
-
-    Raises:
-        OSError: It could not be written there; the message says where it is instead.
-        ValueError: The results are of other weights, or one of their accuracies cannot be one. Nothing is written.
-    """
-    folder = Path(folder)
-
-    def write(temporary: Path) -> None:
-        with readable(RESULTS):
-            save_active_adapter(model, temporary)
-            size = (temporary / SAFETENSORS_NAME).stat().st_size
-            results["adapter"]["bytes"], results["name"] = size, name
-            write_json(temporary / RESULTS, results)
-            write_cards_for(temporary, folder, name)
-
-    save_somewhere(folder, write)
-    (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
-
-
-def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:
-    """Refuses, before long work, an evaluation that `update_card` would refuse after it.
-
-    Args:
-        folder: Folder of the adapter.
-        configuration: Of the evaluation to come: its `task`, and its `model` (`capt_peft.evaluation.subject.describe`). None: not
-            compared.
-
-    Raises:
-        ValueError: There is no whole CAPT adapter, its results are damaged or of other weights, nothing can be written there, or
-            the evaluation is of other weights, on another base, or of other images, classes or texts than the results.
-    """
-    folder = Path(folder)
-    config, fingerprint = adapter_config(folder), adapter_fingerprint(folder)
-    results = read_records(folder, fingerprint, names=(RESULTS,)).results
-    make_writable(folder, EVALUATION, Path(EVALUATION).with_suffix(".parquet").name, "README.md", given="adapter")
-    if configuration is not None:
-        check_configuration(configuration, results, fingerprint, config.base_model_fingerprint)
-
-
-def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
-    """Puts an evaluation into an adapter's folder and its card.
-
-    An `evaluation.json` of another configuration that is there is kept under the name `evaluation.old1.json` (`.old2`, ...).
-
-    Args:
-        folder: Folder of the adapter.
-        evaluation: Measured with the very weights there, and of the same images, classes and texts as the results there.
-
-    Returns:
-        The path of the card, README.md.
-
-    Raises:
-        ValueError: As for `check_update`. Nothing is written.
-    """
-    folder = Path(folder)
-    path, config, fingerprint = folder / EVALUATION, adapter_config(folder), adapter_fingerprint(folder)
-    check_update(folder, evaluation.configuration)
-    results = read_records(folder, fingerprint, names=(RESULTS,)).results
-    model_card(
-        results, folder.name, evaluation.to_dict(), config=config.to_dict(), fingerprint=fingerprint
-    )  # or refuses
-    if path.exists():
-        try:
-            changed = changes(evaluation.configuration, read_json(path).get("configuration"))
-        except DamagedFileError as error:
-            changed = [str(error)]
-        if changed:
-            set_aside(path, (".json", ".parquet"), changed)
-    evaluation.save(path)
-    return write_card(folder)
-
-
-def save_active_adapter(model: Any, folder: Path) -> None:
-    """Writes the active adapter of a model into a folder, without a folder of its own where it has a name.
-
-    Args:
-        model: A `PeftModel`, or a model of transformers with an adapter.
-        folder: An empty folder.
-    """
-    name = active_adapter(model)
-    if not isinstance(model, PeftModel):
-        model.save_pretrained(folder)
-        return
-    model.save_pretrained(str(folder), selected_adapters=[name])
-    if name != "default":  # PEFT's layout
-        for path in Path(folder, name).iterdir():
-            path.replace(folder / path.name)
-        Path(folder, name).rmdir()
-
-
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Returns the number of trainable and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"trainable": sum(n for n, trains in sizes if trains), "all": sum(n for n, _ in sizes)}
 
 
-def results_table(results: Mapping[str, Any]) -> str:
-    """Returns a Markdown table of clean and robust accuracy before and after the tuning.
+# ------------------------------------------------------------------------------------------- records and the weights they are of
+
+
+class RecordError(ValueError):
+    """A record of other weights, or of other images than the results beside it."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of an adapter that are of its very weights.
+
+    Attributes:
+        results: Its run; None if there is no record of it, or it is not shown.
+        evaluation: Its evaluation; None as above.
+        unshown: For each record that is there but not shown, a sentence that says why.
+    """
+
+    results: RunResults | None = None
+    evaluation: Evaluation | None = None
+    unshown: tuple[str, ...] = ()
+
+    @classmethod
+    def read(
+        cls,
+        folder: str | Path,
+        fingerprint: str | None,
+        base: str | None = None,
+        *,
+        names: Sequence[str] = (RESULTS, EVALUATION),
+        strict: bool = True,
+    ) -> Records:
+        """Reads the records in an adapter's folder that are of its weights.
+
+        Args:
+            folder: Folder of the adapter.
+            fingerprint: The adapter's (`adapter_fingerprint`); None: unknown, so that no record is shown.
+            base: The base model's fingerprint, as the adapter's configuration names it; None: not compared.
+            names: Which records to read.
+            strict: Raise for records of other weights; False: leave them out and say why, as for those that cannot be tied.
+
+        Raises:
+            ValueError: A record is damaged or of other weights, and `strict` is True.
+        """
+        results, evaluation, unshown = None, None, []
+        for name in names:
+            path = Path(folder, name)
+            if not path.is_file():
+                continue
+            reason: str | None
+            try:
+                if name == RESULTS:
+                    run = RunResults.load(path)
+                    reason = _why_other_weights(name, run.fingerprint, fingerprint)
+                    results = run if reason is None else None
+                else:
+                    measured = Evaluation.load(path, with_examples=False)
+                    reason = why_unshown(measured.configuration, fingerprint, base, results)
+                    evaluation = measured if reason is None else None
+            except ValueError as error:
+                reason = str(error).replace(str(path), name)
+                if strict:
+                    raise RecordError(f"In {folder}: {reason}") from error
+            if reason is not None:
+                unshown.append(reason)
+        return cls(results, evaluation, tuple(unshown))
+
+
+def why_unshown(
+    configuration: Mapping[str, Any], fingerprint: str | None, base: str | None, results: RunResults | None
+) -> str | None:
+    """Returns why the figures of an evaluation are not shown with an adapter, or None if they are.
 
     Args:
-        results: What `results.json` holds.
+        configuration: That of the evaluation; of it, `model` and `task`.
+        fingerprint: As for `Records.read`.
+        base: As for `Records.read`.
+        results: The record of the adapter's run, or None.
 
     Raises:
-        ValueError: An accuracy cannot be one.
+        ValueError: The evaluation is not one of this adapter, on this base, or of the same images, classes and texts as the
+            results.
     """
-    check_record(results)
-    attack = results["evaluation"]["attack"]["name"]
-    threat = ThreatModel(**results["evaluation"]["attack"]["threat_model"])
-    lines = [table_row(["", "clean", f"robust ({attack}, {threat})"]), "|---|---|---|"]
-    for name, key in (("zero-shot", "before"), (results["method"].upper(), "after")):
-        cells = [_percent(results["evaluation"][key][kind]) for kind in ("clean", "robust")]
-        lines.append(table_row([name, *cells]))
-    n, split = results["evaluation"]["after"]["clean"]["n"], escape(results["evaluation"]["split"])
-    return Markdown("\n".join([*lines, "", f"n = {n} images of the {split} split; in brackets the 95% interval."]))
+    with readable(EVALUATION):
+        model, task = dict(configuration.get("model") or {}), dict(configuration.get("task") or {})
+        adapter, names = dict(model.get("adapter") or {}), list(model.get("class_names") or [])
+        measured_on = model["base"]["fingerprint"] if adapter else None
+    if not adapter:
+        raise RecordError(
+            "The evaluation is not one of a CAPT adapter: measure it with examples/evaluate.py --adapter."
+        )
+    if len(model.get("adapters", [])) > 1:
+        raise RecordError(
+            f"{EVALUATION} was measured with several adapters at once: its figures are of none of them alone."
+        )
+    if reason := _why_other_weights(EVALUATION, adapter.get("fingerprint"), fingerprint):
+        return reason
+    if base is not None and measured_on is not None and measured_on != base:
+        raise RecordError(
+            f"{EVALUATION} was measured on another base model: its fingerprint is {plain(measured_on, 40)}, the adapter is for "
+            f"{base}. Measure in float32 on the base that the adapter was tuned on, or remove {EVALUATION}."
+        )
+    return None if results is None else _why_other_images({**model, "class_names": names}, task, results)
 
 
-def _percent(accuracy: Mapping[str, Any]) -> str:
-    low, high = accuracy["interval_95"]
-    return f"{100 * accuracy['accuracy']:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+def _why_other_weights(name: str, own: str | None, fingerprint: str | None) -> str | None:
+    if own is None:
+        return (
+            f"{name} does not say which weights its figures are of: it has no fingerprint of the adapter, so they are not shown. "
+            "Measure again."
+        )
+    if fingerprint is None:
+        return f"{name} was there before these weights and was not compared with them, so its figures are not shown."
+    if own != fingerprint:
+        raise RecordError(
+            f"{name} has the figures of other weights: their fingerprint is {plain(own, 40)}, that of this adapter is "
+            f"{fingerprint}. Measure again, or remove {name}."
+        )
+    return None
+
+
+def _why_other_images(model: Mapping[str, Any], task: Mapping[str, Any], results: RunResults) -> str | None:
+    pairs: dict[str, tuple[Any, Any]] = {
+        "other classes": (model.get("class_names"), results.task.class_names),
+        "another template": (model.get("template"), results.task.template),
+        "other pixels": (model.get("pixels"), results.training.pixels),
+    }
+    if task:
+        pairs |= {
+            "another data set": (task.get("name"), results.task.name),
+            "another source of the data": (task.get("source"), task.get("source") and results.task.source),
+            "another split": (task.get("split"), results.evaluation.split),
+        }
+    for what, (own, other) in pairs.items():
+        if other not in (None, "") and json.dumps(own, sort_keys=True) != json.dumps(other, sort_keys=True):
+            raise RecordError(
+                f"{EVALUATION} was measured with {what} than {RESULTS}: {plain(own, 80)}, not {plain(other, 80)}. A card "
+                f"compares figures of the same kind alone: keep this evaluation under another name, without --update_card."
+            )
+    if not task:
+        return (
+            f"{EVALUATION} does not say which data set and split its figures are of, so they are not shown beside those of "
+            f"{RESULTS}. Measure again with examples/evaluate.py, or with evaluate(..., details={{'task': ...}})."
+        )
+    return None

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from ..results.run import UPLOADED
+from ..results.hub import UPLOADED
 from ..utils.files import make_writable
 from ..utils.outputs import is_failed_write
 from .checkpoint_folders import MANIFEST, checkpoints_in

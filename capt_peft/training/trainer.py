@@ -37,9 +37,8 @@ from ..data.transforms import PixelTransform
 from ..evaluation import outcomes, wilson_interval
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
-from ..results.card import write_cards_for
-from ..results.card_details import CardDetails
-from ..results.hub import CARD_ARGUMENTS, prepare_repo, saved_copy, upload, write_model_card
+from ..results.card import CardDetails, write_cards_for
+from ..results.hub import prepare_repo, push_adapter, saved_copy, write_model_card
 from ..tuner.clip import image_features
 from ..tuner.fingerprint import base_parameters
 from ..utils.files import unwritable, written_whole
@@ -885,20 +884,20 @@ class CaptTrainer(Trainer):
             TypeError: A word for the card that it has no place for.
             ValueError: The model has no adapter, or as for `push_adapter`.
         """
-        details = CardDetails.of(kwargs)
+        CardDetails.of(kwargs)  # or it raises
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
             return None
         model = self.classifier.model
-        commit = upload(
+        commit = push_adapter(
             saved_copy(model, Path(str(self.args.output_dir))) or model,
             self._repo_id(),
-            token if token is not None else self.args.hub_token,
-            private if private is not None else self.args.hub_private_repo,
-            revision if revision is not None else self.args.hub_revision,
-            commit_message or "End of training",
-            details,
+            token=token if token is not None else self.args.hub_token,
+            private=private if private is not None else self.args.hub_private_repo,
+            revision=revision if revision is not None else self.args.hub_revision,
+            commit_message=commit_message or "End of training",
             strict=False,
+            **kwargs,
         )
         self.hub_model_id = commit.repo_url.repo_id
         if blocking:
@@ -918,7 +917,7 @@ class CaptTrainer(Trainer):
             TypeError: A word for the card that it has no place for.
             ValueError: A record in the folder is damaged or of other weights.
         """
-        details = CardDetails.of({**dict(zip(CARD_ARGUMENTS, args, strict=False)), **kwargs})
+        details = CardDetails.of(kwargs, *args)
         if not self.is_world_process_zero():
             return
         write_model_card(self.classifier.model, Path(str(self.args.output_dir)), self._repo_id(), details)

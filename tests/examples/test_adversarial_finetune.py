@@ -40,7 +40,7 @@ def in_image_tower(name):
 @pytest.fixture(scope="module", params=OBJECTIVES)
 def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "robust"
-    return folder, main(["--objective", request.param, *QUICK, "--output_dir", str(folder)]), request.param
+    return folder, main(["--objective", request.param, *QUICK, "--output_dir", str(folder)]).to_dict(), request.param
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def launch(*command):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    return folder, main([*QUICK, "--output_dir", str(folder)])
+    return folder, main([*QUICK, "--output_dir", str(folder)]).to_dict()
 
 
 def test_everything_that_is_promised_is_written(run):
@@ -96,9 +96,9 @@ def test_a_folder_of_images_is_a_users_real_job(tmp_path):
         *QUICK, "--dataset_name", str(tmp_path / "images"), "--template", "a photo of a {} here.", "--method", "adv-vlp",
         "--output_dir", str(tmp_path / "out"), "--epsilon", "8/255", "--seed", "3",
     ])  # fmt: skip
-    assert results["task"]["class_names"] == ["blue thing", "green thing", "red thing"]
-    assert results["adapter"]["config"]["coupling"] == "none"
-    assert results["evaluation"]["attack"]["threat_model"]["epsilon"] == 8 / 255
+    assert results.task.class_names == ["blue thing", "green thing", "red thing"]
+    assert results.adapter.config["coupling"] == "none"
+    assert results.evaluation.attack["threat_model"]["epsilon"] == 8 / 255
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -179,7 +179,7 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(tmp_path, caplog, mon
     second = main(command)
     assert f"{last.parent}: optimizer.pt has 100 bytes instead of" in caplog.text
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == whole
-    assert second["evaluation"] == first["evaluation"]
+    assert second.evaluation == first.evaluation
 
     monkeypatch.setattr(CaptTrainer, "evaluate", lambda *_, **__: pytest.fail("a long evaluation came first"))
     with pytest.raises(ValueError, match="epsilon: 8/255 here, 4/255 in the checkpoint"):
@@ -215,9 +215,9 @@ def test_a_published_protocol_runs(name, class_specific, tmp_path):
         "--config", str(tmp_path / "quick.yaml"), "--use_cpu", "--output_dir", str(tmp_path / "out"),
         "--class_specific", str(class_specific).lower(),
     ])  # fmt: skip
-    assert results["method"] == config["method"] and results["training"]["steps"] == 1
-    assert results["adapter"]["config"]["num_text_tokens"] == config["num_text_tokens"]
-    assert results["task"]["shots"] == "1"
+    assert results.method == config["method"] and results.training.steps == 1
+    assert results.adapter.config["num_text_tokens"] == config["num_text_tokens"]
+    assert results.task.shots == "1"
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     inputs = next(tensor for name, tensor in tensors.items() if "token_embedding" in name)
     assert inputs.shape[:-1] == (*[10] * class_specific, config["num_text_tokens"])

@@ -17,56 +17,16 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from records import THREAT, card_from
 from safetensors.torch import load_file, save_file
 from setuptools import build_meta
-from train import main
 
-from capt_peft import (
-    APGD,
-    FAB,
-    PGD,
-    AutoAttack,
-    Square,
-    ThreatModel,
-    ZeroShotClassifier,
-    evaluate,
-    load_task,
-)
+from capt_peft import APGD, FAB, PGD, AutoAttack, Square, ThreatModel
 from capt_peft.attacks import Attack, register_attack, registry
 from capt_peft.evaluation import Accuracy
-from capt_peft.results.card import TEMPLATE, CardDetails, model_card, write_card
-from capt_peft.results.run import results_table
+from capt_peft.results.card import TEMPLATE, CardDetails, write_card
 
-THREAT = ThreatModel("linf", "4/255")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("card") / "adapter"
-    quick = ["--shots", "1", "--max_steps", "1", "--eval_limit", "20", "--eval_attack", "pgd-2", "--attack_steps", "1"]
-    main([*quick, "--use_cpu", "--save_strategy", "no", "--epsilon", "4/255", "--output_dir", str(folder)])
-    return folder
-
-
-@pytest.fixture
-def results(adapter):
-    return json.loads((adapter / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def evaluation(adapter):
-    classifier = ZeroShotClassifier.from_pretrained(str(adapter))
-    data = load_task("digits")["test"].select(range(12))
-    details = {"task": {"name": "digits", "source": "digits", "split": "test", "limit": 12}}
-    attacks = [PGD(THREAT, steps=2), PGD(THREAT, steps=5)]
-    return evaluate(classifier, data, attacks, progress=False, details=details).to_dict()
-
-
-@pytest.fixture
-def folder(adapter, tmp_path):
-    """A copy of the adapter's folder that a test may change."""
-    return Path(shutil.copytree(adapter, tmp_path / "copy"))
 
 
 def test_the_template_at_the_top_is_the_one_that_is_used():
@@ -101,7 +61,7 @@ def test_the_card_of_a_run_holds_its_figures(adapter, results):
 
 
 def test_the_hubs_own_tools_read_the_metadata(results):
-    card = ModelCard(model_card(results, "someone/tiny-capt"))
+    card = ModelCard(card_from(results, "someone/tiny-capt"))
     assert card.data.model_name == "tiny-capt" and card.data.library_name == "peft"
     assert card.data.base_model is None  # a local folder is no id of the Hub
     clean, robust = card.data.eval_results
@@ -112,7 +72,7 @@ def test_the_hubs_own_tools_read_the_metadata(results):
 
 def test_a_base_on_the_hub_is_linked(results):
     results["adapter"]["config"]["base_model_name_or_path"] = "openai/clip-vit-base-patch32"
-    text = model_card(results, "someone/capt")
+    text = card_from(results, "someone/capt")
     assert ModelCard(text).data.base_model == "openai/clip-vit-base-patch32"
     assert "`openai/clip-vit-base-patch32`" in text
 
@@ -136,7 +96,7 @@ def test_a_base_on_the_hub_is_linked(results):
     ],
 )
 def test_a_number_changed_in_the_results_changes_in_the_card(folder, results, path, value, expected):
-    assert expected not in model_card(results, "a")
+    assert expected not in card_from(results, "a")
     changed = copy.deepcopy(results)
     place = changed
     for key in path[:-1]:
@@ -147,7 +107,7 @@ def test_a_number_changed_in_the_results_changes_in_the_card(folder, results, pa
 
 
 def test_an_evaluation_stands_beside_the_runs_own_figures(results, evaluation):
-    card = model_card(results, "someone/capt", evaluation)
+    card = card_from(results, "someone/capt", evaluation)
     assert "| zero-shot | robust | L-inf 4/255 | pgd-2 |" in card
     own = [line for line in card.splitlines() if line.startswith("| capt |")]
     assert [line.split("|")[4].strip() for line in own] == ["", "pgd-2", "", "pgd-2", "pgd-5", "worst case"]
@@ -160,11 +120,11 @@ def test_an_evaluation_stands_beside_the_runs_own_figures(results, evaluation):
     fewer = copy.deepcopy(results)
     for kind in ("clean", "robust"):
         fewer["evaluation"]["after"][kind] = Accuracy(1, 12).to_dict()  # of as many images as the evaluation
-    rows = [line for line in model_card(fewer, "someone/capt", evaluation).splitlines() if line.startswith("| capt |")]
+    rows = [line for line in card_from(fewer, "someone/capt", evaluation).splitlines() if line.startswith("| capt |")]
     assert [line.split("|")[4].strip() for line in rows] == ["", "pgd-2", "pgd-5", "worst case"]
     raised = copy.deepcopy(evaluation)
     raised["signs"][0]["raised"] = True
-    assert "- **raised**: one_step_beats_many." in model_card(results, "a", raised)
+    assert "- **raised**: one_step_beats_many." in card_from(results, "a", raised)
 
 
 class Own(PGD):
@@ -211,7 +171,7 @@ def test_what_it_was_measured_with_alone_follows_from_the_attacks_and_not_from_t
     changed = copy.deepcopy(evaluation)
     outcome = changed["attacks"][0]
     changed["attacks"] = [{**outcome, "attack": json.loads(json.dumps(attack.to_dict()))} for attack in attacks]
-    card = model_card(results, "a", changed)
+    card = card_from(results, "a", changed)
     assert ("alone here" in card) == (alone is not None)
     assert alone is None or f"It was measured with {alone} alone here" in card
     assert ("| worst case |" in card) == (len(attacks) > 1)
@@ -224,14 +184,14 @@ def test_an_attack_from_outside_counts_as_strong_if_its_class_says_so(results, e
     changed = copy.deepcopy(evaluation)
     outcome = {**changed["attacks"][0], "attack": json.loads(json.dumps(kind(THREAT, level=7).to_dict()))}
     changed["attacks"] = [outcome]
-    card = model_card(results, "a", changed)
+    card = card_from(results, "a", changed)
     assert "| outside-7 |" in card and ("It was measured with PGD and outside-7 alone here" in card) != strong
 
 
 def test_a_transferred_attack_is_no_robust_accuracy(results, evaluation):
     changed = copy.deepcopy(evaluation)
     changed["attacks"] = [{**evaluation["attacks"][0], "attack": AutoAttack(THREAT).to_dict(), "kind": "transfer"}]
-    card = model_card(results, "a", changed)
+    card = card_from(results, "a", changed)
     assert "| autoattack |" not in card and "measured with PGD alone here" in card
 
 
@@ -261,13 +221,13 @@ def test_an_evaluation_on_another_base_is_refused(folder, results, evaluation):
     with pytest.raises(ValueError, match="measured on another base model"):
         write_card(folder)
     with pytest.raises(ValueError, match="measured on another base model"):
-        model_card(results, "a", changed)
+        card_from(results, "a", changed)
 
 
 def test_records_without_a_fingerprint_are_not_shown_and_the_card_says_so(folder, results):
     del results["adapter"]["fingerprint"]
     (folder / "results.json").write_text(json.dumps(results))
-    for card in (write_card(folder).read_text(), model_card(results, "a")):
+    for card in (write_card(folder).read_text(), card_from(results, "a")):
         assert "- results.json does not say which weights its figures are of" in card
         assert "**Not known.**" in card and "| capt |" not in card
         assert ModelCard(card).data.eval_results is None
@@ -309,11 +269,10 @@ def test_an_evaluation_alone_is_shown(folder, evaluation):
 def test_a_share_that_cannot_be_one_is_refused(results, change, kind):
     results["evaluation"]["after"] = {"clean": Accuracy(10, 20).to_dict(), "robust": Accuracy(10, 20).to_dict()}
     accuracy = results["evaluation"]["after"][kind]
-    model_card(results, "a")
+    card_from(results, "a")
     accuracy |= change
-    for refuse in (lambda: model_card(results, "a"), lambda: results_table(results)):
-        with pytest.raises(ValueError, match=r"results\.json .*Measure again"):
-            refuse()
+    with pytest.raises(ValueError, match=r"results\.json .*Measure again"):
+        card_from(results, "a")
 
 
 def test_other_files_are_refused_and_the_card_stays(folder, evaluation, tmp_path):
@@ -322,7 +281,7 @@ def test_other_files_are_refused_and_the_card_stays(folder, evaluation, tmp_path
     card = (folder / "README.md").read_text()
     for damaged in ("{", "[]", "{}", '{"adapter": 1}', "null", "\udcff"):
         (folder / "results.json").write_text(damaged, errors="surrogateescape")
-        with pytest.raises(ValueError, match=r"results\.json is not"):
+        with pytest.raises(ValueError, match=r"results\.json is (not|damaged)"):
             write_card(folder)
     (folder / "results.json").unlink()
     bare = copy.deepcopy(evaluation)
@@ -363,7 +322,7 @@ def shape(card):
 @given(texts=st.lists(TEXTS, min_size=12, max_size=12))
 def test_text_from_outside_adds_nothing_but_its_words_to_a_card(hostile_records, texts):
     results, evaluation = map(copy.deepcopy, hostile_records)
-    usual = model_card(results, "someone/capt", evaluation)
+    usual = card_from(results, "someone/capt", evaluation)
     task, training = results["task"], results["configuration"]["training"]
     task |= {"name": texts[0], "source": texts[1], "template": texts[2]}
     config = results["adapter"]["config"]
@@ -376,7 +335,7 @@ def test_text_from_outside_adds_nothing_but_its_words_to_a_card(hostile_records,
     evaluation["configuration"]["model"]["template"] = texts[2]
     evaluation["attacks"][0]["attack"]["name"] = texts[10]
     evaluation["signs"][0] |= {"name": texts[10], "sentence": texts[11]}
-    card = model_card(results, texts[0], evaluation, details=CardDetails(tags=texts[:3], license=texts[4]))
+    card = card_from(results, texts[0], evaluation, details=CardDetails(tags=texts[:3], license=texts[4]))
     assert shape(card) == shape(usual)
     assert len(card.splitlines()) - len(card.split("\n---\n")[0].splitlines()) == (
         len(usual.splitlines()) - len(usual.split("\n---\n")[0].splitlines())
@@ -396,13 +355,13 @@ def test_text_from_outside_adds_nothing_but_its_words_to_a_card(hostile_records,
 
 
 @pytest.fixture(scope="module")
-def hostile_records(adapter, evaluation):
-    return json.loads((adapter / "results.json").read_text()), evaluation
+def hostile_records(adapter, measured):
+    return json.loads((adapter / "results.json").read_text()), json.loads(measured)
 
 
 def test_many_classes_are_cut_short(results):
     results["task"]["class_names"] = results["adapter"]["config"]["class_names"] = [f"thing {i}" for i in range(1000)]
-    card = model_card(results, "a")
+    card = card_from(results, "a")
     assert "thing 29, and 970 more." in card and "thing 30" not in card and "1000 classes" in card
 
 

@@ -15,7 +15,7 @@ from helpers import TINY_CLIP
 from hub_client import Client, StepFailed
 from hub_server import Hub, Repo
 
-from capt_peft.results.run import UPLOADED
+from capt_peft.results.hub import UPLOADED
 
 TOKEN, STRANGER = "hf_" + "Secret" * 5, "hf_" + "Stranger" * 4
 BASE, ADAPTER = "someone/tiny-clip", "someone/tiny-capt"

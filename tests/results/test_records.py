@@ -3,49 +3,18 @@
 import copy
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from evaluate import main as measure
 from helpers import TINY_CLIP
 from huggingface_hub import ModelCard
+from records import THREAT, card_from
 from safetensors.torch import load_file, save_file
-from train import main
 
-from capt_peft import PGD, Evaluation, ThreatModel, ZeroShotClassifier, evaluate, load_task
+from capt_peft import PGD, Evaluation, ZeroShotClassifier, evaluate, load_task
 from capt_peft.evaluation import Accuracy
-from capt_peft.results.card import CardDetails, model_card, write_card
-from capt_peft.results.run import update_card
-
-THREAT = ThreatModel("linf", "4/255")
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("card") / "adapter"
-    quick = ["--shots", "1", "--max_steps", "1", "--eval_limit", "20", "--eval_attack", "pgd-2", "--attack_steps", "1"]
-    main([*quick, "--use_cpu", "--save_strategy", "no", "--epsilon", "4/255", "--output_dir", str(folder)])
-    return folder
-
-
-@pytest.fixture
-def results(adapter):
-    return json.loads((adapter / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def evaluation(adapter):
-    classifier = ZeroShotClassifier.from_pretrained(str(adapter))
-    data = load_task("digits")["test"].select(range(12))
-    details = {"task": {"name": "digits", "source": "digits", "split": "test", "limit": 12}}
-    attacks = [PGD(THREAT, steps=2), PGD(THREAT, steps=5)]
-    return evaluate(classifier, data, attacks, progress=False, details=details).to_dict()
-
-
-@pytest.fixture
-def folder(adapter, tmp_path):
-    """A copy of the adapter's folder that a test may change."""
-    return Path(shutil.copytree(adapter, tmp_path / "copy"))
+from capt_peft.results.card import CardDetails, write_card
+from capt_peft.results.hub import update_card
 
 
 def change_weights(folder):
@@ -60,7 +29,7 @@ def test_robust_accuracy_above_clean_or_of_other_images_is_refused(results, when
         with pytest.raises(
             ValueError, match=r"results\.json has robust and clean accuracy of .* the first cannot be more"
         ):
-            model_card(results, "a")
+            card_from(results, "a")
 
 
 def test_a_worst_case_above_an_attack_and_an_attack_above_clean_are_refused(results, evaluation):
@@ -69,7 +38,7 @@ def test_a_worst_case_above_an_attack_and_an_attack_above_clean_are_refused(resu
         changed["clean"] = Accuracy(11 if place == "attacks" else 12, 12).to_dict()
         changed[place][0] |= Accuracy(12, 12).to_dict()
         with pytest.raises(ValueError, match=r"evaluation\.json has .* the first cannot be more"):
-            model_card(results, "a", changed)
+            card_from(results, "a", changed)
 
 
 OTHER_IMAGES = {
@@ -88,21 +57,21 @@ def test_an_evaluation_of_other_images_or_texts_than_the_results_is_refused(resu
     for name, values in OTHER_IMAGES[what].items():
         changed["configuration"][name] |= values
     with pytest.raises(ValueError, match=rf"evaluation\.json was measured with {what} than results\.json"):
-        model_card(results, "a", changed)
+        card_from(results, "a", changed)
 
 
 def test_a_source_that_the_results_do_not_name_is_not_compared(results, evaluation):
     results["task"]["source"] = ""  # of a task that was put together by hand
-    assert "| pgd-5 |" in model_card(results, "a", evaluation)
+    assert "| pgd-5 |" in card_from(results, "a", evaluation)
 
 
 def test_an_evaluation_that_names_no_data_set_stands_beside_no_results_and_in_no_index(results, evaluation):
     changed = copy.deepcopy(evaluation)
     del changed["configuration"]["task"]
-    card = model_card(results, "a", changed)
+    card = card_from(results, "a", changed)
     assert "does not say which data set and split" in card and "| pgd-5 |" not in card
     config = results["adapter"]["config"]
-    card = model_card(None, "a", changed, config=config, details=CardDetails(dataset_name="food101"))
+    card = card_from(None, "a", changed, config=config, details=CardDetails(dataset_name="food101"))
     assert "Measured on 12 images of a data set without a name." in card
     assert ModelCard(card).data.eval_results is None
 
@@ -111,7 +80,7 @@ def test_without_results_the_data_set_is_what_the_evaluation_names(results, eval
     changed = copy.deepcopy(evaluation)
     changed["configuration"]["task"] |= {"name": "shapes", "source": "shapes", "split": "train"}
     changed["configuration"]["model"] |= {"class_names": ["round", "square"], "template": "a {} thing."}
-    card = model_card(None, "a", changed, config=results["adapter"]["config"])
+    card = card_from(None, "a", changed, config=results["adapter"]["config"])
     assert "on 12 images of the train split of shapes, with 2 classes, with the template a {} thing.." in card
     assert {(r.dataset_name, r.dataset_split) for r in ModelCard(card).data.eval_results} == {("shapes", "train")}
     assert "# CAPT adapter for shapes" not in card
@@ -121,7 +90,7 @@ def test_figures_of_the_run_stay_beside_the_zero_shot_ones_of_the_same_images(re
     for when in ("before", "after"):
         for kind in ("clean", "robust"):
             results["evaluation"][when][kind] = Accuracy(1, 5).to_dict()  # fewer than the evaluation has
-    rows = [line for line in model_card(results, "a", evaluation).splitlines() if line.startswith(("| zero", "| capt"))]
+    rows = [line for line in card_from(results, "a", evaluation).splitlines() if line.startswith(("| zero", "| capt"))]
     assert [line.split("|")[-2].strip() for line in rows] == ["5"] * 4 + ["12"] * 4
 
 
@@ -131,7 +100,7 @@ def test_an_evaluation_with_an_impossible_share_is_refused(results, evaluation):
         accuracy = changed[place] if place == "clean" else changed[place][0]
         accuracy["correct"] = accuracy["n"] + 1
         with pytest.raises(ValueError, match=r"evaluation\.json says .* they must agree"):
-            model_card(results, "a", changed)
+            card_from(results, "a", changed)
 
 
 def test_evaluate_updates_the_card(adapter, tmp_path):

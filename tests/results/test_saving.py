@@ -11,21 +11,20 @@ import torch
 from helpers import TINY_CLIP, shake
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig, get_peft_model
+from records import run_record
 from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPModel
 
 import capt_peft.results.hub as hub
-from capt_peft import PGD, CaptConfig, CaptTrainer, CaptTrainingArguments, ThreatModel, load_task, push_adapter
+from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, load_task, push_adapter
 from capt_peft.evaluation import Accuracy
-from capt_peft.results.card import write_card
-from capt_peft.results.card_details import MARK, is_replaceable
-from capt_peft.results.run import run_results, save_run
+from capt_peft.results.card import MARK, is_replaceable, write_card
+from capt_peft.results.hub import save_run
+from capt_peft.results.run import RunResults
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
 WEIGHTS = "adapter_model.safetensors"
 TEMPLATE = "a photo of the digit {}."
-SHARE = Accuracy(305, 700).to_dict()
-MEASURED = {"clean": SHARE, "robust": SHARE}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,9 @@ def sent(monkeypatch):
             files.clear()
             files["deleted"] = [o.path_in_repo for o in operations if not hasattr(o, "path_or_fileobj")]
             added = [o for o in operations if hasattr(o, "path_or_fileobj")]
-            files.update({o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in added})
+            for operation in added:
+                with operation.as_file() as file:
+                    files[operation.path_in_repo] = file.read()
             return types.SimpleNamespace(repo_url=types.SimpleNamespace(repo_id=repo_id))
 
     monkeypatch.setattr(hub, "HfApi", Api)
@@ -100,18 +101,8 @@ def is_ours(folder, figures=False):
 
 def put_results(folder, fingerprint):
     """Writes a record of a run into a folder."""
-    attack = PGD(ThreatModel("linf", "4/255"), steps=2).to_dict()
-    training = dict.fromkeys(("consistency", "weighting", "optim", "learning_rate", "num_train_epochs"), 1)
-    results = {
-        "method": "capt", "seed": 0, "machine": "CPU", "versions": {},
-        "configuration": {"training": {**training, "per_device_train_batch_size": 8}},
-        "task": {"name": "digits", "source": "/home/me/digits", "class_names": ["a"], "shots": 1, "training_images": 2},
-        "evaluation": {"split": "test", "attack": attack, "before": MEASURED, "after": MEASURED},
-        "training": {"seconds": 1.0, "attack": attack, "processes": 1},
-        "adapter": {"parameters": {"trainable": 8}, "fingerprint": fingerprint},
-    }  # fmt: skip
     Path(folder).mkdir(exist_ok=True)
-    Path(folder, "results.json").write_text(json.dumps(results))
+    Path(folder, "results.json").write_text(json.dumps(run_record(fingerprint, source="/home/me/digits")))
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -187,7 +178,7 @@ def test_figures_are_shown_beside_their_own_weights_only(model, tmp_path):
     for damaged in ("{", "{}", "[1]"):
         (tmp_path / "results.json").write_text(damaged)
         model.save_pretrained(str(tmp_path))
-        assert is_ours(tmp_path) and "- results.json is not" in (tmp_path / "README.md").read_text()
+        assert is_ours(tmp_path) and "- results.json is " in (tmp_path / "README.md").read_text()
 
 
 def test_transformers_saves_weights_after_the_card_so_that_it_shows_no_figures(model, tmp_path):
@@ -329,11 +320,11 @@ def test_a_run_is_saved_as_documented_and_refused_once_the_weights_are_others(tr
         before = trainer.evaluate(images, metric_key_prefix="before")
     seconds = trainer.train().metrics["train_runtime"]
     after = trainer.evaluate(images, metric_key_prefix="after")
-    results = run_results(trainer, before, after, method="capt", split="test", seconds=seconds)
+    results = RunResults.of(trainer, before, after, method="capt", split="test", seconds=seconds)
     save_run(model, results, tmp_path / "saved", "me/x")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "| capt | clean |" in card and "10 training images" in card and 'from_pretrained("me/x")' in card
-    assert results["adapter"]["fingerprint"] == adapter_fingerprint(tmp_path / "saved")
+    assert results.fingerprint == adapter_fingerprint(tmp_path / "saved")
     weights = load_file(tmp_path / "saved" / WEIGHTS)
     shake(model, 4)
     with pytest.raises(ValueError, match="figures of other weights"):
@@ -342,7 +333,7 @@ def test_a_run_is_saved_as_documented_and_refused_once_the_weights_are_others(tr
     assert (tmp_path / "saved" / "README.md").read_text() == card
     trainer.state.global_step += 1
     with pytest.raises(ValueError, match="measured after step 1, but the model was trained to step 2"):
-        run_results(trainer, before, after, method="capt", split="test", seconds=seconds, shots=1)
+        RunResults.of(trainer, before, after, method="capt", split="test", seconds=seconds, shots=1)
 
 
 def test_a_run_of_an_adapter_with_a_name_is_saved_flat(base, trainer, model, tmp_path):
@@ -353,7 +344,7 @@ def test_a_run_of_an_adapter_with_a_name_is_saved_flat(base, trainer, model, tmp
     before, after = (
         {f"{when}_{name}": value for name, value in {**share, "n": 4}.items()} for when in ("before", "after")
     )
-    results = run_results(trainer, before, after, method="capt", split="test", seconds=1.0, shots="all")
+    results = RunResults.of(trainer, before, after, method="capt", split="test", seconds=1.0, shots="all")
     save_run(model, results, tmp_path / "saved", "me/x")
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {
         WEIGHTS,

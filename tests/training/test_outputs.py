@@ -15,7 +15,8 @@ from training_helpers import adapter_of, make_trainer
 from transformers import TrainerCallback
 
 from capt_peft.evaluation import wilson_interval
-from capt_peft.results.run import run_results, save_run
+from capt_peft.results.hub import save_run
+from capt_peft.results.run import RunResults
 from capt_peft.training.checkpoint_folders import read_manifest
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
@@ -82,8 +83,8 @@ def test_no_file_of_a_run_holds_a_token_and_all_have_the_permissions_of_new_file
     measured = {f"before_{kind}_accuracy{end}": v for kind in ("clean", "robust") for end, v in values.items()}
     measured = {"before_n": 12, **measured}
     after = {name.replace("before", "after"): value for name, value in measured.items()}
-    results = run_results(trainer, measured, after, method="capt", split="test", seconds=1.0)
-    save_run(trainer.model, {**results, "task": results["task"] | {"shots": "16"}}, tmp_path / "out", "out")
+    results = RunResults.of(trainer, measured, after, method="capt", split="test", seconds=1.0, shots="16")
+    save_run(trainer.model, results, tmp_path / "out", "out")
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {"training_args.bin", "adapter_model.safetensors", "results.json"} <= {path.name for path in files}
     for path in files:
