@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..randomness import Generators, Seeds
-from .base import Attack, AttackResult, Part, SearchAttack
+from .base import Attack, AttackResult, Batch, Part, SearchAttack
 
 from .pgd import PGD  # isort: skip  (lists of attacks begin with it)
 from .apgd import APGD
@@ -20,6 +20,7 @@ __all__ = [
     "Attack",
     "AttackResult",
     "AutoAttack",
+    "Batch",
     "Generators",
     "LogitsFn",
     "Part",

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..randomness import Generators
 from .base import (
     AttackResult,
     Attempt,
+    Batch,
     SearchAttack,
     check_settings,
     pixel_gradient,
@@ -26,6 +26,7 @@ from .losses import cross_entropy, dlr, margin, targeted_dlr, targeted_margin
 from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, wide_dtype
 
+Loss = Callable[..., Tensor]  # logits (B, N), labels (B,), perhaps targets (B,) -> losses (B,)
 _MOMENTUM = 0.75  # alpha of Eq. 3
 _RHO = 0.75  # the share of steps that must raise the loss, below which the step size is halved (condition 1)
 
@@ -64,7 +65,6 @@ class APGD(SearchAttack):
     targets: int = 9
 
     def __post_init__(self) -> None:
-        """Checks the settings."""
         check_settings(self, steps=1, restarts=1, targets=1, eot=1)
         if self.loss not in ("ce", "dlr", "t"):
             raise ValueError(f"unknown loss {self.loss!r}: it must be 'ce', 'dlr' or 't'")
@@ -78,15 +78,12 @@ class APGD(SearchAttack):
 
     @property
     def passes(self) -> float:
-        """About how many times an image goes through the model: forwards and backwards of every step."""
         return 2.0 * self.steps * self.eot * self.restarts * (self.targets if self.loss == "t" else 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the name, the threat model and every setting; the targets of "t" only."""
         return {name: value for name, value in super().to_dict().items() if name != "targets" or self.loss == "t"}
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
-        """Returns which loss and how many targets a model with few classes gets."""
         found = []
         if self.loss == "dlr" and num_classes < 3:
             found.append(f"{self.name}: the margin instead of DLR, which needs 3 classes ({num_classes} here)")
@@ -95,31 +92,23 @@ class APGD(SearchAttack):
         return (*found, *(few_targets(self.name, num_classes, self.targets) if self.loss == "t" else ()))
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yields the restarts, for "t" of one target after the other."""
         for rank in range(1, min(self.targets, num_classes - 1) + 1) if self.loss == "t" else [0]:
             for _ in range(self.restarts):
                 yield partial(self._ascend, rank)
 
-    def _climbed(self, num_classes: int) -> Callable[..., Tensor]:
+    def _climbed(self, num_classes: int) -> Loss:
         """Returns the loss, of logits, labels and (for "t") targets."""
         if self.loss == "t":
             return targeted_dlr if num_classes > 3 else targeted_margin
         return cross_entropy if self.loss == "ce" else dlr if num_classes > 2 else margin
 
-    def _ascend(
-        self,
-        rank: int,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        clean_logits: Tensor,
-        generators: Generators,
-    ) -> AttackResult:
+    def _ascend(self, rank: int, logits_fn: LogitsFn, batch: Batch, clean_logits: Tensor) -> AttackResult:
         """Runs algorithm 1 from one start, for "t" towards the target of this rank; an image leaves once it is misclassified."""
+        images, labels = batch.images, batch.labels
         threat = self.threat_model
         loss = self._climbed(clean_logits.shape[1])
         arguments = (labels, target_classes(clean_logits, labels, rank)) if rank else (labels,)
-        start = threat.random_start(images, generators)
+        start = threat.random_start(images, batch.generators)
         state = _State(images, start, labels, arguments, torch.full_like(images[:, :1, :1, :1], 2 * threat.epsilon))
         best, share = start.clone(), images.new_full(labels.shape, torch.nan)
         checkpoints = set(checkpoint_steps(self.steps))
@@ -139,9 +128,7 @@ class APGD(SearchAttack):
             state.step(threat, first=step == 0)
         return AttackResult(best, share)
 
-    def _look(
-        self, loss: Callable[..., Tensor], state: _State, logits_fn: LogitsFn, last: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _look(self, loss: Loss, state: _State, logits_fn: LogitsFn, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Returns logits, losses and gradient at the current points; after the last step no gradient is needed."""
 
         def climbed(logits: Tensor) -> Tensor:

@@ -6,15 +6,13 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from ..randomness import Generators, select_generators
 from .apgd import APGD
-from .base import Attack, AttackResult, Part, Report, SearchAttack, check_settings, clean_answers
+from .base import Attack, AttackResult, Batch, Part, SearchAttack, begin, check_settings
 from .fab import FAB
 from .registry import register_attack
 from .square import Square
-from .threat import LogitsFn, ThreatModel, check_label_range
+from .threat import LogitsFn, ThreatModel
 
 VERSIONS = ("standard", "plus", "rand")
 
@@ -51,7 +49,6 @@ class AutoAttack(Attack):
     version: str = "standard"
 
     def __post_init__(self) -> None:
-        """Checks the settings."""
         check_settings(self)
         if self.version not in VERSIONS:
             raise ValueError(f"unknown version {self.version!r}: it must be one of {', '.join(map(repr, VERSIONS))}")
@@ -75,41 +72,28 @@ class AutoAttack(Attack):
 
     @property
     def passes(self) -> float:
-        """About how many times an image goes through the model, in all parts."""
         return sum(part.passes for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the name, the threat model, and every setting of every part."""
         parts = [{k: v for k, v in part.to_dict().items() if k != "threat_model"} for part in self.parts]
         return {**super().to_dict(), "parts": parts}
 
-    def perturb(
-        self,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generators: Generators,
-        clean_logits: Tensor | None,
-        report: Report | None,
-    ) -> AttackResult:
-        """Runs the parts; the result's `parts` say how many images each was given and which it broke."""
-        images = images.clamp(0, 1)
-        clean = clean_answers(logits_fn, images, clean_logits)
-        check_label_range(labels, clean.shape[1])
-        best, share = images.clone(), images.new_full(labels.shape, torch.nan)
-        standing = clean.argmax(1) == labels
+    def perturb(self, logits_fn: LogitsFn, batch: Batch) -> AttackResult:
+        batch, clean, standing = begin(logits_fn, batch)
+        best, share = batch.images.clone(), torch.full_like(batch.images[:, 0, 0, 0], torch.nan)
         told: list[Part] = []
         notes: list[str] = []
         for part in self.parts:
             rows = standing.nonzero().squeeze(1)  # (A,)
             broken = torch.zeros_like(standing)
             if len(rows):
-                given = logits_fn, images[rows], labels[rows], select_generators(generators, rows)
-                found = part.run(*given, clean_logits=clean[rows], report=report)
+                left = batch.rows(rows)
+                given = logits_fn, left.images, left.labels, left.generators
+                found = part.run(*given, clean_logits=clean[rows], report=batch.report)
                 best[rows] = found.images
                 first = share[rows].isnan()
                 share[rows[first]] = found.zero_gradient_share[first]
-                broken[rows] = logits_fn(found.images).argmax(1) != labels[rows]
+                broken[rows] = logits_fn(found.images).argmax(1) != left.labels
             told.append(Part(part.name, len(rows), broken))
             notes += part.notes(clean.shape[1])
             standing = standing & ~broken

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +52,34 @@ class AttackResult:
     zero_gradient_share: Tensor
     parts: tuple[Part, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an attack is given to work on, beside the model.
+
+    Attributes:
+        images: (B, 3, H, W) in [0, 1].
+        labels: (B,) int64.
+        generators: Source of the random numbers (`capt_peft.randomness.draw`).
+        clean_logits: The caller's logits of the images, checked by `clean_answers`.
+        report: Called as `Attack.run` says.
+    """
+
+    images: Tensor
+    labels: Tensor
+    generators: Generators
+    clean_logits: Tensor | None = None
+    report: Report | None = None
+
+    def rows(self, index: Tensor) -> Batch:
+        """Returns the images in `index` (K,) int64, with their labels and generators."""
+        return Batch(self.images[index], self.labels[index], select_generators(self.generators, index))
+
+    def clean_answers(self, logits_fn: LogitsFn) -> Tensor:
+        """Returns the logits (B, N) of the images: a copy of those given, which are checked, or else the model's."""
+        given = self.clean_logits
+        return logits_fn(self.images) if given is None else check_logits(given, len(self.images)).detach().clone()
 
 
 class Attack(ABC):
@@ -136,22 +164,11 @@ class Attack(ABC):
             torch.no_grad(),
             undisturbed(logits_fn, generators, images.device) as logits_fn,
         ):
-            images, labels = images.detach().clone(), labels.to(images.device, copy=True)
-            return self.perturb(logits_fn, images, labels, generators, clean_logits, report)
+            given = images.detach().clone(), labels.to(images.device, copy=True), generators
+            return self.perturb(logits_fn, Batch(*given, clean_logits, report))
 
-    def perturb(
-        self,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generators: Generators,
-        clean_logits: Tensor | None,
-        report: Report | None,
-    ) -> AttackResult:
-        """Attacks a batch for `run`, which has checked and copied images and labels, and guards the model.
-
-        Arguments and result are those of `run`. `clean_logits` are not checked yet: `clean_answers` does it.
-        """
+    def perturb(self, logits_fn: LogitsFn, batch: Batch) -> AttackResult:
+        """Attacks a batch for `run`, which has checked and copied its images and labels, and guards the model."""
         raise NotImplementedError(f"{type(self).__name__} has no method `perturb`")
 
     def __call__(
@@ -167,7 +184,7 @@ class Attack(ABC):
         return self.run(logits_fn, images, labels, generator, clean_logits=clean_logits).images
 
 
-Attempt = Callable[[LogitsFn, Tensor, Tensor, Tensor, Generators], AttackResult]
+Attempt = Callable[[LogitsFn, Batch, Tensor], AttackResult]
 
 
 class SearchAttack(Attack):
@@ -182,46 +199,35 @@ class SearchAttack(Attack):
 
     @abstractmethod
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yields the attempts in their order: (logits_fn, images, labels, clean_logits, generators) -> `AttackResult`."""
+        """Yields the attempts in their order: (logits_fn, `Batch`, clean logits (A, N)) -> `AttackResult`."""
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
         """Returns what is changed for a model with this number of classes."""
         return ()
 
-    def perturb(
-        self,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generators: Generators,
-        clean_logits: Tensor | None,
-        report: Report | None,
-    ) -> AttackResult:
+    def perturb(self, logits_fn: LogitsFn, batch: Batch) -> AttackResult:
         """Runs the attempts."""
-        images = images.clamp(0, 1)
-        clean = clean_answers(logits_fn, images, clean_logits)
-        check_label_range(labels, clean.shape[1])
-        best, loss = images.clone(), margin(clean, labels)  # (B, 3, H, W), (B,)
-        share = images.new_full(labels.shape, torch.nan)
-        standing = clean.argmax(1) == labels
+        batch, clean, standing = begin(logits_fn, batch)
+        best, loss = batch.images.clone(), margin(clean, batch.labels)  # (B, 3, H, W), (B,)
+        share = torch.full_like(best[:, 0, 0, 0], torch.nan)
         for attempt in self.attempts(clean.shape[1]) if self.threat_model.epsilon > 0 else ():
             rows = standing.nonzero().squeeze(1)  # (A,)
             if len(rows) == 0:
                 break
-            if report is not None:
-                report(self.name, len(rows), len(rows))
-            drawn = select_generators(generators, rows)
-            found = attempt(logits_fn, images[rows], labels[rows], clean[rows], drawn)
+            if batch.report is not None:
+                batch.report(self.name, len(rows), len(rows))
+            tried = batch.rows(rows)
+            found = attempt(logits_fn, tried, clean[rows])
             logits = logits_fn(found.images)
             check_classes(clean, logits)
-            wrong, gained = logits.argmax(1) != labels[rows], margin(logits, labels[rows]).to(loss.dtype)
+            wrong, gained = logits.argmax(1) != tried.labels, margin(logits, tried.labels).to(loss.dtype)
             better = wrong | (gained > loss[rows])
             best[rows[better]], loss[rows[better]] = found.images[better], gained[better]
             first = share[rows].isnan()
             share[rows[first]] = found.zero_gradient_share[first]
             standing[rows[wrong]] = False
-        if report is not None:
-            report(self.name, int(standing.sum()), int(standing.sum()))
+        if batch.report is not None:
+            batch.report(self.name, int(standing.sum()), int(standing.sum()))
         return AttackResult(best, share, notes=self.notes(clean.shape[1]))
 
 
@@ -324,9 +330,12 @@ def check_logits(logits: Tensor, batch: int) -> Tensor:
     return logits
 
 
-def clean_answers(logits_fn: LogitsFn, images: Tensor, given: Tensor | None) -> Tensor:
-    """Returns the logits (B, N) of the images: a copy of those given, which are checked, or else the model's."""
-    return logits_fn(images) if given is None else check_logits(given, len(images)).detach().clone()
+def begin(logits_fn: LogitsFn, batch: Batch) -> tuple[Batch, Tensor, Tensor]:
+    """Returns the batch within [0, 1], its clean logits (B, N), and which images are right (B,); refuses other labels."""
+    batch = replace(batch, images=batch.images.clamp(0, 1))
+    clean = batch.clean_answers(logits_fn)
+    check_label_range(batch.labels, clean.shape[1])
+    return batch, clean, clean.argmax(1) == batch.labels
 
 
 def check_classes(clean_logits: Tensor, logits: Tensor) -> None:

@@ -17,6 +17,7 @@ from .base import (
     Attack,
     AttackResult,
     Attempt,
+    Batch,
     SearchAttack,
     check_settings,
     gradient_at,
@@ -62,7 +63,6 @@ class FAB(SearchAttack):
     restarts: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the settings."""
         check_settings(self, targets=0, steps=1, restarts=1)
 
     @property
@@ -73,38 +73,26 @@ class FAB(SearchAttack):
 
     @property
     def passes(self) -> float:
-        """About how many times an image goes through the model: 30 per step, of one target after the other or all."""
-        return 30.0 * self.steps * self.restarts
+        return 30.0 * self.steps * self.restarts  # one target after the other, or all in each step
 
     @classmethod
     def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:
-        """Returns the attack of a name: "fab-t" has 9 targets, "fab" none."""
         return cls(threat_model, **named_settings(match) | {"targets": 9 if match["targets"] else 0})
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
-        """Returns how many targets a model with few classes gets."""
         return few_targets(self.name, num_classes, self.targets)
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yields the restarts, for FAB-T of one target after the other."""
         for rank in range(1, min(self.targets, num_classes - 1) + 1) if self.targets else [0]:
             for restart in range(self.restarts):
                 yield partial(self._search, rank, restart)
 
-    def _search(
-        self,
-        rank: int,
-        restart: int,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        clean_logits: Tensor,
-        generators: Generators,
-    ) -> AttackResult:
+    def _search(self, rank: int, restart: int, logits_fn: LogitsFn, batch: Batch, clean_logits: Tensor) -> AttackResult:
         """Runs algorithm 1; an image leaves once a wrong point within epsilon is known."""
+        images, labels = batch.images, batch.labels
         threat = self.threat_model
         targets = target_classes(clean_logits, labels, rank) if rank else None
-        x = images.clone() if restart == 0 else threat.project(self._start(images, generators), images)
+        x = images.clone() if restart == 0 else threat.project(self._start(images, batch.generators), images)
         best, best_norm = images.clone(), images.new_full((len(images),), torch.inf)
         share = images.new_full(labels.shape, torch.nan)
         rows = torch.arange(len(images), device=images.device)

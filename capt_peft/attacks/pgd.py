@@ -10,17 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..randomness import Generators, select_generators
-from .base import (
-    Attack,
-    AttackResult,
-    Report,
-    check_classes,
-    check_settings,
-    clean_answers,
-    pixel_gradient,
-    zero_share,
-)
+from .base import Attack, AttackResult, Batch, check_classes, check_settings, pixel_gradient, zero_share
 from .losses import LOSSES
 from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wide_dtype
@@ -39,8 +29,7 @@ class PGD(Attack):
     that `2 * epsilon / steps`, enough to cross the ball (`2/3 epsilon` at 3 steps as APT trains, `epsilon` at 2 steps
     as FAP); at one step `1.25 * epsilon` from a random start (Wong et al.) and `epsilon` from the image itself.
 
-    A call changes no parameter, no `.grad`, no mode, no buffer of the model's modules and no global random state. It
-    costs `steps` forwards and backwards, for "kl" one forward more unless `clean_logits` are given, and with several
+    A call costs `steps` forwards and backwards, for "kl" one forward more unless `clean_logits` are given, and with several
     restarts one forward more for each.
 
     Args:
@@ -77,7 +66,6 @@ class PGD(Attack):
     clip_each_step: bool = True
 
     def __post_init__(self) -> None:
-        """Checks the settings and reads the step size."""
         check_settings(self, steps=0, restarts=1)
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}: it must be one of {', '.join(map(repr, LOSSES))}")
@@ -128,52 +116,40 @@ class PGD(Attack):
 
     @property
     def passes(self) -> float:
-        """About how many times an image goes through the model: forwards and backwards of every step."""
-        return 2.0 * self.steps * self.restarts
+        return 2.0 * self.steps * self.restarts  # a forward and a backward each
 
     @classmethod
     def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:
-        """Returns the attack of a name such as "pgd-20" or "fgsm"."""
         if match["steps"] is None:
             return cls(threat_model, steps=1, random_start=False, loss=match["loss"] or "ce")
         return super().from_name(match, threat_model)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the name, the threat model and every setting, with the step size as taken."""
         settings = super().to_dict() | {"step_size": self.resolved_step_size}
-        if self.clip_each_step:
-            del settings["clip_each_step"]
-        return settings
+        return {k: v for k, v in settings.items() if k != "clip_each_step" or not v}
 
-    def perturb(
-        self,
-        logits_fn: LogitsFn,
-        images: Tensor,
-        labels: Tensor,
-        generators: Generators,
-        clean_logits: Tensor | None,
-        report: Report | None,
-    ) -> AttackResult:
+    def perturb(self, logits_fn: LogitsFn, batch: Batch) -> AttackResult:
         """Runs the steps from each start; only "kl" looks at the clean logits."""
         if self.threat_model.epsilon == 0:
-            return AttackResult(self.threat_model.project(images, images), images.new_full(labels.shape, torch.nan))
-        reference = labels
+            unmoved = self.threat_model.project(batch.images, batch.images)
+            return AttackResult(unmoved, torch.full_like(unmoved[:, 0, 0, 0], torch.nan))
+        reference = batch.labels
         if self.loss == "kl":
-            reference = clean_answers(logits_fn, images, clean_logits).to(images.device)  # (B, N)
-        result = self._ascend(logits_fn, images, labels, reference, generators)
-        best = result.images
+            reference = batch.clean_answers(logits_fn).to(batch.images.device)  # (B, N)
+        result = self._ascend(logits_fn, batch, reference)
         if self.restarts == 1:
             return result
-        done, losses = self._score(logits_fn, best, labels, reference)
+        best = result.images
+        done, losses = self._score(logits_fn, best, batch.labels, reference)
         for _ in range(1, self.restarts):
             alive = (~done).nonzero().squeeze(1)  # (A,) rows
             if len(alive) == 0:
                 break
-            if report is not None:
-                report(self.name, len(alive), len(alive))
-            rows = images[alive], labels[alive], reference[alive]
-            found = self._ascend(logits_fn, *rows, select_generators(generators, alive)).images  # (A, 3, H, W)
-            won, gained = self._score(logits_fn, found, *rows[1:])
+            if batch.report is not None:
+                batch.report(self.name, len(alive), len(alive))
+            left = batch.rows(alive)
+            found = self._ascend(logits_fn, left, reference[alive]).images  # (A, 3, H, W)
+            won, gained = self._score(logits_fn, found, left.labels, reference[alive])
             better = won | (gained > losses[alive])
             kept = alive[better]
             best[kept], done[kept], losses[kept] = found[better], won[better], gained[better]
@@ -186,26 +162,22 @@ class PGD(Attack):
         losses = LOSSES[self.loss](logits, reference)  # (B,)
         return -losses if self.targeted else losses
 
-    def _ascend(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, reference: Tensor, generators: Generators
-    ) -> AttackResult:
-        """Runs the steps once, from one start."""
-        threat, clip = self.threat_model, self.clip_each_step
+    def _ascend(self, logits_fn: LogitsFn, batch: Batch, reference: Tensor) -> AttackResult:
+        """Runs the steps once, from one start; `reference` are the labels (B,), or the clean logits (B, N)."""
+        threat, clip, images = self.threat_model, self.clip_each_step, batch.images
         keep = threat.project if clip else threat.into_ball
-        adversarial = threat.random_start(images, generators, clip=clip) if self.random_start else keep(images, images)
-        share = images.new_full(labels.shape, torch.nan)  # (B,)
-        loss = partial(self._losses, labels=labels, reference=reference)
+        x = threat.random_start(images, batch.generators, clip=clip) if self.random_start else keep(images, images)
+        share = torch.full_like(images[:, 0, 0, 0], torch.nan)  # (B,)
+        loss = partial(self._losses, labels=batch.labels, reference=reference)
         for step in range(self.steps):
-            _, _, gradient = pixel_gradient(logits_fn, adversarial if clip else adversarial.clamp(0, 1), loss)
+            _, _, gradient = pixel_gradient(logits_fn, x if clip else x.clamp(0, 1), loss)
             if step == 0:
                 share = zero_share(gradient)
-            adversarial = keep(adversarial + self.resolved_step_size * threat.direction(gradient), images)
-        return AttackResult(adversarial if clip else adversarial.clamp(0, 1), share)
+            x = keep(x + self.resolved_step_size * threat.direction(gradient), images)
+        return AttackResult(x if clip else x.clamp(0, 1), share)
 
-    def _score(
-        self, logits_fn: LogitsFn, adversarial: Tensor, labels: Tensor, reference: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _score(self, logits_fn: LogitsFn, x: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Returns whether each image reached its goal (B,) bool, and its loss (B,)."""
-        logits = logits_fn(adversarial)
+        logits = logits_fn(x)
         losses = self._losses(logits.to(wide_dtype(logits.device)), labels, reference)
         return (logits.argmax(1) == labels) == self.targeted, losses

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..randomness import Generators, draw
-from .base import AttackResult, Attempt, SearchAttack, check_settings, size_name, size_pattern
+from .base import AttackResult, Attempt, Batch, SearchAttack, check_settings, size_name, size_pattern
 from .losses import margin
 from .registry import register_attack
 from .threat import LogitsFn, ThreatModel
@@ -53,7 +53,6 @@ class Square(SearchAttack):
     p_init: float = 0.8
 
     def __post_init__(self) -> None:
-        """Checks the settings."""
         check_settings(self, queries=1, restarts=1)
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init={self.p_init} must be more than 0 and at most 1: a share of the image")
@@ -66,18 +65,15 @@ class Square(SearchAttack):
 
     @property
     def passes(self) -> float:
-        """About how many times an image goes through the model: about half of the images stop early."""
-        return self.queries * self.restarts / 2
+        return self.queries * self.restarts / 2  # about half of the images leave early
 
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yields the restarts."""
         for _ in range(self.restarts):
             yield self._search
 
-    def _search(
-        self, logits_fn: LogitsFn, images: Tensor, labels: Tensor, clean_logits: Tensor, generators: Generators
-    ) -> AttackResult:
+    def _search(self, logits_fn: LogitsFn, batch: Batch, clean_logits: Tensor) -> AttackResult:
         """Runs algorithm 1; an image leaves once it is misclassified."""
+        images, labels, generators = batch.images, batch.labels, batch.generators
         linf = self.threat_model.norm == "linf"
         points = self._stripes(images, generators) if linf else self._grid(images, generators)
         best = points.clone()

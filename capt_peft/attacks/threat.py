@@ -150,9 +150,6 @@ class ThreatModel:
         """Brings points back into the ball around `images`, which may lie outside [0, 1]; arguments as for `project`."""
         if self.norm == "linf":
             return torch.minimum(torch.maximum(adversarial, images - self.epsilon), images + self.epsilon)
-        return self._into_l2_ball(adversarial, images)
-
-    def _into_l2_ball(self, adversarial: Tensor, images: Tensor) -> Tensor:
         radius = self.epsilon * _L2_MARGIN
         delta = adversarial - images
         norm = _per_image(self.norm_of(delta))  # (B, 1, 1, 1)

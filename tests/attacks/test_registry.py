@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 from toy_models import make_model, some_images
 
 from capt_peft.attacks import (
@@ -19,6 +18,7 @@ from capt_peft.attacks import (
     Attack,
     AttackResult,
     AutoAttack,
+    Batch,
     Square,
     ThreatModel,
     attack_names,
@@ -230,9 +230,9 @@ class Flat(Attack):
     def name(self) -> str:
         return f"flat-{self.level}"
 
-    def perturb(self, logits_fn: Any, images: Tensor, labels: Tensor, *rest: Any) -> AttackResult:
-        goal = torch.full_like(images, self.level / 255)
-        return AttackResult(self.threat_model.project(goal, images), torch.full_like(images[:, 0, 0, 0], torch.nan))
+    def perturb(self, logits_fn: Any, batch: Batch) -> AttackResult:
+        goal = torch.full_like(batch.images, self.level / 255)
+        return AttackResult(self.threat_model.project(goal, batch.images), torch.full((len(goal),), torch.nan))
 
 
 @pytest.fixture
