@@ -10,6 +10,7 @@ from typing import Any
 
 from ..utils.files import DamagedFileError
 from ..utils.markup import plain
+from ..utils.text import cut
 
 _ROUNDING = 1e-6
 
@@ -64,22 +65,17 @@ class Accuracy:
             FigureError: The numbers are not those of one share.
             KeyError: Something else is missing.
         """
-        value, n, (low, high) = row["accuracy"], row["n"], row["interval_95"]
-        if not (all(map(_is_number, (value, low, high))) and _is_count(n) and n >= 1 and 0 <= value <= 1):
-            raise FigureError(
-                f"says accuracy {str(value)[:40]} of {str(n)[:40]} images with the interval {str([low, high])[:80]}; an accuracy "
-                "is a share from 0 to 1, of at least one image."
-            )
+        value, n, interval = row["accuracy"], row["n"], row["interval_95"]
         correct = row.get("correct", round(value * n))
-        if not _is_count(correct) or abs(correct / n - value) > _ROUNDING:
-            raise FigureError(f"says {str(correct)[:40]} correct of {n} images and accuracy {value}; they must agree.")
-        accuracy = cls(correct, n)
-        if any(abs(a - b) > _ROUNDING for a, b in zip((low, high), accuracy.interval, strict=True)):
-            raise FigureError(
-                f"says {correct} correct of {n} images with the interval {low} to {high}; the 95% interval is "
-                f"{accuracy.interval[0]:.6f} to {accuracy.interval[1]:.6f}."
-            )
-        return accuracy
+        if type(n) is int and type(correct) is int and 0 <= correct <= n and n:
+            accuracy = cls(correct, n)
+            told, true = (value, *interval), (accuracy.value, *accuracy.interval)
+            if len(told) == 3 and all(abs(a - b) <= _ROUNDING for a, b in zip(told, true, strict=True)):
+                return accuracy
+        raise FigureError(
+            f"says {cut(correct, 40)} correct of {cut(n, 40)} images, accuracy {cut(value, 40)} and the 95% interval "
+            f"{cut(interval, 80)}; they must agree."
+        )
 
     def check_at_most(self, other: Accuracy, what: str) -> None:
         """Raises a FigureError that begins with `what` unless this is at most another accuracy, of as many images."""
@@ -104,18 +100,10 @@ def readable(name: Any) -> Iterator[None]:
     except FigureError as error:
         raise DamagedFileError(f"{name} {plain(error, 300)} Measure again.") from error
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        detail = f"{type(error).__name__}: {plain(error, 200)}"
+        why = f"{type(error).__name__}: {plain(error, 200)}"
         raise DamagedFileError(
-            f"{name} is not a record of this package, or is damaged ({detail}). Measure again."
+            f"{name} is not a record of this package, or is damaged ({why}). Measure again."
         ) from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from ..tuner import config as tuner_config
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..utils.files import write_text
 from ..utils.markup import Markdown, code, escape, plain, quoted
+from ..utils.text import some
 from .accuracy import Accuracy
 from .run import RESULTS, Accuracies, Records
 
@@ -316,17 +317,12 @@ def _put_right_above(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table of accuracies; clean ones have no threat model and no attack."""
+    """One line of the table of accuracies; a clean one has no threat model and no attack."""
 
     model: str
     accuracy: Accuracy
     threat_model: str | None = None
     attack: str | None = None
-
-    @property
-    def kind(self) -> str:
-        """Which accuracy it is."""
-        return "clean" if self.attack is None else "robust"
 
 
 def accuracy_rows(records: Records) -> list[Row]:
@@ -384,17 +380,16 @@ def card_text(
         "base": shown_path(base, hub=True),
         "datasets": [shown_path(name) + words for name in details.datasets],
         "rows": rows,
-        "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.kind == "robust")),
+        "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.attack)),
         "alone": _weak_alone(records),
         "signs": () if evaluation is None else evaluation.signs,
         "evaluated": evaluation is not None,
         "unshown": records.unshown,
         "measured": _measured(records, config),
-        "shown_classes": _classes(config.get("class_names") or []),
+        "classes": Markdown(some([escape(name, 100) for name in config.get("class_names") or []], _SHOWN_CLASSES)),
         "card_data": _yaml(card_data(records, rows, adapter, config, details)),
     }
     if results is not None:
-        values["training"] = results.configuration["training"]
         values["training_threat"] = str(ThreatModel(**results.training.attack["threat_model"]))
         values["source"] = shown_path(results.task.source or results.task.name)
     environment = jinja2.Environment(
@@ -451,11 +446,6 @@ def shown_path(name: str | Path, *, hub: bool = False) -> str:
     return text
 
 
-def _classes(names: Sequence[str]) -> str:
-    more = f", and {len(names) - _SHOWN_CLASSES} more" if len(names) > _SHOWN_CLASSES else ""
-    return Markdown(", ".join(escape(name, 100) for name in names[:_SHOWN_CLASSES]) + more)
-
-
 def card_data(
     records: Records, rows: Sequence[Row], adapter: str, config: Mapping[str, Any], details: CardDetails
 ) -> ModelCardData:
@@ -479,7 +469,7 @@ def card_data(
             dataset_split=None if split is None else _metadata(split),
             metric_type="accuracy",
             metric_name=_metadata(
-                "clean accuracy" if row.kind == "clean" else f"robust accuracy ({row.attack}, {row.threat_model})"
+                f"robust accuracy ({row.attack}, {row.threat_model})" if row.attack else "clean accuracy"
             ),
             metric_value=round(row.accuracy.value, 6),
             metric_args={"n": row.accuracy.n, "interval_95": [round(value, 6) for value in row.accuracy.interval]},

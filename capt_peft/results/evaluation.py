@@ -205,7 +205,7 @@ class Evaluation:
         with (
             written_whole(path.parent) as folder,
             (folder / name).open("wb") as file,
-        ):  # pyarrow takes paths of UTF-8 alone
+        ):  # pyarrow takes UTF-8 paths alone
             pq.write_table(self.examples.replace_schema_metadata({CLEAN: str(self.clean.correct)}), file)
         write_json(path, self.to_dict())
 
@@ -284,27 +284,19 @@ def examples_path(path: Path) -> Path:
     return path.with_suffix(".parquet")
 
 
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("label", pa.int64()),
-        ("clean_prediction", pa.int64()),
-        ("attack", pa.string()),
-        ("threat_model", pa.string()),
-        ("prediction", pa.int64()),
-        ("broken", pa.bool_()),
-        ("broken_by", pa.string()),
-        ("perturbation", pa.float32()),
-    ]
-)
+_INT, _TEXT = pa.int64(), pa.string()
+EXAMPLE_SCHEMA = pa.schema({
+    "index": _INT, "label": _INT, "clean_prediction": _INT, "attack": _TEXT, "threat_model": _TEXT, "prediction": _INT,
+    "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(),
+})  # fmt: skip
 
 
 def examples_table(records: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> pa.Table:
     """Returns one row per image and attack from (attack settings, record of a batch) pairs."""
-    columns: dict[str, list[Any]] = {name: [] for name in EXAMPLE_SCHEMA.names}
+    batches = []
     for attack, record in records:
         n, threat = len(record["index"]), str(ThreatModel(**attack["threat_model"]))
-        rows = {
+        columns = {
             "index": record["index"],
             "label": record["label"],
             "clean_prediction": record["clean"],
@@ -315,9 +307,8 @@ def examples_table(records: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> 
             "broken_by": record["broken_by"],
             "perturbation": record["norm"],
         }
-        for name, values in rows.items():
-            columns[name].extend(values)
-    return pa.table(columns, schema=EXAMPLE_SCHEMA)
+        batches.append(pa.table(columns, schema=EXAMPLE_SCHEMA))
+    return pa.concat_tables([EXAMPLE_SCHEMA.empty_table(), *batches]).combine_chunks()
 
 
 def _count(true: pa.ChunkedArray) -> int:

@@ -6,7 +6,7 @@ import functools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,9 @@ def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> 
     """
     folder, adapter = Path(folder), results.adapter
     if adapter is None:
-        raise ValueError(f"The results are those of a whole model: {RESULTS} of an adapter needs its fingerprint.")
-    saved = results
+        raise ValueError("The results are those of a whole model: they have no fingerprint of an adapter.")
 
     def write(temporary: Path) -> None:
-        nonlocal saved
         save_active_adapter(model, temporary)
         size = (temporary / SAFETENSORS_NAME).stat().st_size
         saved = replace(results, adapter=replace(adapter, bytes=size), name=name)
@@ -78,7 +76,7 @@ def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> 
 
     save_somewhere(folder, write)
     (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
-    return saved
+    return RunResults.load(folder)
 
 
 def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:
@@ -272,7 +270,11 @@ def saved_copy(model: nn.Module, home: Path) -> Path | None:
     if not getattr(model, "peft_config", None):
         return None
     fingerprint = adapter_fingerprint(model)
-    return next((f for f in (home, home / active_adapter(model)) if _fingerprint_in(f) == fingerprint), None)
+    for folder in (home, home / active_adapter(model)):
+        with suppress(OSError, ValueError, TypeError, SafetensorError):  # nothing there, or damaged
+            if adapter_fingerprint(folder) == fingerprint:
+                return folder
+    return None
 
 
 def write_model_card(model: nn.Module, home: Path, repo_id: str, details: CardDetails) -> None:
@@ -282,13 +284,6 @@ def write_model_card(model: nn.Module, home: Path, repo_id: str, details: CardDe
         return
     with _as_folder(model) as folder:
         write_text(home / CARD, card_of(folder, repo_id, details=details)[0])
-
-
-def _fingerprint_in(folder: Path) -> str | None:
-    try:
-        return adapter_fingerprint(folder)
-    except (OSError, ValueError, TypeError, SafetensorError):
-        return None  # nothing there, or damaged: the adapter is saved again
 
 
 def _with_our_card(upload: Callable[..., Any]) -> Callable[..., Any]:

@@ -194,6 +194,11 @@ class RunResults:
         )
 
     @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The training arguments."""
+        return self.configuration["training"]
+
+    @property
     def fingerprint(self) -> str | None:
         """The adapter's fingerprint; None where the record does not say."""
         return None if self.adapter is None else self.adapter.fingerprint
@@ -230,16 +235,12 @@ class RunResults:
             "adapter": None if adapter is None else AdapterRecord(**adapter),
         }
         results = cls(**{**content, **parts})
-        results._check_shown()
-        return results
-
-    def _check_shown(self) -> None:
-        """Raises unless all is there that a card shows."""
-        for attack in (self.evaluation.attack, self.training.attack):
+        for attack in (results.evaluation.attack, results.training.attack):  # what follows raises where a card would
             _ = attack["name"], ThreatModel(**attack["threat_model"])
-        counts = (self.adapter.parameters if self.adapter else self.parameters) or {}
-        _ = f"{counts['trainable']:,} {self.training.seconds:.0f} {self.training.processes:d} {len(self.task.class_names)}"
-        _ = self.versions.items(), [self.configuration["training"][name] for name in _SHOWN]
+        counts = (results.adapter.parameters if results.adapter else results.parameters) or {}
+        _ = f"{counts['trainable']:,} {results.training.seconds:.0f} {results.training.processes:d}"
+        _ = len(results.task.class_names), results.versions.items(), [results.arguments[name] for name in _SHOWN]
+        return results
 
     @classmethod
     def load(cls, path: str | Path) -> RunResults:
@@ -325,28 +326,25 @@ class Records:
         Raises:
             ValueError: A record is damaged or of other weights, and `strict` is True.
         """
-        results, evaluation, unshown = None, None, []
-        for name in names:
+        found: dict[str, Any] = {}
+        unshown = []
+        for name in (name for name in names if Path(folder, name).is_file()):
             path = Path(folder, name)
-            if not path.is_file():
-                continue
-            reason: str | None
             try:
                 if name == RESULTS:
-                    run = RunResults.load(path)
-                    reason = _why_other_weights(name, run.fingerprint, fingerprint)
-                    results = run if reason is None else None
+                    found[name] = RunResults.load(path)
+                    reason = _why_other_weights(name, found[name].fingerprint, fingerprint)
                 else:
-                    measured = Evaluation.load(path, with_examples=False)
-                    reason = why_unshown(measured.configuration, fingerprint, base, results)
-                    evaluation = measured if reason is None else None
+                    found[name] = Evaluation.load(path, with_examples=False)
+                    reason = why_unshown(found[name].configuration, fingerprint, base, found.get(RESULTS))
             except ValueError as error:
                 reason = str(error).replace(str(path), name)
                 if strict:
                     raise RecordError(f"In {folder}: {reason}") from error
             if reason is not None:
+                found.pop(name, None)
                 unshown.append(reason)
-        return cls(results, evaluation, tuple(unshown))
+        return cls(found.get(RESULTS), found.get(EVALUATION), tuple(unshown))
 
 
 def why_unshown(
@@ -378,12 +376,33 @@ def why_unshown(
         )
     if reason := _why_other_weights(EVALUATION, adapter.get("fingerprint"), fingerprint):
         return reason
-    if base is not None and measured_on is not None and measured_on != base:
+    if base is not None and measured_on not in (None, base):
         raise RecordError(
             f"{EVALUATION} was measured on another base model: its fingerprint is {plain(measured_on, 40)}, the adapter is for "
             f"{base}. Measure in float32 on the base that the adapter was tuned on, or remove {EVALUATION}."
         )
-    return None if results is None else _why_other_images({**model, "class_names": names}, task, results)
+    if results is None:
+        return None
+    if not task:
+        return (
+            f"{EVALUATION} does not say which data set and split its figures are of, so they are not shown beside those of "
+            f"{RESULTS}. Measure again with examples/evaluate.py, or with evaluate(..., details={{'task': ...}})."
+        )
+    pairs: dict[str, tuple[Any, Any]] = {
+        "other classes": (names, results.task.class_names),
+        "another template": (model.get("template"), results.task.template),
+        "other pixels": (model.get("pixels"), results.training.pixels),
+        "another data set": (task.get("name"), results.task.name),
+        "another source of the data": (task.get("source"), task.get("source") and results.task.source),
+        "another split": (task.get("split"), results.evaluation.split),
+    }
+    for what, (own, other) in pairs.items():
+        if other not in (None, "") and json.dumps(own, sort_keys=True) != json.dumps(other, sort_keys=True):
+            raise RecordError(
+                f"{EVALUATION} was measured with {what} than {RESULTS}: {plain(own, 80)}, not {plain(other, 80)}. A card "
+                "compares figures of the same kind alone: keep this evaluation under another name, without --update_card."
+            )
+    return None
 
 
 def _why_other_weights(name: str, own: str | None, fingerprint: str | None) -> str | None:
@@ -398,31 +417,5 @@ def _why_other_weights(name: str, own: str | None, fingerprint: str | None) -> s
         raise RecordError(
             f"{name} has the figures of other weights: their fingerprint is {plain(own, 40)}, that of this adapter is "
             f"{fingerprint}. Measure again, or remove {name}."
-        )
-    return None
-
-
-def _why_other_images(model: Mapping[str, Any], task: Mapping[str, Any], results: RunResults) -> str | None:
-    pairs: dict[str, tuple[Any, Any]] = {
-        "other classes": (model.get("class_names"), results.task.class_names),
-        "another template": (model.get("template"), results.task.template),
-        "other pixels": (model.get("pixels"), results.training.pixels),
-    }
-    if task:
-        pairs |= {
-            "another data set": (task.get("name"), results.task.name),
-            "another source of the data": (task.get("source"), task.get("source") and results.task.source),
-            "another split": (task.get("split"), results.evaluation.split),
-        }
-    for what, (own, other) in pairs.items():
-        if other not in (None, "") and json.dumps(own, sort_keys=True) != json.dumps(other, sort_keys=True):
-            raise RecordError(
-                f"{EVALUATION} was measured with {what} than {RESULTS}: {plain(own, 80)}, not {plain(other, 80)}. A card "
-                f"compares figures of the same kind alone: keep this evaluation under another name, without --update_card."
-            )
-    if not task:
-        return (
-            f"{EVALUATION} does not say which data set and split its figures are of, so they are not shown beside those of "
-            f"{RESULTS}. Measure again with examples/evaluate.py, or with evaluate(..., details={{'task': ...}})."
         )
     return None
