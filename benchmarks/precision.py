@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import CLIPModel, set_seed
 
 from capt_peft import CaptConfig, load_task
+from capt_peft.training.compilation import compiled_towers
 from capt_peft.utils.versions import describe_machine, versions
 
 LEARNING_RATE, TEST_IMAGES = 0.3, 200
@@ -59,7 +60,7 @@ def measure_steps(names: Sequence[str], setting: Setting, repetitions: int) -> d
         modes = {}
         for name in names:
             mode = modes[name] = Mode(name, setting)
-            stack.enter_context(mode.trainer._compiled())
+            stack.enter_context(compiled_towers(mode.trainer.classifier.base_model, mode.trainer.args))
             first = mode.seconds()
             values = mode.values(points)
             if name == "float32":

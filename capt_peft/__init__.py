@@ -8,8 +8,7 @@ from .evaluation import Evaluation, evaluate
 from .methods import METHODS, get_method
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
 from .results.hub import push_adapter
-from .training import CaptTrainer, CaptTrainingArguments, TrainingStopped
-from .training.fare import FareTrainer
+from .training import CaptTrainer, CaptTrainingArguments, FareTrainer, TrainingStopped
 from .tuner import CaptConfig, CaptModel
 
 __version__ = "0.1.0"

@@ -161,6 +161,22 @@ class AdversarialCrossEntropy:
         }
 
 
+class FeatureDistance:
+    r"""FARE's objective (Schlarmann et al. 2024, arXiv 2402.12336): `mean_i ‖φ(adversarial_i) - φ_original(clean_i)‖²`.
+
+    φ is the projected and not normalised image feature. `FareTrainer` puts φ of the adversarial images into
+    `Views.adversarial_features` and the original's of the clean images into `Views.frozen`, both (B, D).
+    """
+
+    needs_frozen = True
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its part `feature_distance`, the same without gradient."""
+        assert views.adversarial_features is not None and views.frozen is not None  # the trainer gives both
+        loss = squared_distance(views.adversarial_features, views.frozen).mean()
+        return loss, {"feature_distance": loss.detach()}
+
+
 def parse_weighting(weighting: str | float) -> str | float:
     """Returns a weighting's name, or its number as a float.
 
@@ -194,3 +210,8 @@ def certainty(logits: Tensor) -> Tensor:
     """Returns 1 minus the entropy of each prediction over log N: (B, N) -> (B,) in [0, 1], 0 for the uniform one."""
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
     return (1 - entropy / torch.log(torch.tensor(float(logits.shape[-1])))).clamp(0, 1)
+
+
+def squared_distance(features: Tensor, target: Tensor) -> Tensor:
+    """Returns the squared Euclidean distance of each row, in float32: (B, D), (B, D) -> (B,)."""
+    return (features.float() - target.float()).square().sum(-1)

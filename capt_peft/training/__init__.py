@@ -1,7 +1,26 @@
-"""Tuning an adapter on adversarial images: the trainer, its arguments, and what it keeps and watches."""
+"""Tuning an adapter on adversarial images: the trainer, its arguments, and the callbacks that watch a run."""
 
 from .arguments import CaptTrainingArguments
-from .callbacks import TrainingStopped
+from .callbacks import (
+    CheckGradients,
+    StopOnCollapse,
+    StopOnOverfitting,
+    TrainingStopped,
+    WarnAtChance,
+    WarnOnVanishedGradients,
+)
+from .fare import FareTrainer, train_image_tower_alone
 from .trainer import CaptTrainer
 
-__all__ = ["CaptTrainer", "CaptTrainingArguments", "TrainingStopped"]
+__all__ = [
+    "CaptTrainer",
+    "CaptTrainingArguments",
+    "CheckGradients",
+    "FareTrainer",
+    "StopOnCollapse",
+    "StopOnOverfitting",
+    "TrainingStopped",
+    "WarnAtChance",
+    "WarnOnVanishedGradients",
+    "train_image_tower_alone",
+]

@@ -1,20 +1,26 @@
-"""CaptTrainingArguments: TrainingArguments plus the threat model, the attack and the objective."""
+"""CaptTrainingArguments, and what the trainer is given that would have no effect, or a wrong one: it is refused by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
-from .processes import refuse_sharding
-from .schedule import LR_SCHEDULES
-from .settings import refuse_arguments
+from ..utils.text import shown
+
+logger = logging.getLogger(__name__)
 
 BEST_METRIC = "eval_robust_accuracy"
+LR_SCHEDULES = ("step", "epoch")
 
 
 @dataclass
@@ -23,17 +29,17 @@ class CaptTrainingArguments(TrainingArguments):
 
     Args:
         epsilon: Radius of the perturbations, as a fraction of the [0, 1] range of the pixels; "4/255" is read exactly.
-        norm: "linf" or "l2".
+        norm: Norm of the perturbations: "linf" or "l2".
         attack_steps: PGD steps of the training attack.
         attack_step_size: Length of its steps, same unit as `epsilon`; by default 2/3 of epsilon for 3 steps, as APT trains.
         attack_loss: What the training attack raises: "ce", "kl" (to the clean prediction) or "margin".
         attack_clip_each_step: Cut the training attack's perturbation to [0, 1] after every step. False: only what the model sees
             is cut, as in APT's code.
         eval_attack: Attack of `evaluate()`: "pgd-20", "pgd-100x5" (restarts), "pgd-20-margin", "autoattack", ...
-        eval_step_size: Length of a step of a PGD `eval_attack`; by default as of `PGD`.
+        eval_step_size: Length of a step of a PGD `eval_attack`; by default that of `PGD`.
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
-        augment: Random crops and flips, drawn by example.
+        augment: Crop and flip training images at random.
         squash: Resize training images to the model's size whatever their shape, instead of cropping, as in FAP's code.
         lr_schedule: "step": the learning rate follows `lr_scheduler_type` and `warmup_steps` step by step. "epoch": as in CoOp's
             toolbox, which MaPLe, FAP and APT train with: the first epoch at 1e-5, then a cosine that changes once an epoch.
@@ -45,125 +51,115 @@ class CaptTrainingArguments(TrainingArguments):
             be a mean over images.
         full_precision_attack: Run the training attack in float32 although `bf16` or `fp16` is set. Without it the attack runs in
             that precision; its losses and the signs of its gradients are taken in full precision either way.
-        stop_on_collapse: Stop when the model has become constant: the consistency loss falls to a thousandth of what it was while
-            the clean loss is that of guessing.
+        stop_on_collapse: Stop when the model has become constant; see `StopOnCollapse`.
         stop_on_overfitting: Stop, instead of warning, when robust accuracy falls in `evaluate` while it rises in training; it
             needs an `eval_strategy`.
 
     Defaults that differ from TrainingArguments: `optim="sgd"` with momentum 0.9, `learning_rate=0.1`,
     `lr_scheduler_type="cosine"`, `num_train_epochs=50`, `per_device_train_batch_size=32`,
     `per_device_eval_batch_size=128`, `logging_steps=10`, `report_to="none"`, `remove_unused_columns=False`,
-    `label_names=["labels"]`, `average_tokens_across_devices=True`; `metric_for_best_model="eval_robust_accuracy"` where a best
-    checkpoint is asked for. Arguments that would have no effect, or a wrong one, are refused by name: `training.settings` has
-    the list.
+    `hub_strategy="end"`, `label_names=["labels"]`; `metric_for_best_model="eval_robust_accuracy"` where a best checkpoint is
+    asked for. Arguments that would have no effect, or a wrong one, are refused by name; this module lists them.
     """
 
-    epsilon: str = field(
-        default="4/255", metadata={"help": "Radius of the perturbations in [0, 1] pixels, e.g. 4/255."}
-    )
-    norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
-    attack_steps: int = field(default=3, metadata={"help": "PGD steps of the training attack."})
-    attack_step_size: str | None = field(default=None, metadata={"help": "Length of a step, e.g. 1/255."})
-    attack_loss: str = field(default="ce", metadata={"help": "Loss of the training attack: ce, kl or margin."})
-    attack_clip_each_step: bool = field(
-        default=True, metadata={"help": "Cut the training attack's perturbation to [0, 1] after every step."}
-    )
-    eval_attack: str = field(default="pgd-20", metadata={"help": "Attack of evaluate(), e.g. pgd-20 or pgd-100x5."})
-    eval_step_size: str | None = field(
-        default=None, metadata={"help": "Length of a step of a PGD eval_attack, e.g. 1/255."}
-    )
-    consistency: float = field(default=1.5, metadata={"help": "Weight of the consistency terms (lambda)."})
-    weighting: str = field(
-        default="confidence", metadata={"help": "alpha: confidence, entropy, batch, schedule or a number in [0, 1]."}
-    )
-    augment: bool = field(default=False, metadata={"help": "Random crops and flips of the training images."})
-    squash: bool = field(
-        default=False, metadata={"help": "Resize training images whatever their shape, instead of cropping."}
-    )
-    lr_schedule: str = field(
-        default="step", metadata={"help": "step, or epoch: 1e-5 in the first one, then a cosine by epoch (CoOp)."}
-    )
-    decay_biases: bool = field(default=False, metadata={"help": "Let weight_decay act on biases too."})
-    text_chunk_size: int | None = field(
-        default=None, metadata={"help": "Class texts that run at once; by default all up to 256 classes, else 64."}
-    )
-    image_chunk_size: int | None = field(
-        default=None, metadata={"help": "Images of a batch that are computed at a time; by default all of them."}
-    )
-    full_precision_attack: bool = field(
-        default=False, metadata={"help": "Run the training attack in float32 although bf16 or fp16 is set."}
-    )
-    stop_on_collapse: bool = field(default=True, metadata={"help": "Stop when the model has become constant."})
-    stop_on_overfitting: bool = field(
-        default=False, metadata={"help": "Stop when robust accuracy falls in evaluation while it rises in training."}
-    )
+    epsilon: str = "4/255"
+    norm: str = "linf"
+    attack_steps: int = 3
+    attack_step_size: str | None = None
+    attack_loss: str = "ce"
+    attack_clip_each_step: bool = True
+    eval_attack: str = "pgd-20"
+    eval_step_size: str | None = None
+    consistency: float = 1.5
+    weighting: str = "confidence"
+    augment: bool = False
+    squash: bool = False
+    lr_schedule: str = "step"
+    decay_biases: bool = False
+    text_chunk_size: int | None = None
+    image_chunk_size: int | None = None
+    full_precision_attack: bool = False
+    stop_on_collapse: bool = True
+    stop_on_overfitting: bool = False
 
-    optim: str = field(
-        default="sgd", metadata={"help": "Optimizer; sgd has momentum 0.9 unless optim_args says otherwise."}
-    )
-    learning_rate: float = field(default=0.1, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    num_train_epochs: float = field(default=50, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training images a step and device."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Evaluation images a batch and device."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    report_to: None | str | list[str] = field(  # noqa: RUF036  (HfArgumentParser takes the second type)
-        default="none", metadata={"help": "Trackers; none by default."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must be False: batches hold pixels and places."}
-    )
-    hub_strategy: str = field(default="end", metadata={"help": "Must be end: checkpoints are never uploaded."})
-    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "Keys of the labels."})
+    optim: str = "sgd"
+    learning_rate: float = 0.1
+    lr_scheduler_type: str = "cosine"
+    num_train_epochs: float = 50
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 128
+    logging_steps: float = 10
+    report_to: None | str | list[str] = "none"  # noqa: RUF036  (HfArgumentParser takes the second type)
+    remove_unused_columns: bool = False
+    hub_strategy: str = "end"
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"])
 
     def __post_init__(self) -> None:
-        refuse_sharding(self)
         refuse_arguments(self)
-        self.threat_model  # noqa: B018  (bad values are refused before anything is set up)
-        self.train_attack  # noqa: B018
-        self.evaluation_attack  # noqa: B018
-        CaptObjective(self.consistency, self.weighting)
+        # bad values are refused before anything is set up
+        _ = (
+            self.threat_model,
+            self.train_attack,
+            self.evaluation_attack,
+            CaptObjective(self.consistency, self.weighting),
+        )
         if self.optim == "sgd" and not self.optim_args:
             self.optim_args = "momentum=0.9"
-        if self.image_chunk_size is not None and self.image_chunk_size < 1:
-            raise ValueError(
-                f"image_chunk_size={self.image_chunk_size} must be at least 1, or None for the whole batch."
-            )
-        if self.image_chunk_size and self.fp16:
-            raise ValueError("image_chunk_size takes gradients that fp16's loss scaling does not reach. Use bf16.")
-        if self.image_chunk_size and self.weighting == "batch":
-            raise ValueError("weighting='batch' looks at the whole batch, so image_chunk_size cannot split it.")
-        if self.image_chunk_size:
-            if self.ddp_find_unused_parameters:
-                raise ValueError("image_chunk_size does not work with ddp_find_unused_parameters=True. Leave it out.")
-            # with it DDP makes one graph of both towers' features, and the first chunk would free that of the texts
-            self.ddp_find_unused_parameters = False
         metric, greater = self.metric_for_best_model, self.greater_is_better
         super().__post_init__()
-        self._check_published()
+        self._refuse_combinations()
+        if self.image_chunk_size:
+            # with it DDP makes one graph of both towers' features, and the first chunk would free that of the texts
+            self.ddp_find_unused_parameters = False
         if metric is None and (self.metric_for_best_model is not None or self.save_strategy == SaveStrategy.BEST):
             self.metric_for_best_model = BEST_METRIC  # instead of a loss, which is not evaluated
             self.greater_is_better = True if greater is None else greater
-        if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16=True would train in float32 on a CPU: Accelerate has no fp16 there. Use bf16=True.")
-        checkpointing: Any = self.activation_checkpointing_kwargs or {}  # a dict by now, whatever it was given as
-        if checkpointing.get("use_reentrant"):
-            raise ValueError("use_reentrant=True cannot take the attack's gradients. Leave it out, or give False.")
 
-    def _check_published(self) -> None:
-        """Refuses settings of published trainers that would have no effect."""
-        if self.squash and self.augment:
-            raise ValueError(
-                "squash and augment are two ways to bring a training image to the model's size. Choose one."
-            )
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise ValueError(f"lr_schedule={self.lr_schedule!r} is unknown. Allowed: {', '.join(LR_SCHEDULES)}.")
+    def _refuse_combinations(self) -> None:
+        chunk = self.image_chunk_size
         shape = self.warmup_steps or self.lr_scheduler_kwargs or self.lr_scheduler_type != "cosine"
-        if self.lr_schedule == "epoch" and shape:
-            raise ValueError(
+        checkpointing: Any = self.activation_checkpointing_kwargs or {}  # a dict by now, whatever it was given as
+        for wrong, words in (
+            (
+                chunk is not None and chunk < 1,
+                f"image_chunk_size={chunk} must be at least 1, or None for the whole batch.",
+            ),
+            (
+                chunk and self.fp16,
+                "image_chunk_size takes gradients that fp16's loss scaling does not reach. Use bf16.",
+            ),
+            (
+                chunk and self.weighting == "batch",
+                "weighting='batch' looks at the whole batch, so image_chunk_size cannot split it.",
+            ),
+            (
+                chunk and self.ddp_find_unused_parameters,
+                "image_chunk_size does not work with ddp_find_unused_parameters=True. Leave it out.",
+            ),
+            (
+                self.squash and self.augment,
+                "squash and augment are two ways to bring a training image to the model's size. Choose one.",
+            ),
+            (
+                self.lr_schedule not in LR_SCHEDULES,
+                f"lr_schedule={self.lr_schedule!r} is unknown. Allowed: {', '.join(LR_SCHEDULES)}.",
+            ),
+            (
+                self.lr_schedule == "epoch" and shape,
                 "lr_schedule='epoch' is a cosine with a first epoch at 1e-5, so that lr_scheduler_type, lr_scheduler_kwargs and "
-                "warmup_steps have no effect. Leave them out, or set lr_schedule='step'."
-            )
+                "warmup_steps have no effect. Leave them out, or set lr_schedule='step'.",
+            ),
+            (
+                self.fp16 and self.device.type == "cpu",
+                "fp16=True would train in float32 on a CPU: Accelerate has no fp16 there. Use bf16=True.",
+            ),
+            (
+                checkpointing.get("use_reentrant"),
+                "use_reentrant=True cannot take the attack's gradients. Leave it out, or give False.",
+            ),
+        ):
+            if wrong:
+                raise ValueError(words)
 
     @property
     def threat_model(self) -> ThreatModel:
@@ -173,11 +169,10 @@ class CaptTrainingArguments(TrainingArguments):
     @property
     def train_attack(self) -> PGD:
         """The attack that makes the adversarial images of a training step."""
-        step = None if self.attack_step_size is None else parse_fraction(self.attack_step_size)
         return PGD(
             self.threat_model,
             steps=self.attack_steps,
-            step_size=step,
+            step_size=None if self.attack_step_size is None else parse_fraction(self.attack_step_size),
             loss=self.attack_loss,
             clip_each_step=self.attack_clip_each_step,
         )
@@ -186,3 +181,165 @@ class CaptTrainingArguments(TrainingArguments):
     def evaluation_attack(self) -> Attack:
         """The attack of `evaluate()`."""
         return parse_attack(self.eval_attack, self.threat_model, step_size=self.eval_step_size)
+
+
+def _describe_fields() -> None:
+    """Gives each field the help that the docstring has or, where transformers has the field too, its own."""
+    words = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", CaptTrainingArguments.__doc__ or "", re.MULTILINE))
+    theirs = {f.name: f.metadata for f in fields(TrainingArguments)}
+    for f in fields(CaptTrainingArguments):
+        f.metadata = theirs[f.name] if f.name in theirs else {"help": " ".join(words[f.name].split())}  # type: ignore[assignment]
+
+
+_describe_fields()
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+NO_MODEL_OUTPUT = "an evaluation counts right predictions and hands on no other output of the model"
+ROUNDS = "it would round the weights themselves, for good. An evaluation runs in the model's own precision"
+NO_TOKENS = "batches hold images, and every batch takes the same class texts"
+
+# of TrainingArguments: what must stay at its default, and why
+REFUSED: dict[str, str] = {
+    "auto_find_batch_size": "another batch size is another run. image_chunk_size bounds the memory and keeps the result",
+    "average_tokens_across_devices": "the loss is the mean over the images of all processes",
+    "batch_eval_metrics": "accuracies and their intervals are those of all images",
+    "bf16_full_eval": ROUNDS,
+    "enable_jit_checkpoint": "a run that SIGTERM ends would look finished. Write checkpoints (save_strategy) and start the run "
+    "again with resume_from_checkpoint",
+    "eval_do_concat_batches": "accuracies are those of all batches",
+    "eval_use_gather_object": "predictions are tensors",
+    "fp16_full_eval": ROUNDS,
+    "hub_always_push": "nothing is uploaded before the end; call push_to_hub() then",
+    "include_for_metrics": NO_MODEL_OUTPUT,
+    "label_names": "labels are in the column `label` of the task",
+    "label_smoothing_factor": "the objective decides the loss. Give objective= one that smooths",
+    "length_column_name": NO_TOKENS,
+    "liger_kernel_config": "Liger has no kernels for CLIP",
+    "neftune_noise_alpha": "only the embeddings of language models would be changed",
+    "optim_target_modules": "GaLore and APOLLO project the weights of whole layers",
+    "prediction_loss_only": "accuracies are what is evaluated",
+    "remove_unused_columns": "it would drop the pixels",
+    "use_cache": "nothing is generated",
+    "use_liger_kernel": "Liger has no kernels for CLIP",
+}
+# those of which some values do
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hub_strategy": (("end",), "checkpoints are not uploaded"),
+    "include_num_input_tokens_seen": (("no", False), NO_TOKENS),
+    "train_sampling_strategy": (("random", "sequential"), NO_TOKENS),
+}
+# arguments of Trainer.__init__ and of TRL's trainers
+REFUSED_OF_TRAINER: dict[str, str] = {
+    "compute_loss_func": "the loss is that of objective=, which maps a step's views to it",
+    "compute_metrics": "clean and robust accuracy are what is evaluated. predict(split) returns the predicted classes for others",
+    "data_collator": "the frozen model's outputs are kept for each image of the task as it is. Use augment=True, or another task",
+    "formatting_func": NO_TOKENS,
+    "model_init": "give the model itself",
+    "peft_config": "give model=get_peft_model(model, peft_config)",
+    "preprocess_logits_for_metrics": NO_MODEL_OUTPUT,
+    "tokenizer": "give processor=, which holds the tokenizer",
+    "train_dataset": "give task=, whose `train` split is tuned on and whose class names are the texts",
+}
+SHARDING_ARGUMENTS = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+SHARDING_ENVIRONMENT = (
+    "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG",
+)  # fmt: skip
+SHARDING_PLUGINS = ("fsdp_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin", "parallelism_config")
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """Raises a ValueError if a training argument is set that would have no effect, or a wrong one; it need not be set up yet."""
+    refuse_sharding(args)
+    for name, reason in REFUSED.items():
+        if _is_changed(args, name):
+            raise ValueError(f"{name}={shown(getattr(args, name), 80)} is refused: {reason}. Leave it at its default.")
+    for name, (values, reason) in ALLOWED.items():
+        if getattr(args, name, values[0]) not in values:
+            allowed = " or ".join(map(repr, values))
+            raise ValueError(f"{name}={shown(getattr(args, name), 80)} is refused: {reason}. Allowed: {allowed}.")
+    given: Any = args.accelerator_config
+    for name, default in (("split_batches", False), ("dispatch_batches", None), ("even_batches", True)):
+        value = given.get(name, default) if isinstance(given, Mapping) else getattr(given, name, default)
+        if value != default:
+            raise ValueError(
+                f"accelerator_config: {name}={shown(value, 80)} is refused: every process must load its own share of a step's "
+                f"images. Leave it at {default}."
+            )
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if args.optim == "sgd" and _is_changed(args, name):
+            raise ValueError(
+                f"{name}={getattr(args, name)} has no effect on optim='sgd'. Give optim='adamw_torch' too."
+            )
+
+
+def _is_changed(args: Any, name: str) -> bool:
+    known = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
+    return name in known and getattr(args, name) != known[name]
+
+
+def refuse_sharding(args: TrainingArguments) -> None:
+    """Raises a ValueError if parameters are to be sharded over processes: a step calls a CLIP's towers past its `forward`."""
+    state = AcceleratorState._shared_state
+    found = [
+        *(name for name in SHARDING_ARGUMENTS if getattr(args, name, None)),
+        *(name for name in SHARDING_ENVIRONMENT if os.environ.get(name, "").lower() in ("true", "1", "yes", "on")),
+        *(f"Accelerate's {name}" for name in SHARDING_PLUGINS if state.get(name)),
+    ]
+    if found:
+        raise ValueError(
+            f"{found[0]} is set, but CaptTrainer does not shard parameters (FSDP, DeepSpeed and the like): leave it out, and run "
+            "several processes with plain data parallelism, examples/accelerate/ddp_gpus.yaml."
+        )
+
+
+def check_processes(args: Any) -> None:
+    """Raises a ValueError if the processes that were launched do not know of each other; leaves a single process one GPU."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train for itself: there is no GPU, and use_cpu is off. Give "
+            "--use_cpu, or launch one process."
+        )
+    if args.n_gpu > 1:
+        # the Trainer would split the class texts over the GPUs of one process (torch's DataParallel)
+        logger.warning(
+            "One process uses one GPU, the first of %d. Start a process for each: accelerate launch --config_file "
+            "examples/accelerate/ddp_gpus.yaml --num_processes %d ...", args.n_gpu, args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1
+
+
+def check_arguments(args: Any, others: Mapping[str, Any], attack: Attack | None) -> None:
+    """Raises if what a trainer is given has no effect or cannot work.
+
+    Args:
+        args: Its arguments, which may have been changed since they were made.
+        others: Arguments for `transformers.Trainer`, by name; None is as good as not given.
+        attack: The training attack, if one is given.
+    """
+    if not isinstance(args, CaptTrainingArguments):
+        raise TypeError(
+            f"args must be CaptTrainingArguments, not {type(args).__name__}: they hold the threat model too."
+        )
+    for name, reason in REFUSED_OF_TRAINER.items():
+        if others.get(name) is not None:
+            raise ValueError(f"{name}= is refused: {reason}.")
+    refuse_arguments(args)
+    check_processes(args)
+    for name in ("attack_steps", "attack_step_size", "attack_loss", "attack_clip_each_step"):
+        if attack is not None and _is_changed(args, name):
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} has no effect beside attack=, which has its own. Leave it out."
+            )
+
+
+def one_processor(processor: Any, processing_class: Any) -> Any:
+    """Returns the processor that was given under one of its two names; a ValueError if under both or neither."""
+    if (processor is None) == (processing_class is None):
+        given = "Neither" if processor is None else "Both"
+        raise ValueError(
+            f"{given} of processor= and processing_class= is given. They are two names of one: give the model's processor, "
+            "AutoProcessor.from_pretrained(...), as one of them."
+        )
+    return processing_class if processor is None else processor

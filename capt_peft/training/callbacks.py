@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
+from ..data.pixels import PixelDataset
 from ..data.task import Task
 from ..evaluation import Accuracy
 from ..tuner.fingerprint import base_parameters
@@ -291,3 +292,14 @@ def _looked_at(task: Task) -> Iterator[datasets.Dataset]:
             chosen = data.select(range(0, len(data), math.ceil(len(data) / left)))
             left -= len(chosen)
             yield chosen
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the training images their epoch: the loader of a run resumed within an epoch does not."""
+
+    def __init__(self, dataset: PixelDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Sets the epoch that begins."""
+        self.dataset.set_epoch(int(state.epoch or 0))

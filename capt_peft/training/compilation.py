@@ -8,30 +8,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from ..tuner.clip import tower_modules
 
 
-def leave_compiling_to_us(accelerator: Accelerator) -> None:
-    """Stops Accelerate from compiling the whole model: the attack and the adversarial pass do not go through its `forward`."""
-    accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-
-
 @contextmanager
-def compiled_towers(clip: nn.Module, *, backend: str | None, mode: str | None) -> Iterator[None]:
-    """Within it, the towers of a CLIP are compiled for the shapes that they are given, however they are called.
-
-    Args:
-        clip: The base model, with its adapters.
-        backend: As of `torch.compile`; by default "inductor".
-        mode: As of `torch.compile`.
-    """
-    towers: list[Any] = tower_modules(clip)
+def compiled_towers(clip: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Within it, the towers of a CLIP are compiled, where the arguments ask for it, for the shapes that they are given."""
+    towers: list[Any] = tower_modules(clip) if args.torch_compile else []
+    backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
     for tower in towers:
-        tower.forward = torch.compile(tower.forward, backend=backend or "inductor", mode=mode, dynamic=False)
+        tower.forward = torch.compile(tower.forward, backend=backend, mode=mode, dynamic=False)
     try:
         yield
     finally:

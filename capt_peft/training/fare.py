@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from ..attacks import Attack, AttackResult
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
-from ..objectives import Views
+from ..objectives import FeatureDistance, squared_distance
 from ..randomness import example_generators
 from ..tuner.clip import image_features, in_tower
-from . import CaptTrainer
-from .arguments import CaptTrainingArguments
-from .batch import Batch
-from .settings import one_processor
+from .arguments import CaptTrainingArguments, one_processor
+from .chunks import Batch
+from .trainer import CaptTrainer
 
 
 def train_image_tower_alone(model: nn.Module) -> nn.Module:
@@ -37,22 +36,6 @@ def train_image_tower_alone(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(in_tower(name, "vision"))
     return model
-
-
-class FeatureDistance:
-    r"""FARE's objective (Schlarmann et al. 2024, arXiv 2402.12336): `mean_i ‖φ(adversarial_i) - φ_original(clean_i)‖²`.
-
-    φ is the projected and not normalised image feature. `FareTrainer` puts φ of the adversarial images into
-    `Views.adversarial_features` and the original's of the clean images into `Views.frozen`, both (B, D).
-    """
-
-    needs_frozen = True
-
-    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its part `feature_distance`, the same without gradient."""
-        assert views.adversarial_features is not None and views.frozen is not None  # the trainer gives both
-        loss = squared_distance(views.adversarial_features, views.frozen).mean()
-        return loss, {"feature_distance": loss.detach()}
 
 
 class FareTrainer(CaptTrainer):
@@ -128,8 +111,3 @@ class FareTrainer(CaptTrainer):
 def embed(classifier: ZeroShotClassifier, pixels: Tensor) -> Tensor:
     """Returns the projected image features φ, not normalised: (B, 3, H, W) pixels in [0, 1] -> (B, D)."""
     return image_features(classifier.model, classifier.pixel_values(pixels))
-
-
-def squared_distance(features: Tensor, target: Tensor) -> Tensor:
-    """Returns the squared Euclidean distance of each row, in float32: (B, D), (B, D) -> (B,)."""
-    return (features.float() - target.float()).square().sum(-1)

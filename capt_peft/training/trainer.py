@@ -15,10 +15,13 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import TorchDynamoPlugin, gather_object
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -44,10 +47,10 @@ from ..tuner.fingerprint import base_parameters
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
 from ..utils.outputs import OutputLock, free_space, main_process_says, save_somewhere
-from .arguments import CaptTrainingArguments
-from .batch import Batch, split_batch
+from .arguments import CaptTrainingArguments, check_arguments, one_processor
 from .callbacks import (
     CheckGradients,
+    SetEpoch,
     StopOnCollapse,
     StopOnOverfitting,
     TrainingStopped,
@@ -68,32 +71,19 @@ from .checkpoint_folders import (
     seal,
 )
 from .checkpoints import check_folder, in_every_process, last_sealed, without_tokens
-from .compilation import compiled_towers, fill_batch, leave_compiling_to_us
+from .chunks import COUNTED, Batch, split_batch, sum_of_losses, without_repeats
+from .compilation import compiled_towers, fill_batch
 from .frozen import FrozenOutputs, without_dropout
 from .identity import describe_run, describe_schedule, differences
-from .memory import sum_of_losses
-from .processes import COUNTED, check_processes, failures, without_repeats
-from .schedule import epoch_cosine
-from .settings import one_processor, refuse_arguments, refuse_attack_settings, refuse_trainer_arguments
 
 logger = logging.getLogger(__name__)
+
+WARMUP_RATE = 1e-5  # of the whole first epoch, with lr_schedule="epoch"
 
 MEASURED = (
     *(f"{name}{end}" for name in ("clean_accuracy", "robust_accuracy") for end in ("", "_low", "_high")),
     "n", "runtime", "samples_per_second", "steps_per_second",
 )  # fmt: skip
-
-
-class _SetEpoch(TrainerCallback):
-    """Tells the dataset its epoch: the loader of a run resumed within an epoch does not."""
-
-    def __init__(self, dataset: PixelDataset) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 class CaptTrainer(Trainer):
@@ -147,7 +137,7 @@ class CaptTrainer(Trainer):
         eval_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
-        self._check_arguments(args, kwargs, attack)
+        check_arguments(args, kwargs, attack)
         processor = one_processor(processor, processing_class)
         self.task = task
         # checks the texts before any long work
@@ -180,16 +170,16 @@ class CaptTrainer(Trainer):
                 raise
             raise unwritable(folder, error, "output_dir") from error
         if args.torch_compile:
-            leave_compiling_to_us(self.accelerator)
+            # Accelerate would compile the whole model, but the attack and the adversarial pass do not go through its `forward`
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         self._check_best_metric(from_test=eval_dataset is None and "validation" not in task.splits)
         self.at_chance: str | None = None  # what WarnAtChance found
-        self._collapse = StopOnCollapse(task.num_classes)
         for callback in (
             CheckGradients(self),
-            self._collapse,
+            StopOnCollapse(task.num_classes),
             StopOnOverfitting(),
             WarnOnVanishedGradients(),
-            _SetEpoch(train),
+            SetEpoch(train),
             WarnAtChance(self),
         ):
             self.add_callback(callback)
@@ -202,19 +192,6 @@ class CaptTrainer(Trainer):
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
-
-    @staticmethod
-    def _check_arguments(args: CaptTrainingArguments, others: dict[str, Any], attack: Attack | None) -> None:
-        """Raises before any work if the arguments hold what cannot work or has no effect."""
-        if not isinstance(args, CaptTrainingArguments):
-            raise TypeError(
-                f"args must be CaptTrainingArguments, not {type(args).__name__}: they hold the threat model too."
-            )
-        refuse_trainer_arguments(others)
-        refuse_arguments(args)  # again: they may have been changed since they were made
-        check_processes(args)
-        if attack is not None:
-            refuse_attack_settings(args)
 
     def _check_frozen(self) -> None:
         """Raises if the objective compares with a frozen model that would be tuned itself, or has no use for a teacher."""
@@ -309,7 +286,7 @@ class CaptTrainer(Trainer):
         try:
             if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
                 resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
-            with self._compiled():
+            with compiled_towers(self.classifier.base_model, self.args):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if not locked:
@@ -379,14 +356,6 @@ class CaptTrainer(Trainer):
                 folder,
                 changed,
             )
-
-    def _compiled(self) -> AbstractContextManager[None]:
-        if not self.args.torch_compile:
-            return nullcontext()
-        args = self.args
-        return compiled_towers(
-            self.classifier.base_model, backend=args.torch_compile_backend, mode=args.torch_compile_mode
-        )
 
     # -------------------------------------------------------------------------- what published trainers do otherwise
 
@@ -480,13 +449,17 @@ class CaptTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _check_loss(self, loss: Tensor, images: list[int]) -> None:
-        """Stops all processes if the loss of one is not finite; `images` are the places of this process's."""
+        """Stops all processes if the loss of one is not finite: one that raised alone would leave the others waiting."""
         self.step_images += images
-        failed = not torch.isfinite(loss)
-        words = f"{loss.item()} at {where(images, self.state)}" if failed else ""
-        found = failures(failed, words, self.accelerator, loss.device)
-        if found:
-            raise TrainingStopped(f"The loss is {', '.join(found)}. {advice(self.args, self.state)}")
+        failed = ~torch.isfinite(loss.detach())
+        if not self.accelerator.reduce(failed.float(), "sum").item():
+            return
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        words = f"{loss.item()} at {where(images, self.state)}" + (
+            f", on rank {rank} of {processes}" if processes > 1 else ""
+        )
+        found = gather_object([words] if failed else [])
+        raise TrainingStopped(f"The loss is {', '.join(found)}. {advice(self.args, self.state)}")
 
     def _losses(self, chunks: list[Batch], clean_features: Tensor, texts: Tensor) -> Iterator[Tensor]:
         """Yields what each chunk adds to the batch's loss; `clean_features` (b, D) are those of the first."""
@@ -610,7 +583,7 @@ class CaptTrainer(Trainer):
     @property
     def collapsed(self) -> str | None:
         """What `StopOnCollapse` saw, where `stop_on_collapse` is off."""
-        return self._collapse.found
+        return next((c.found for c in self.callback_handler.callbacks if isinstance(c, StopOnCollapse)), None)
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -927,3 +900,24 @@ class CaptTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Uploads nothing while it trains."""
+
+
+def epoch_cosine(optimizer: Optimizer, steps: int, epochs: int) -> LambdaLR:
+    """Returns the schedule of CoOp, MaPLe, FAP and APT: one epoch, of `steps` steps, at 1e-5, then a cosine by epoch.
+
+    Epoch e, counted from 0, has `learning_rate * (1 + cos(pi * (e - 1) / epochs)) / 2` for e > 0.
+    """
+    if epochs <= 1:
+        logger.warning(
+            "lr_schedule='epoch' keeps the first epoch at a learning rate of %g, and this run has no second one: it learns next "
+            "to nothing. Give it more epochs, or lr_schedule='step'.",
+            WARMUP_RATE,
+        )
+
+    def share(rate: float, step: int) -> float:
+        epoch = step // steps
+        if epoch < 1:
+            return WARMUP_RATE / rate if rate else 0.0
+        return (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+    return LambdaLR(optimizer, [partial(share, group["lr"]) for group in optimizer.param_groups])

@@ -16,9 +16,10 @@ from transformers import CLIPModel
 
 from capt_peft import AdversarialCrossEntropy, CaptTrainer, CaptTrainingArguments, ZeroShotClassifier, load_task
 from capt_peft.attacks import parse_attack
+from capt_peft.objectives import squared_distance
 from capt_peft.toy.images import FACTS, HELD_OUT_PAIRS, draw, is_held_out
-from capt_peft.training.batch import split_batch
-from capt_peft.training.fare import FareTrainer, embed, squared_distance, train_image_tower_alone
+from capt_peft.training.chunks import split_batch
+from capt_peft.training.fare import FareTrainer, embed, train_image_tower_alone
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROBUST = EXAMPLES / "tiny_clip_robust"

@@ -4,11 +4,12 @@ import logging
 
 import pytest
 import torch
-from training_helpers import adapter_of, make_task, make_trainer
+from training_helpers import Scripted, adapter_of, make_task, make_trainer
 from transformers import TrainerCallback
 
 from capt_peft import PGD, AdversarialCrossEntropy, ThreatModel, TrainingStopped
 from capt_peft.attacks import Attack, AttackResult
+from capt_peft.training import StopOnCollapse
 from capt_peft.training.callbacks import overfitting
 
 
@@ -182,3 +183,25 @@ def test_gradients_that_do_not_vanish_are_not(tmp_path, processor, caplog):
     with caplog.at_level(logging.WARNING, logger="capt_peft"):
         make_trainer(tmp_path, processor).train()
     assert not any("pixel gradients" in r.getMessage() for r in caplog.records)
+
+
+class StopEarly(StopOnCollapse):
+    """Another rule in the place of ours."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        control.should_training_stop = True
+
+
+def test_what_watches_a_run_can_be_removed_and_replaced(tmp_path, processor):
+    trainer = make_trainer(tmp_path, processor, objective=Scripted(1.0, 1.0, 1e-4), max_steps=4)
+    trainer.remove_callback(StopOnCollapse)
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.collapsed is None
+    trainer.add_callback(StopEarly(3))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    trainer.remove_callback(StopEarly)
+    trainer.add_callback(StopOnCollapse(3))
+    trainer.objective = Scripted(1.0, 1.0, 1e-4)
+    with pytest.raises(TrainingStopped, match="has become constant at step 3"):
+        trainer.train()

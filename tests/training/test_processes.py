@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from capt_peft import CaptTrainer, CaptTrainingArguments
-from capt_peft.training.processes import check_processes
+from capt_peft.training.arguments import check_processes
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]

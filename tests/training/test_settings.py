@@ -11,8 +11,7 @@ from training_helpers import Scripted, adapter_of, make_model, make_task, make_t
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from capt_peft import PGD, CaptTrainer, CaptTrainingArguments, ThreatModel, ZeroShotClassifier
-from capt_peft.training.processes import SHARDING_ARGUMENTS
-from capt_peft.training.settings import ALLOWED, REFUSED, REFUSED_OF_TRAINER
+from capt_peft.training.arguments import ALLOWED, REFUSED, REFUSED_OF_TRAINER, SHARDING_ARGUMENTS
 
 # what the Trainer's own loop does with it reaches our step, evaluation and checkpoints
 WORKS = {
@@ -53,7 +52,7 @@ GIVEN = {"callbacks", "eval_dataset", "optimizer_cls_and_kwargs", "optimizers", 
 
 
 def test_every_field_of_the_installed_transformers_has_a_verdict():
-    """A field that a new version brings must be tried, and then listed here or in `training.settings`."""
+    """A field that a new version brings must be tried, and then listed here or in `training.arguments`."""
     verdicts = [WORKS, set(HARMLESS), set(REFUSED), set(ALLOWED), {*SHARDING_ARGUMENTS}]
     names = {field.name for field in fields(TrainingArguments)}
     assert names - set().union(*verdicts) == set(), "new fields"
