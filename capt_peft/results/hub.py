@@ -18,7 +18,8 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from ..tuner import CaptConfig
-from ..tuner.fingerprint import SAFETENSORS_NAME, active_adapter, adapter_fingerprint
+from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
+from ..tuner.switching import active_adapter
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text
 from ..utils.outputs import save_somewhere
 from .card import (

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..attacks import ThreatModel
-from ..tuner.fingerprint import active_adapter, adapter_fingerprint
+from ..tuner.fingerprint import adapter_fingerprint
+from ..tuner.switching import active_adapter
 from ..utils.files import read_json
 from ..utils.markup import Markdown, escape, plain, table_row
 from ..utils.versions import describe_machine, versions

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from ..data.pixels import PixelDataset
 from ..data.task import Task
 from ..evaluation import Accuracy
-from ..tuner.fingerprint import base_parameters
+from ..tuner.switching import base_parameters
 from ..utils.text import some
 from .checkpoints import last_good
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..attacks.threat import format_fraction
 from ..data.pixels import digest_images
-from ..tuner.fingerprint import base_parameters, configuration_digest, tensors_fingerprint
+from ..tuner.fingerprint import configuration_digest, tensors_fingerprint
+from ..tuner.switching import base_parameters
 
 SHOWN_DIFFERENCES = 12
 NOTHING = "nothing"

@@ -43,7 +43,7 @@ from ..randomness import example_generators
 from ..results.card import CardDetails, write_cards_for
 from ..results.hub import prepare_repo, push_adapter, saved_copy, write_model_card
 from ..tuner.clip import image_features
-from ..tuner.fingerprint import base_parameters
+from ..tuner.switching import base_parameters
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
 from ..utils.outputs import OutputLock, free_space, main_process_says, save_somewhere

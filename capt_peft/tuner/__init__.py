@@ -1,11 +1,37 @@
 """CAPT as a PEFT method: deep text and vision prompts for CLIP. Importing this module registers it with PEFT."""
 
-from .config import CaptConfig
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from .config import CAPT, CaptConfig
 from .layer import PromptLayer
 from .model import CaptModel
-from .registration import register
 from .switching import adapters_in_use, adapters_off
 
 __all__ = ["CaptConfig", "CaptModel", "PromptLayer", "adapters_in_use", "adapters_off"]
+
+
+def register(config_cls: type[CaptConfig], model_cls: type[CaptModel]) -> None:
+    """Registers CAPT's configuration and tuner with PEFT; calling it again changes nothing.
+
+    `peft.utils.register_peft_method` takes only members of `peft.PeftType`. All of PEFT's dispatch goes through three
+    dictionaries, so CAPT is written into them under a key that equals and hashes like the string "CAPT", which is what a
+    configuration file holds, and has the `.value` that PEFT's and transformers' code reads.
+
+    Raises:
+        KeyError: Another class is registered as CAPT already.
+    """
+    entries: list[tuple[dict[Any, Any], Any]] = [
+        (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
+        (PEFT_TYPE_TO_TUNER_MAPPING, model_cls),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, model_cls.prefix),
+    ]
+    for mapping, entry in entries:
+        if mapping.get(CAPT, entry) != entry:
+            raise KeyError(f"PEFT already has a method named CAPT: {mapping[CAPT]}. capt_peft cannot register {entry}.")
+    for mapping, entry in entries:
+        mapping[CAPT] = entry
+
 
 register(CaptConfig, CaptModel)

@@ -5,26 +5,44 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME
 
 from ..utils.text import cut, shown
 from .loading import PICKLE_NAME, SAFETENSORS_NAME, check_adapter_files
-from .registration import CAPT
 
+
+class CaptPeftType(str, Enum):  # noqa: UP042  (PEFT's own PeftType is a (str, Enum); a StrEnum prints differently)
+    """The PEFT type of CAPT. An enum hashes by name and equals by value, so the two must be the same word."""
+
+    CAPT = "CAPT"
+
+
+# A PeftType.CAPT inside PEFT, should there ever be one, wins.
+CAPT: Any = getattr(PeftType, "CAPT", CaptPeftType.CAPT)
 COUPLINGS = ("none", "text_to_vision", "vision_to_text")
 INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
 MAX_BYTES = 1 << 24  # of a configuration file: class names by the hundred thousand
+MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
+NUMBERS = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
+TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
+    (NUMBERS, int, "an integer"),
+    (("coupling", "template", "init"), str, "a string"),
+    (("base_model_name_or_path", "revision", "base_model_fingerprint"), str | None, "a string or None"),
+    (("auto_mapping",), dict | None, "a dictionary or None"),
+    (("class_specific",), bool, "True or False"),
+    (("init_std",), int | float, "a number"),
+)
 # set by `capt_peft.results.card`: writes the model card of an adapter that is being saved (folder, configuration, whether its
 # weights are in the folder already)
 write_saved_card: Callable[[Path, CaptConfig, bool], None] | None = None
-MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 
 
 @dataclass
@@ -32,9 +50,9 @@ class CaptConfig(PeftConfig):
     """Configuration of a `CaptModel`.
 
     Args:
-        num_text_tokens: Number of text prompts a layer; they replace the tokens 1..n after the start token. At most 1000, as
+        num_text_tokens: Number of text prompts per layer; they replace the tokens 1..n after the start token. At most 1000, as
             for vision, and no more than the model's texts have room for.
-        num_vision_tokens: Number of vision prompts a layer; they are appended to the patches. By default 8, or, for coupled
+        num_vision_tokens: Number of vision prompts per layer; they are appended to the patches. By default 8, or, for coupled
             prompts, as many as there are text prompts.
         text_depth: Number of text layers with prompts of their own; 0 switches the text prompts off, 1 is the input only.
             The default, 9, is cut to the depth of the model.
@@ -51,11 +69,12 @@ class CaptConfig(PeftConfig):
         init_std: Standard deviation of the random start.
         template_token_ids: Token ids of the template up to the class name, start token first. Filled from the tokenizer of
             the base model when there is one.
-        class_names: The class names that the adapter was tuned on. For the record, and any others can be used, unless the text
+        class_names: The class names that the adapter was tuned on. For the record: any others can be used, unless the text
             prompts are class-specific.
         class_specific: Every class has text prompts of its own, as in APT's (arXiv 2403.01849) and CoOp's class-specific
             context. Needs `class_names`, and knows no classes but these, in their order.
         base_model_fingerprint: Hash of the base weights that the prompts were tuned on; filled in.
+        target_modules: Not used; the places of the prompts follow from the model's structure.
         modules_to_save: Further modules of the base model to train and save, as in every PEFT method.
 
     Raises:
@@ -63,35 +82,20 @@ class CaptConfig(PeftConfig):
         ValueError: A field out of range, or fields that contradict each other.
     """
 
-    num_text_tokens: int = field(default=2, metadata={"help": "Text prompts a layer, in place of the tokens 1..n."})
-    num_vision_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Vision prompts a layer, appended to the patches (default 8; coupled: as for text)."},
-    )
-    text_depth: int = field(default=DEFAULT_DEPTH, metadata={"help": "Text layers with prompts (0: none, 1: input)."})
-    vision_depth: int = field(
-        default=DEFAULT_DEPTH, metadata={"help": "Vision layers with prompts (0: none, 1: input)."}
-    )
-    coupling: str = field(default="none", metadata={"help": "none, text_to_vision (MaPLe) or vision_to_text (FAP)."})
-    template: str = field(default="a photo of a {}.", metadata={"help": "Text of a class; {} is the class name."})
-    init: str = field(
-        default="template",
-        metadata={"help": "template (text features start unchanged), random (deeper layers) or normal (all layers)."},
-    )
-    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the random start."})
-    template_token_ids: list[int] | None = field(
-        default=None, metadata={"help": "Token ids of the template up to the class name, start token first."}
-    )
-    class_names: list[str] | None = field(default=None, metadata={"help": "Class names that the adapter was tuned on."})
-    class_specific: bool = field(
-        default=False, metadata={"help": "Every class has text prompts of its own; needs class_names."}
-    )
-    base_model_fingerprint: str | None = field(
-        default=None, metadata={"help": "Hash of the base weights that the prompts were tuned on."}
-    )
-    # BaseTuner reads the attribute; the places of the prompts follow from the model's structure instead
-    target_modules: list[str] | None = field(default=None, metadata={"help": "Not used by CAPT."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    num_text_tokens: int = 2
+    num_vision_tokens: int | None = None
+    text_depth: int = DEFAULT_DEPTH
+    vision_depth: int = DEFAULT_DEPTH
+    coupling: str = "none"
+    template: str = "a photo of a {}."
+    init: str = "template"
+    init_std: float = 0.02
+    template_token_ids: list[int] | None = None
+    class_names: list[str] | None = None
+    class_specific: bool = False
+    base_model_fingerprint: str | None = None
+    target_modules: list[str] | None = None  # BaseTuner reads the attribute
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.task_type is not None:  # before PEFT, whose own message has no bound
@@ -109,22 +113,11 @@ class CaptConfig(PeftConfig):
         self._check_class_specific()
 
     def _check_types(self) -> None:
-        for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={shown(value)} must be an integer, not a {type(value).__name__}.")
-        for name in ("coupling", "template", "init"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name}={shown(getattr(self, name))} must be a string.")
-        for name in ("base_model_name_or_path", "revision", "base_model_fingerprint"):
-            if not isinstance(getattr(self, name), str | None):
-                raise TypeError(f"{name}={shown(getattr(self, name))} must be a string or None.")
-        if not isinstance(self.auto_mapping, dict | None):
-            raise TypeError(f"auto_mapping={shown(self.auto_mapping)} must be a dictionary or None.")
-        if not isinstance(self.class_specific, bool):
-            raise TypeError(f"class_specific={shown(self.class_specific)} must be True or False.")
-        if isinstance(self.init_std, bool) or not isinstance(self.init_std, int | float):
-            raise TypeError(f"init_std={shown(self.init_std)} must be a number.")
+        for names, kind, words in TYPES:
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                    raise TypeError(f"{name}={shown(value)} must be {words}, not a {type(value).__name__}.")
         lists: list[tuple[str, type]] = [("template_token_ids", int), ("class_names", str), ("modules_to_save", str)]
         for name, kind in lists:
             value = getattr(self, name)
@@ -135,16 +128,16 @@ class CaptConfig(PeftConfig):
             setattr(self, name, list(value))
 
     def _check_values(self) -> None:
-        for name in ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={shown(getattr(self, name))} must not be negative; 0 switches the tower off.")
-            if getattr(self, name) > MAX_TOKENS:
-                raise ValueError(f"{name}={shown(getattr(self, name))} is too many: {MAX_TOKENS} or fewer are allowed.")
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name}={shown(value)} must not be negative; 0 switches the tower off.")
+            if value > MAX_TOKENS:
+                raise ValueError(f"{name}={shown(value)} is too many: {MAX_TOKENS} or fewer are allowed.")
         for name, allowed in (("coupling", COUPLINGS), ("init", INITS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={shown(getattr(self, name))} is unknown. Allowed: {', '.join(map(repr, allowed))}."
-                )
+                words = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name}={shown(getattr(self, name))} is unknown. Allowed: {words}.")
         if not 0 <= self.init_std <= sys.float_info.max:  # NaN fails too
             raise ValueError(f"init_std={shown(self.init_std)} must be a finite number, 0 or more.")
         if self.template.count("{}") != 1:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PretrainedConfig
 
-from .switching import base_modules
+from .switching import active_adapter, base_parameters
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
@@ -32,23 +32,10 @@ _NOT_ACTING = {
 }  # fmt: skip
 
 
-def base_parameters(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """Yields the parameters of the base model by their original names, whatever adapters PEFT has put into it."""
-    seen: set[int] = set()
-    for name, module in base_modules(model):
-        for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:  # weights that two modules share count once, as in `named_parameters`
-                seen.add(id(parameter))
-                yield f"{name}.{key}" if name else key, parameter
-
-
 def base_fingerprint(model: nn.Module) -> str | None:
-    """Returns a hash of the base model's weights: names, shapes and float32 values.
+    """Returns a hash of a base model's weights, with or without adapters in it: names, shapes and float32 values.
 
-    The values are hashed as float32, so that a model in float16 and its float32 copy have the same fingerprint.
-
-    Args:
-        model: The base model, with or without adapters in it.
+    A model in float16 and its float32 copy have the same fingerprint.
 
     Returns:
         16 hexadecimal digits of a SHA-256, or None if the weights are not there (meta device).
@@ -62,16 +49,16 @@ def base_fingerprint(model: nn.Module) -> str | None:
 def configuration_digest(model: nn.Module) -> str | None:
     """Returns a hash of what a base model's configuration makes it compute, such as its activation function.
 
-    Args:
-        model: The base model, with or without adapters in it.
-
     Returns:
         16 hexadecimal digits of a SHA-256, or None for a model without a configuration of transformers.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         return None
-    text = json.dumps(_acting(config.to_dict()), sort_keys=True, default=str)
+    return _hash(json.dumps(_acting(config.to_dict()), sort_keys=True, default=str))
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -91,9 +78,6 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
             a saved adapter.
         adapter_name: Which adapter of a model; by default the active one.
 
-    Returns:
-        16 hexadecimal digits of a SHA-256.
-
     Raises:
         OSError: The folder has no weights.
         ValueError: The folder holds no adapter.
@@ -110,13 +94,7 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
         settings, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
     )
     weights = tensors_fingerprint((key.removeprefix(PEFT_PREFIX), tensor) for key, tensor in tensors.items())
-    return hashlib.sha256(f"{weights}{text}".encode()).hexdigest()[:16]
-
-
-def active_adapter(model: Any) -> str:
-    """Returns the name of the active adapter of a `PeftModel` or of a model of transformers with an adapter."""
-    active = model.active_adapters
-    return str((active() if callable(active) else active)[0])  # a method in transformers, a property in PEFT
+    return _hash(f"{weights}{text}")
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -14,23 +14,20 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..utils.text import cut, shown, some
-from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME, base_parameters
+from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME
+from .switching import base_parameters
 
 PICKLE_NAME = "adapter_model.bin"
 MAX_HEADER = 1 << 20  # bytes; the 9 layers of a ViT-L take 5 thousand, a whole CLIP in modules_to_save 80 thousand
 SLACK = 1 << 24  # numbers: 64 MB in float32
-MEND = "Save the adapter again or download it again; nothing of it was loaded."
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "repo_type")
+AGAIN = "Save the adapter again or download it again; nothing of it was loaded."
 
 
 def check_adapter_files(
     name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]
 ) -> tuple[str, dict[str, tuple[int, ...]] | None]:
-    """Makes sure that an adapter's weights are a whole safetensors file.
-
-    Args:
-        name_or_path: Folder or Hub id of the adapter.
-        subfolder: Folder inside it.
-        kwargs: Arguments for the Hub (`revision`, `token`, `cache_dir`, ...); others are left alone.
+    """Makes sure that an adapter's weights, in a folder or on the Hub, are a whole safetensors file.
 
     Returns:
         A name of the weights for messages, and the shapes of the file's tensors by name (None: there is no file yet).
@@ -38,45 +35,40 @@ def check_adapter_files(
     Raises:
         ValueError: The weights are a pickle, or a file that is cut short or damaged.
     """
-    folder = os.path.join(name_or_path, subfolder) if subfolder else str(name_or_path)
+    folder = os.path.join(name_or_path, subfolder or "")
     if os.path.isdir(folder):
-        path = os.path.join(folder, SAFETENSORS_NAME)
+        path, pickle = os.path.join(folder, SAFETENSORS_NAME), os.path.join(folder, PICKLE_NAME)
         if not os.path.isfile(path):
-            if os.path.isfile(os.path.join(folder, PICKLE_NAME)):
-                raise _refuse_pickle(os.path.join(folder, PICKLE_NAME))
+            if os.path.isfile(pickle):
+                raise _refuse_pickle(pickle)
             return path, None  # a configuration alone, without weights
     else:
-        hub = {
-            k: v for k, v in kwargs.items() if k in ("revision", "token", "cache_dir", "local_files_only", "repo_type")
-        }
-        try:
-            # PEFT needs the file next, so this is no download more
+        hub = {key: value for key, value in kwargs.items() if key in HUB_ARGUMENTS}
+        try:  # PEFT needs the file next, so that nothing is downloaded in vain
             path = hf_hub_download(name_or_path, SAFETENSORS_NAME, subfolder=subfolder, **hub)
-        except LocalEntryNotFoundError:
-            return (
-                f"{name_or_path}/{SAFETENSORS_NAME}",
-                None,
-            )  # offline and not in the cache: PEFT says so when it loads
+        except LocalEntryNotFoundError:  # offline and not in the cache: PEFT says so when it loads
+            return f"{name_or_path}/{SAFETENSORS_NAME}", None
         except EntryNotFoundError as error:
             raise _refuse_pickle(f"{name_or_path} (it has no {SAFETENSORS_NAME})") from error
-    _check_header(path)
+    size = os.path.getsize(path)
+    with open(path, "rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if MAX_HEADER < header <= size:  # parsing it can take minutes; any other length is refused by safetensors itself
+        raise ValueError(
+            f"{path} is not an adapter: the list of its tensors has {header:,} bytes; up to {MAX_HEADER:,} are read. {AGAIN}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) is not a whole safetensors file: {cut(error)}. {MEND}"
-        ) from error
+        raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file: {cut(error)}. {AGAIN}") from error
 
 
-def _check_header(path: str) -> None:
-    """Raises a ValueError if the list of tensors is larger than any adapter's, before it is parsed: that can take minutes."""
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    if MAX_HEADER < header <= os.path.getsize(path):  # any other length is refused by safetensors itself
-        raise ValueError(
-            f"{path} is not an adapter: the list of its tensors has {header:,} bytes; up to {MAX_HEADER:,} are read. {MEND}"
-        )
+def _refuse_pickle(path: str) -> ValueError:
+    return ValueError(
+        f"The adapter weights {path} are not in safetensors format. CAPT reads no pickles, which can run code; ask for "
+        f"{SAFETENSORS_NAME}, or save the adapter again with `save_pretrained`."
+    )
 
 
 def load_pretrained(loader: Any, name_or_path: str, **kwargs: Any) -> Any:
@@ -106,26 +98,10 @@ def load_pretrained(loader: Any, name_or_path: str, **kwargs: Any) -> Any:
     return loaded
 
 
-def _refuse_pickle(path: str) -> ValueError:
-    return ValueError(
-        f"The adapter weights {path} are not in safetensors format. CAPT reads no pickles, which can run code; ask for "
-        f"{SAFETENSORS_NAME}, or save the adapter again with `save_pretrained`."
-    )
-
-
 def check_adapter_tensors(
     tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], source: str
 ) -> None:
-    """Makes sure that an adapter's tensors are those that the model has a place for, and finite.
-
-    Args:
-        tensors: The loaded tensors by name.
-        expected: The model's own tensors by the same names.
-        source: Where the tensors come from, for messages.
-
-    Raises:
-        ValueError: A tensor is missing, unexpected, of another shape or type, or not finite.
-    """
+    """Raises a ValueError unless tensors have the names and shapes of the `expected` ones, and are finite numbers."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [
@@ -133,71 +109,58 @@ def check_adapter_tensors(
             f"has unexpectedly {_tensors(extra)}" if extra else "",
         ]
         raise ValueError(
-            f"{source} does not hold the adapter that its configuration describes: it {' and '.join(filter(None, parts))}. {MEND}"
+            f"{source} does not hold the adapter that its configuration describes: it {' and '.join(filter(None, parts))}. {AGAIN}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{source}: {cut(name)} {_mismatch(tensor.shape, expected[name].shape)}")
         if not tensor.is_floating_point():
-            raise ValueError(f"{source}: {cut(name)} is {tensor.dtype}, not floating point. {MEND}")
+            raise ValueError(f"{source}: {cut(name)} is {tensor.dtype}, not floating point. {AGAIN}")
         if not torch.isfinite(tensor.float()).all():  # 8-bit numbers and float64 as they will be computed with
-            raise ValueError(f"{source}: {cut(name)} holds NaN or infinite values. {MEND}")
+            raise ValueError(f"{source}: {cut(name)} holds NaN or infinite values. {AGAIN}")
 
 
 def check_size(config: Any, needed: int) -> None:
-    """Raises a ValueError if a `CaptConfig` describes far more numbers than its file holds, before memory is taken for them.
-
-    Args:
-        config: The configuration; nothing is checked unless it was loaded beside a file.
-        needed: Numbers in the prompts that it describes.
-    """
+    """Raises a ValueError if a loaded `CaptConfig` describes far more numbers than its file holds, before memory is taken."""
     if getattr(config, "_weights_shapes", None) is None:
         return
     held = sum(map(math.prod, config._weights_shapes.values()))
     if needed > held + SLACK:  # smaller differences are named tensor by tensor once they are loaded
         raise ValueError(
             f"{config._weights_file} holds {held:,} numbers, but its configuration describes prompts of {needed:,}. Correct "
-            f"num_text_tokens, num_vision_tokens or class_names of the configuration. {MEND}"
+            f"num_text_tokens, num_vision_tokens or class_names of the configuration. {AGAIN}"
         )
 
 
 def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str]) -> None:
-    """Makes sure that `modules_to_save` can be saved beside the prompts, and that an adapter's file has them.
-
-    Args:
-        config: The `CaptConfig`; its file's shapes are known if it was loaded.
-        model: The base model, with or without adapters in it.
-        sites: Names of the modules through which prompts enter.
+    """Makes sure that `modules_to_save` of a `CaptConfig` can be saved beside the prompts, and that an adapter's file has them.
 
     Raises:
-        ValueError: No module, a module that holds prompts, or one whose parameters the file lacks.
+        ValueError: No module, a module that holds prompts (`sites`), or one whose parameters the file lacks.
     """
     names = [name for name, _ in base_parameters(model)] if config.modules_to_save else []
-    modules = {module for name in names for module in _ancestors(name)[:-1]}
     shapes = getattr(config, "_weights_shapes", None)
     held = {name.replace(".base_layer.", ".") for name in shapes or ()}
     for entry in config.modules_to_save or []:
         given = f"modules_to_save={shown(config.modules_to_save)}: {shown(entry)}"
-        if not any(f".{module}".endswith(f".{entry}") for module in modules):
+        if not any(f".{entry}." in f".{name}" for name in names):
             raise ValueError(
                 f"{given} is not a module with parameters of the model. Name one, such as 'visual_projection'."
             )
-        # PEFT takes every module whose name ends so
-        clash = next((site for site in sites if any(module.endswith(entry) for module in _ancestors(site))), None)
+        clash = next((site for site in sites if _is_saved(site, entry)), None)
         if clash is not None:
             raise ValueError(
                 f"{given} also means {clash}, whose prompts are saved anyway. Name another module, such as 'visual_projection'."
             )
-        needed = {name for name in names if any(module.endswith(entry) for module in _ancestors(name)[:-1])}
-        missing = sorted(name for name in needed if PEFT_PREFIX + name not in held)
+        needed = (name for name in names if _is_saved(name.rpartition(".")[0], entry))
+        missing = sorted({name for name in needed if PEFT_PREFIX + name not in held})
         if shapes is not None and missing:
-            raise ValueError(f"{given} is to be saved, but {config._weights_file} lacks {_tensors(missing)}. {MEND}")
+            raise ValueError(f"{given} is to be saved, but {config._weights_file} lacks {_tensors(missing)}. {AGAIN}")
 
 
-def _ancestors(name: str) -> list[str]:
-    """Returns the names of all modules around a module or parameter, and its own: a, a.b, a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+def _is_saved(module: str, entry: str) -> bool:
+    """Tells whether PEFT saves a module, or one around it: it takes every module whose name ends as the entry does."""
+    return f"{entry}." in f"{module}."
 
 
 def _mismatch(found: torch.Size, needed: torch.Size) -> str:

@@ -21,14 +21,10 @@ def adapted_modules(model: nn.Module) -> list[Any]:
 
 
 def adapters_in_use(model: nn.Module) -> list[str]:
-    """Returns the names of the adapters that act on a model now, of any PEFT method.
+    """Returns the names of the adapters, of any PEFT method, that act on a model now: active and on, or merged into its weights.
 
     Args:
         model: A `PeftModel`, a model of transformers with adapters loaded into it, or a model without any.
-
-    Returns:
-        The names of the active adapters that are not switched off, and of those merged into the weights, each once. Empty if the
-        model is its base model.
     """
     names: dict[str, None] = {}
     for module in adapted_modules(model):
@@ -54,6 +50,22 @@ def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Mod
         yield name, model
         for child_name, child in model.named_children():
             yield from base_modules(child, f"{name}.{child_name}" if name else child_name)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters of the base model by their original names, whatever adapters PEFT has put into it."""
+    seen: set[int] = set()
+    for name, module in base_modules(model):
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:  # weights that two modules share count once, as in `named_parameters`
+                seen.add(id(parameter))
+                yield f"{name}.{key}" if name else key, parameter
+
+
+def active_adapter(model: Any) -> str:
+    """Returns the name of the active adapter of a `PeftModel` or of a model of transformers with an adapter."""
+    active = model.active_adapters
+    return str((active() if callable(active) else active)[0])  # a method in transformers, a property in PEFT
 
 
 @contextmanager
@@ -97,20 +109,12 @@ def _check_base_is_there(model: nn.Module, modules: list[Any]) -> None:
             f"Adapter {merged!r} is merged into the base weights, so that switching it off does not give the base model. Call "
             "`unmerge_adapter()` first, or load the base model again."
         )
-    for name, config in _configs(model):
-        reason = _change_of_base(config)
-        if reason is not None:
-            raise ValueError(
-                f"Adapter {name!r} changes the weights of the base model ({reason}), so that switching it off does not give the "
-                "base model. Load the base model by itself for that."
-            )
-    trained = (
-        f"{name}.{key}" if name else key
-        for name, module in base_modules(model)
-        for key, parameter in module.named_parameters(recurse=False)
-        if parameter.requires_grad
-    )
-    first = next(trained, None)
+    for name, reason in _changes_of_base(model):
+        raise ValueError(
+            f"Adapter {name!r} changes the weights of the base model ({reason}), so that switching it off does not give the base "
+            "model. Load the base model by itself for that."
+        )
+    first = next((name for name, parameter in base_parameters(model) if parameter.requires_grad), None)
     if first is not None:
         raise ValueError(
             f"The base model's own {first} is being trained beside the adapter (requires_grad=True), so that switching the "
@@ -118,19 +122,17 @@ def _check_base_is_there(model: nn.Module, modules: list[Any]) -> None:
         )
 
 
-def _configs(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields the names and configurations of all adapters, wherever in the model they were put."""
+def _changes_of_base(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yields the adapters, wherever in the model they were put, that change the base's own weights, and by which setting."""
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         for name, config in configs.items() if isinstance(configs, dict) else ():
-            if isinstance(config, PeftConfig):
-                yield name, config
-
-
-def _change_of_base(config: Any) -> str | None:
-    bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
-    if bias != "none":
-        return f"bias={bias!r}"
-    if start not in _STARTS_BESIDE_THE_BASE:
-        return f"init_lora_weights={start!r}"
-    return "kasa_config" if getattr(config, "kasa_config", None) is not None else None
+            bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
+            if not isinstance(config, PeftConfig):
+                continue
+            if bias != "none":
+                yield name, f"bias={bias!r}"
+            elif start not in _STARTS_BESIDE_THE_BASE:
+                yield name, f"init_lora_weights={start!r}"
+            elif getattr(config, "kasa_config", None) is not None:
+                yield name, "kasa_config"

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from capt_peft import CaptConfig, CaptModel
-from capt_peft.tuner.registration import CaptPeftType, register
+from capt_peft.tuner import register
+from capt_peft.tuner.config import CaptPeftType
 
 CLASS_SPECIFIC = {"class_specific": True, "class_names": ["cat", "dog", "cow"]}
 
