@@ -104,12 +104,9 @@ def check_adapter_tensors(
     """Raises a ValueError unless tensors have the names and shapes of the `expected` ones, and are finite numbers."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        parts = [
-            f"lacks {_tensors(missing)}" if missing else "",
-            f"has unexpectedly {_tensors(extra)}" if extra else "",
-        ]
+        parts = [f"lacks {_tensors(missing)}"] * bool(missing) + [f"has unexpectedly {_tensors(extra)}"] * bool(extra)
         raise ValueError(
-            f"{source} does not hold the adapter that its configuration describes: it {' and '.join(filter(None, parts))}. {AGAIN}"
+            f"{source} does not hold the adapter that its configuration describes: it {' and '.join(parts)}. {AGAIN}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
