@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = ("quick_gelu", "gelu")
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # open_clip's ViT-H, g and bigG; every other CLIP has heads of 64
 SIZES = {768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", 1408: "ViT-g", 1664: "ViT-bigG"}
+SIZE_WORDS = {
+    "patch_size": "patches of", "image_size": "images of", "hidden_size": "width", "num_hidden_layers": "blocks",
+    "intermediate_size": "hidden layers of", "projection_dim": "features of",
+}  # fmt: skip
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CONFIG_NAME = "open_clip_config.json"
 # What CLIPModel does anyway; any other value, or any other name with a value, is another model
@@ -99,20 +103,27 @@ def _refuse_others(tower: Mapping[str, Any], defaults: Mapping[str, Any], path: 
 
 def make_config(vision: Tower, text: Tower, settings: Settings) -> CLIPConfig:
     """Returns the configuration of a CLIPModel with these towers; the two highest token ids are start and end."""
-    common = {"hidden_act": settings.activation, "projection_dim": vision.projection}
-    width = settings.head_width or HEAD_WIDTHS.get(vision.width, 64)
     return CLIPConfig(
         projection_dim=vision.projection,
         vision_config={
-            **common, "hidden_size": vision.width, "intermediate_size": vision.hidden, "num_hidden_layers": vision.layers,
-            "num_attention_heads": _heads(vision, width), "image_size": vision.image_size, "patch_size": vision.patch,
+            **_sizes(vision), "hidden_act": settings.activation,
+            "num_attention_heads": _heads(vision, settings.head_width or HEAD_WIDTHS.get(vision.width, 64)),
         },
         text_config={
-            **common, "hidden_size": text.width, "intermediate_size": text.hidden, "num_hidden_layers": text.layers,
-            "num_attention_heads": _heads(text, 64), "max_position_embeddings": text.tokens,
-            "vocab_size": text.vocabulary, "bos_token_id": text.vocabulary - 2, "eos_token_id": text.vocabulary - 1,
+            **_sizes(text), "hidden_act": settings.activation, "num_attention_heads": _heads(text, 64),
+            "max_position_embeddings": text.tokens, "vocab_size": text.vocabulary, "bos_token_id": text.vocabulary - 2,
+            "eos_token_id": text.vocabulary - 1,
         },
     )  # fmt: skip
+
+
+def _sizes(tower: Tower) -> dict[str, int]:
+    """Returns what the weights' shapes tell of a tower's configuration."""
+    image = {"patch_size": tower.patch, "image_size": tower.image_size} if tower.patch else {}
+    return {
+        **image, "hidden_size": tower.width, "num_hidden_layers": tower.layers, "intermediate_size": tower.hidden,
+        "projection_dim": tower.projection,
+    }  # fmt: skip
 
 
 def _heads(tower: Tower, width: int) -> int:
@@ -126,15 +137,10 @@ def _heads(tower: Tower, width: int) -> int:
 def check_same_architecture(vision: Tower, config: CLIPConfig) -> None:
     """Raises a ValueError if an image tower has another architecture than the base's: its text tower is not the base's."""
     its: Any = config.vision_config
-    pairs = {
-        "patches of": (vision.patch, its.patch_size),
-        "images of": (vision.image_size, its.image_size),
-        "width": (vision.width, its.hidden_size),
-        "blocks": (vision.layers, its.num_hidden_layers),
-        "hidden layers of": (vision.hidden, its.intermediate_size),
-        "features of": (vision.projection, config.projection_dim),
-    }
-    wrong = [f"{what} {mine}, not {theirs}" for what, (mine, theirs) in pairs.items() if mine != theirs]
+    theirs = its.to_dict() | {"projection_dim": config.projection_dim}
+    wrong = [
+        f"{SIZE_WORDS[key]} {size}, not {theirs[key]}" for key, size in _sizes(vision).items() if size != theirs[key]
+    ]
     if wrong:
         raise ValueError(
             f"The image tower is not that of the base: {'; '.join(wrong)}. Name the CLIP that it was fine-tuned from as base."

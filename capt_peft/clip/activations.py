@@ -38,15 +38,12 @@ def lean_activations(model: nn.Module) -> Iterator[None]:
     must then keep the same tensors.
     """
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    activations = [] if checkpointed else quick_gelus(model)
-    before = [activation.__dict__.get("forward") for activation in activations]
+    # one that is lean already is left to whoever made it so
+    activations = [] if checkpointed else [a for a in quick_gelus(model) if "forward" not in a.__dict__]
     for activation in activations:
         activation.forward = _QuickGelu.apply
     try:
         yield
     finally:
-        for activation, forward in zip(activations, before, strict=True):
-            if forward is None:
-                del activation.forward
-            else:
-                activation.forward = forward
+        for activation in activations:
+            del activation.forward

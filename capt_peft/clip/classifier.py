@@ -31,10 +31,9 @@ from .texts import (
 class ZeroShotClassifier(nn.Module):
     """A CLIP and the texts of N classes: the callable that attacks attack, `pixels in [0, 1] -> logits`.
 
-    Normalisation is inside, so that an adversary moves pixels as the model sees them. The texts are padded to the longest of
-    them only, which changes nothing but the cost. Every call runs them, so that it is right whatever has changed since the
-    last: weights written by any means, another adapter, another precision. A loop over one model that stays as it is takes
-    `with_fixed_texts`, which runs them once.
+    Normalisation is inside, so that an adversary moves pixels as the model sees them. Every call runs the texts, so that it is
+    right whatever has changed since the last: weights written by any means, another adapter, another precision. A loop over one
+    model that stays as it is takes `with_fixed_texts`, which runs them once.
 
     Args:
         model: A CLIPModel, with or without adapters (`PeftModel` too).
@@ -130,21 +129,15 @@ class ZeroShotClassifier(nn.Module):
         return self.logits(self.image_features(pixels), self.text_features())
 
     def text_inputs(self) -> dict[str, Tensor]:
-        """Returns the tokens of the N texts: `input_ids` and `attention_mask`, (N, L) with L the length of the longest.
-
-        Raises:
-            ValueError: As of `check_adapter_fits`.
-        """
+        """Returns the tokens of the N texts, having checked that the adapter fits: `input_ids`, `attention_mask`, (N, L)."""
         self._check_adapter()
         return {name: getattr(self, name).to(self.device) for name in clip.TEXT_INPUTS if hasattr(self, name)}
 
     def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
         """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
 
-        It is right while the model stays as it is: after an optimiser's step, another adapter or `frozen()`, make another.
-
-        Returns:
-            A function from (B, 3, H, W) pixels in [0, 1] to (B, N) float32 logits, with gradient to the pixels.
+        It takes what `forward` takes, and is right while the model stays as it is: after an optimiser's step, another adapter or
+        `frozen()`, make another.
         """
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be part of an attack's graph
             texts = self.encode_texts()
@@ -164,21 +157,19 @@ class ZeroShotClassifier(nn.Module):
         return self._parts.join([self.encode_part(part) for part in self._parts.parts])
 
     def text_parts(self, *, cut: bool = True) -> TextParts | None:
-        """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; arguments as of `split_texts`."""
+        """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; see `split_texts`."""
         inputs = {name: getattr(self, name).cpu() for name in clip.TEXT_INPUTS if hasattr(self, name)}
         return split_texts(inputs, self.text_chunk_size, cut=cut)
 
     def encode_part(self, part: TextPart) -> Tensor:
         """Runs the text tower on a part: (n, D) normalised features. Its activations are not kept: backward runs it again."""
-        if torch.is_grad_enabled():
-            features: Tensor = checkpoint(self._run_part, part, use_reentrant=False)
-            return features
-        return self._run_part(part)
 
-    def _run_part(self, part: TextPart) -> Tensor:
-        # here, because the backward pass comes here again
-        with lean_activations(self.base_model), self.part_inputs(part) as inputs:
-            return normalize(clip.text_features(self.model, inputs))
+        def run() -> Tensor:
+            with lean_activations(self.base_model), self.part_inputs(part) as inputs:
+                return normalize(clip.text_features(self.model, inputs))
+
+        features: Tensor = checkpoint(run, use_reentrant=False) if torch.is_grad_enabled() else run()
+        return features
 
     @contextmanager
     def part_inputs(self, part: TextPart) -> Iterator[dict[str, Tensor]]:
@@ -251,21 +242,14 @@ class ZeroShotClassifier(nn.Module):
         if isinstance(images, str) or not isinstance(images, Sequence):  # a column of `datasets` is a sequence
             images = [images]
         with eval_mode(self):
-            texts = self.text_features()
-            scores = [self._scores(images[i : i + batch_size], texts) for i in range(0, len(images), batch_size)]
-        best = [row.topk(min(top_k or len(row), len(row))) for batch in scores for row in batch]
-        return [
-            [
-                {"label": self.class_names[i], "score": p}
-                for p, i in zip(b.values.tolist(), b.indices.tolist(), strict=True)
-            ]
-            for b in best
-        ]
-
-    def _scores(self, images: list[Any], texts: Tensor) -> Tensor:
-        logits = self.logits(self.image_features(self.transform.batch(images).to(self.device)), texts)
-        self._check_finite(logits, texts)
-        return logits.softmax(-1).cpu()
+            texts, found = self.text_features(), []
+            for start in range(0, len(images), batch_size):
+                pixels = self.transform.batch(images[start : start + batch_size]).to(self.device)
+                logits = self.logits(self.image_features(pixels), texts)
+                self._check_finite(logits, texts)
+                found += [row.topk(min(top_k or len(row), len(row))) for row in logits.softmax(-1).cpu()]
+        best = [zip(row.values.tolist(), row.indices.tolist(), strict=True) for row in found]
+        return [[{"label": self.class_names[i], "score": p} for p, i in row] for row in best]
 
     # ------------------------------------------------------------------------------------------------------- state
 

@@ -37,7 +37,7 @@ def load_model(
     Raises:
         ValueError: The adapter is of another method, damaged, or does not say what its base model is; or the base model needs
             code of its own, which is never run.
-        OSError: There is no such model, the Hub cannot be reached or refuses, and the cache does not have it.
+        OSError: There is no such model, or neither the Hub nor the cache gives it.
     """
     where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
     # one commit for all files, whatever is pushed meanwhile

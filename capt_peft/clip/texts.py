@@ -113,7 +113,7 @@ def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: s
         model: The model, with or without adapters.
         class_names: The N class names.
         template: The text of a class, for messages.
-        before_name: `tokens_before_name` of the texts.
+        before_name: Number of tokens before the class name, as of `tokens_before_name`.
 
     Raises:
         ValueError: The adapter's n text prompts, which replace the n tokens after the start token, would overwrite the class
@@ -161,12 +161,7 @@ def _check_classes_known(name: str, tuned: list[str], given: list[str]) -> None:
 
 @dataclass(frozen=True)
 class TextPart:
-    """Some of the class texts.
-
-    Attributes:
-        rows: (n,) their places among the N texts.
-        inputs: `input_ids` and `attention_mask`, (n, l) with l the length of the longest of them.
-    """
+    """Some of the N class texts: their places among them (n,), and their `input_ids` and `attention_mask` (n, l)."""
 
     rows: Tensor
     inputs: dict[str, Tensor]
@@ -174,12 +169,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class TextParts:
-    """The class texts in parts of equal size.
-
-    Attributes:
-        parts: The parts, shortest texts first.
-        places: (N,) where each text's features stand in those of all parts, one after the other.
-    """
+    """The N class texts in parts of equal size, and where (N,) each text's features stand in those of all parts together."""
 
     parts: list[TextPart]
     places: Tensor

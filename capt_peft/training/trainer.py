@@ -42,7 +42,7 @@ from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
 from ..results.card import CardDetails, write_cards_for
 from ..results.hub import prepare_repo, push_adapter, saved_copy, write_model_card
-from ..tuner.clip import image_features
+from ..tuner.clip import both_features, image_features
 from ..tuner.switching import base_parameters
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
@@ -500,14 +500,14 @@ class CaptTrainer(Trainer):
         """
         values = self._pixel_values(pixels)
         if self._text_parts is None:
-            output = model(**self.classifier.text_inputs(), pixel_values=values)
-            return output.text_embeds, output.image_embeds[: len(pixels)]
+            texts, images = both_features(model, self.classifier.text_inputs(), values)
+            return texts, images[: len(pixels)]
         first, *others = self._text_parts.parts
         with self.classifier.part_inputs(first) as inputs:
-            output = model(**inputs, pixel_values=values)
+            texts, images = both_features(model, inputs, values)
         with self.accelerator.autocast():
-            features = [output.text_embeds, *(self.classifier.encode_part(part) for part in others)]
-        return self._text_parts.join(features), output.image_embeds[: len(pixels)]
+            features = [texts, *(self.classifier.encode_part(part) for part in others)]
+        return self._text_parts.join(features), images[: len(pixels)]
 
     def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
         """Makes the adversarial images of a step, through the image tower alone; losses and signs are in full precision."""

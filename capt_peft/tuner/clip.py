@@ -18,15 +18,9 @@ from transformers.activations import QuickGELUActivation
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = (
-    "clip",
-    "clip_text_model",
-    "clip_vision_model",
-    "metaclip_2",
-    "metaclip_2_text_model",
-    "metaclip_2_vision_model",
-)
-EXPERIMENTAL = ("siglip", "siglip_text_model", "siglip_vision_model")
+TOWER_TYPES = ("", "_text_model", "_vision_model")
+SUPPORTED = tuple(model + tower for model in ("clip", "metaclip_2") for tower in TOWER_TYPES)
+EXPERIMENTAL = tuple("siglip" + tower for tower in TOWER_TYPES)
 OTHER_TOWER = {"text": "vision", "vision": "text"}
 # how the names of a tower's weights begin, its projection's included
 TOWER_NAMES = {"text": ("text_model.", "text_projection."), "vision": ("vision_model.", "visual_projection.")}
@@ -70,17 +64,14 @@ class Tower:
         dim: Its width.
         modules: Names of the modules through which prompts enter, as in `Site`.
         start: Position of the first text prompt: 1 after a start token, 0 without one (SigLIP).
+        causal: Whether states of a text do not depend on the tokens behind them; SigLIP's do.
     """
 
     name: str
     dim: int
     modules: tuple[str, ...]
     start: int
-
-    @property
-    def causal(self) -> bool:
-        """Whether states of a text do not depend on the tokens behind them; SigLIP's do."""
-        return self.start > 0
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -111,13 +102,13 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
     Raises:
         ValueError: Two towers of a kind, or none at all.
     """
+    kinds = {"text": "token_embedding", "vision": "patch_embedding"}
     towers: dict[str, Tower] = {}
     for name, module in model.named_modules():
         embeddings: Any = getattr(module, "embeddings", None)
         layers = getattr(getattr(module, "encoder", None), "layers", None)
         if not isinstance(layers, nn.ModuleList) or ".base_layer" in name:
             continue
-        kinds = {"text": "token_embedding", "vision": "patch_embedding"}
         kind = next((kind for kind, embedding in kinds.items() if hasattr(embeddings, embedding)), None)
         if kind is None:
             continue
@@ -129,8 +120,8 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
         first = f"{path}embeddings.token_embedding" if kind == "text" else f"{path}embeddings"
         deeper = [f"{path}encoder.layers.{i}" for i in range(1, len(layers))]
         config: Any = module.config
-        start = 0 if config.model_type in EXPERIMENTAL else 1
-        towers[kind] = Tower(name, config.hidden_size, (first, *deeper), start)
+        siglip = config.model_type in EXPERIMENTAL
+        towers[kind] = Tower(name, config.hidden_size, (first, *deeper), start=0 if siglip else 1, causal=not siglip)
     if not towers:
         raise ValueError(
             f"{type(model).__name__} has neither CLIP's text tower nor its vision tower; CAPT needs one of them."
@@ -266,6 +257,12 @@ def image_features(model: Any, pixel_values: Tensor) -> Tensor:
 def text_features(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Returns the projected features of N texts, not normalised: (N, D)."""
     return _pooled(model.get_text_features(**inputs))
+
+
+def both_features(model: Any, inputs: Mapping[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the normalised features of texts (N, D) and images (B, D), by one call of a model or of a wrapper around it."""
+    output = model(**inputs, pixel_values=pixel_values)
+    return output.text_embeds, output.image_embeds
 
 
 def _pooled(output: Any) -> Tensor:

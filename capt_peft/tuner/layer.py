@@ -52,15 +52,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: CaptConfig, start: torch.Tensor | None, active: list[str], inference_mode: bool
     ) -> None:
-        """Creates the parameters of an adapter at this site.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: Its configuration.
-            start: (n, dim) values that the prompts (of every class) start from; None for N(0, `config.init_std`).
-            active: Names of the active adapters.
-            inference_mode: Whether the parameters are frozen.
-        """
+        """Creates an adapter's parameters here; its prompts start from `start` (n, dim), or from N(0, `config.init_std`)."""
         if config.owner(self.site.index) in (None, self.site.tower):
             prompt = torch.empty(*config.prompt_shape(self.site.tower), self.site.dim)  # (n, dim) or (N, n, dim)
             if prompt.device.type != "meta":
@@ -81,9 +73,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def fit(self, adapter_name: str, target: torch.Tensor) -> None:
-        """Sets the map from the other tower's prompts (n, d) so that it gives `target` (n, dim), by the smallest weights.
+        """Sets the map from the other tower's prompts p (n, d) so that it gives `target` (n, dim), by the smallest weights W.
 
-        The bias is the mean of the targets, the weight W the minimum-norm solution of W p_i = target_i - bias.
+        The bias is the mean of the targets, W the minimum-norm solution of W p_i = target_i - bias.
         """
         proj: Any = self.capt_proj[adapter_name]
         prompts = self.partners[adapter_name][0].capt_prompt[adapter_name]
@@ -168,10 +160,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------- BaseTunerLayer's API
 
     def train(self, mode: bool = True) -> PromptLayer:
-        """Sets the mode, as any module does; refuses prompts that are not finite when the model is made ready for use.
-
-        transformers loads an adapter's tensors unchecked and then calls `eval()`.
-        """
+        """Sets the mode; `eval()`, which transformers calls after it has loaded prompts unchecked, refuses what is not finite."""
         if not mode:
             for name, parameter in self.named_parameters():
                 if name.startswith("capt_") and parameter.device.type != "meta" and not torch.isfinite(parameter).all():
@@ -182,7 +171,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switches the adapters on or off without touching `requires_grad`.
+        """Switches the adapters on or off.
 
         PEFT's version also toggles `requires_grad`, which makes an adapter loaded for inference trainable after
         `with disable_adapter()`, and makes torch.compile compile again.
@@ -200,13 +189,9 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.partners.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises a ValueError: prompts cannot be merged."""
-        raise ValueError("CAPT's prompts are extra tokens and cannot be merged into the weights. Use `unload()`.")
-
     def unmerge(self) -> None:
-        """Raises a ValueError: prompts cannot be merged."""
-        self.merge()
+        """Raises a ValueError: prompts cannot be merged, which `CaptModel` refuses."""
+        raise ValueError("CAPT's prompts are extra tokens and were never merged into the weights. Use `unload()`.")
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
         # PEFT's version looks for a `weight`, which an encoder layer does not have

@@ -39,9 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class CaptModel(BaseTuner):
-    """Deep text and vision prompts for CLIP (CAPT, arXiv 2405.11154), as a PEFT tuner.
-
-    Made by `peft.get_peft_model` from a `CaptConfig`; works with one active adapter at a time.
+    """Deep text and vision prompts for CLIP (CAPT, arXiv 2405.11154), as a PEFT tuner with one active adapter at a time.
 
     Args:
         model: A CLIPModel, one of its towers, or a MetaCLIP 2; SigLIP is experimental.
@@ -236,7 +234,6 @@ def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:
 
 
 def _check_text_room(config: CaptConfig, text_tower: nn.Module, start: int) -> None:
-    """Refuses text prompts that no text of the model has room for, and a template of unknown tokens."""
     room = max_text_length(text_tower) - start - 1  # the end token needs a place too
     if config.depth("text") and config.num_text_tokens > room:
         raise ValueError(

@@ -13,11 +13,13 @@ import capt_peft
 from capt_peft.tuner import clip
 
 PACKAGE = Path(capt_peft.__file__).parent
+EXAMPLES = PACKAGE.parent / "examples"
 # what models, their configurations and tokenizers call their parts
 ATTRIBUTES = {
     "vision_model", "text_model", "encoder", "layers", "visual_projection", "text_projection", "embeddings", "token_embedding",
     "patch_embedding", "position_embedding", "class_embedding", "logit_scale", "logit_bias", "get_image_features",
-    "get_text_features", "pooler_output", "vision_config", "text_config", "model_type", "max_position_embeddings", "vocab_size",
+    "get_text_features", "pooler_output", "text_embeds", "image_embeds",
+    "vision_config", "text_config", "model_type", "max_position_embeddings", "vocab_size",
     "image_size", "hidden_size", "hidden_act", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id",
 }  # fmt: skip
 NAMES = re.compile(
@@ -45,6 +47,9 @@ def structure_in(tree):
 
 def test_no_other_file_looks_at_the_structure_of_a_model_or_a_tokenizer():
     files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    files |= {
+        path.name: path for path in EXAMPLES.glob("*.py") if path.name != "pretrain_tiny_clip.py"
+    }  # it builds a CLIP
     found = {name: list(structure_in(ast.parse(path.read_text()))) for name, path in files.items()}
     assert len(found.pop(OWNER)) > 20
     assert {name: places for name, places in found.items() if places and name not in CHECKPOINTS} == {}
