@@ -3,11 +3,8 @@
 A setting comes from one of three places, with the same precedence in `examples/train.py` and in a benchmark:
 
 1. What a method **is** (`Method.fixed`): "adv-vp" has no text prompts. Another value is refused.
-2. What a user **asks for**: on the command line, in a YAML file, in a plan of a benchmark. The settings that a benchmark's suite
-   has for its methods count as asked for, as they are its protocol. A setting that has no effect on the method is refused.
+2. What a user **asks for**: on the command line, in a file, or in a benchmark's plan or suite. What has no effect is refused.
 3. What the method's **recipe** has (`Method.defaults`), where nothing else is asked for.
-
-Settings for several methods at once, a suite's or a plan's, may suit some of them only: see `capt_peft.benchmark.Plan`.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from typing import Any
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
 from .training.arguments import CaptTrainingArguments
 from .tuner import CaptConfig
+from .utils.text import shown
 
 _NO_FROZEN = ("weighting", "teacher")
 _CROSS_ENTROPY = ("consistency", *_NO_FROZEN)
@@ -51,11 +49,6 @@ class Method:
     def prompts(self) -> dict[str, Any]:
         """The fields of `CaptConfig` that the recipe sets."""
         return {name: value for name, value in {**self.defaults, **self.fixed}.items() if name in PROMPT_FIELDS}
-
-    @property
-    def attack(self) -> dict[str, Any]:
-        """The fields of the training attack that the recipe sets."""
-        return {name: value for name, value in self.defaults.items() if name.startswith("attack_")}
 
 
 PROMPT_FIELDS = frozenset(f.name for f in fields(CaptConfig))
@@ -105,17 +98,11 @@ METHODS: dict[str, Method] = {
         unused=(*_CROSS_ENTROPY, "num_vision_tokens"),
     ),
 }
-
-
 ALIASES = {"apt": "adv-tp"}
 
 
 def method_name(name: str) -> str:
-    """Returns the name under which `METHODS` has a method.
-
-    Raises:
-        ValueError: An unknown name.
-    """
+    """Returns the name under which `METHODS` has a method; a ValueError names those that there are."""
     name = ALIASES.get(name, name)
     if name not in METHODS:
         raise ValueError(f"Unknown method {name!r}. Allowed: {', '.join([*METHODS, *ALIASES])}.")
@@ -134,32 +121,26 @@ def get_method(name: str) -> Method:
 def conflicts(name: str, asked: Mapping[str, Any]) -> dict[str, str]:
     """Returns the settings that contradict a method, or have no effect on it, each with a sentence that says so.
 
-    Args:
-        name: Name or alias of the method.
-        asked: Settings by name; None stands for "not asked for". The default value of a setting without effect is let pass.
+    A setting that is None was not asked for. The default value of a setting without effect is let pass.
     """
     method = get_method(name)
     found = {}
     for setting, value in asked.items():
         if value is None:
             continue
-        shown = f"{setting}={str(value)[:100]!r}" if isinstance(value, str) else f"{setting}={str(value)[:100]}"
+        given = f"{setting}={shown(value, 100)}"
         if setting in method.fixed and value != method.fixed[setting]:
             found[setting] = (
-                f"The method {name!r} has {setting}={method.fixed[setting]!r} by definition, but {shown} is asked for. Leave it "
+                f"The method {name!r} has {setting}={method.fixed[setting]!r} by definition, but {given} is asked for. Leave it "
                 "out, or choose another method."
             )
         elif setting in method.unused and value != _PLAIN.get(setting):
-            found[setting] = f"{shown} has no effect on the method {name!r}. Leave it out, or choose another method."
+            found[setting] = f"{given} has no effect on the method {name!r}. Leave it out, or choose another method."
     return found
 
 
 def method_settings(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a method's settings: its recipe's, what is asked for on top of them, and what the method is.
-
-    Args:
-        name: Name or alias of the method.
-        asked: Settings by name that a user asks for.
 
     Raises:
         ValueError: An unknown name, or a setting that contradicts the method or has no effect on it.

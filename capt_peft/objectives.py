@@ -70,9 +70,7 @@ class CaptObjective:
     """
 
     def __init__(self, consistency: float = 1.5, weighting: str | float = "confidence") -> None:
-        if not 0 <= consistency < float("inf"):
-            raise ValueError(f"consistency={consistency} (λ) must be a finite number, 0 or more.")
-        self.consistency = float(consistency)
+        self.consistency = _checked(consistency)
         self.weighting = parse_weighting(weighting)
 
     @property
@@ -131,9 +129,7 @@ class FapObjective:
     needs_frozen = False
 
     def __init__(self, consistency: float = 1.5) -> None:
-        if not 0 <= consistency < float("inf"):
-            raise ValueError(f"consistency={consistency} (λ) must be a finite number, 0 or more.")
-        self.consistency = float(consistency)
+        self.consistency = _checked(consistency)
 
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its parts `clean_loss`, `consistency_tuned` (without the cosine) and `cosine`."""
@@ -177,12 +173,14 @@ class FeatureDistance:
         return loss, {"feature_distance": loss.detach()}
 
 
-def parse_weighting(weighting: str | float) -> str | float:
-    """Returns a weighting's name, or its number as a float.
+def _checked(consistency: float) -> float:
+    if not 0 <= consistency < float("inf"):
+        raise ValueError(f"consistency={consistency} (λ) must be a finite number, 0 or more.")
+    return float(consistency)
 
-    Raises:
-        ValueError: Neither a known name nor a number in [0, 1].
-    """
+
+def parse_weighting(weighting: str | float) -> str | float:
+    """Returns a weighting's name, or its number in [0, 1] as a float; a ValueError if it is neither."""
     if weighting in WEIGHTINGS:
         return weighting
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attacks import Attack, AttackResult
+from ..attacks import AttackResult
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
 from ..objectives import FeatureDistance, squared_distance
@@ -47,15 +47,14 @@ class FareTrainer(CaptTrainer):
 
     Args:
         model: A CLIP, bare; see `train_image_tower_alone`.
-        args: As of `CaptTrainer`; `attack_loss` has no say and stays "ce".
-        task: As of `CaptTrainer`.
+        args: As for `CaptTrainer`; `attack_loss` has no say and stays "ce".
+        task: As for `CaptTrainer`.
         processor: The model's processor.
         processing_class: Another name of `processor`.
-        attack: The training attack; by default PGD with the arguments' settings.
-        kwargs: Further arguments of `transformers.Trainer`.
+        kwargs: `attack`, `eval_dataset`, and arguments of `transformers.Trainer`, as for `CaptTrainer`.
 
     Raises:
-        ValueError: Another `attack_loss`, or as of `CaptTrainer`.
+        ValueError: Another `attack_loss`, or as for `CaptTrainer`.
     """
 
     teacher: ZeroShotClassifier
@@ -68,7 +67,6 @@ class FareTrainer(CaptTrainer):
         task: Task,
         processor: Any = None,
         processing_class: Any = None,
-        attack: Attack | None = None,
         **kwargs: Any,
     ) -> None:
         if args.attack_loss != "ce":
@@ -78,14 +76,7 @@ class FareTrainer(CaptTrainer):
         processor = one_processor(processor, processing_class)
         original = ZeroShotClassifier(copy.deepcopy(model), processor, task.class_names, task.template)
         super().__init__(
-            model,
-            args,
-            task=task,
-            processor=processor,
-            objective=FeatureDistance(),
-            attack=attack,
-            teacher=original,
-            **kwargs,
+            model, args, task=task, processor=processor, objective=FeatureDistance(), teacher=original, **kwargs
         )
 
     def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:

@@ -37,7 +37,7 @@ from ..clip.classifier import ZeroShotClassifier, normalize
 from ..data.pixels import PixelDataset
 from ..data.task import Task, labels_by_name
 from ..data.transforms import PixelTransform
-from ..evaluation import outcomes, wilson_interval
+from ..evaluation import Accuracy, outcomes
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
 from ..results.card import CardDetails, write_cards_for
@@ -380,20 +380,12 @@ class CaptTrainer(Trainer):
     def _drops_last(self, images: int) -> bool:
         return self.args.dataloader_drop_last and images >= self.args.train_batch_size * self.args.world_size
 
-    def _get_dataloader(
-        self,
-        dataset: Any,
-        description: str,
-        batch_size: int,
-        sampler_fn: Any = None,
-        is_training: bool = False,
-        dataloader_key: str | None = None,
-    ) -> Any:
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Makes a loader; `dataloader_drop_last` drops training images only, and not those of a set smaller than a batch."""
         asked = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = is_training and self._drops_last(len(dataset))
+        self.args.dataloader_drop_last = kwargs.get("is_training", False) and self._drops_last(len(dataset))
         try:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+            return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
             self.args.dataloader_drop_last = asked
 
@@ -633,37 +625,16 @@ class CaptTrainer(Trainer):
             predicted = outcomes(self.classifier, self.args.evaluation_attack, pixels, labels, indices, self.args.seed)
         return None, predicted, labels
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the Trainer's loop, always keeping the predictions: accuracy is what is evaluated, not a loss."""
-        if len(args) > 2:
-            args = (*args[:2], False, *args[3:])
-        else:
-            kwargs["prediction_loss_only"] = False
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        metrics: dict[str, Any] = output.metrics or {}
-        if f"{prefix}_clean_accuracy" in metrics:
-            attack = self.args.evaluation_attack
-            metrics[f"{prefix}_attack"] = f"{attack.name}, {attack.threat_model}"
-            logger.info(
-                "%s: clean accuracy %.1f%%; robust accuracy %.1f%% under %s",
-                prefix,
-                100 * metrics[f"{prefix}_clean_accuracy"],
-                100 * metrics[f"{prefix}_robust_accuracy"],
-                metrics[f"{prefix}_attack"],
-            )
-        return output
-
-    @staticmethod
-    def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, Any]:
         predictions: Any = prediction.predictions
-        clean, adversarial = predictions
-        right = clean == prediction.label_ids
-        robust = right & (adversarial == prediction.label_ids)
-        metrics: dict[str, float] = {"n": len(right)}
-        for name, hits in (("clean_accuracy", right), ("robust_accuracy", robust)):
-            low, high = wilson_interval(int(hits.sum()), len(hits))
-            metrics |= {name: float(hits.mean()), f"{name}_low": low, f"{name}_high": high}
+        clean, adversarial = (classes == prediction.label_ids for classes in predictions)
+        attack = self.args.evaluation_attack
+        metrics: dict[str, Any] = {"n": len(clean), "attack": f"{attack.name}, {attack.threat_model}"}
+        for name, right in (("clean_accuracy", clean), ("robust_accuracy", clean & adversarial)):
+            accuracy = Accuracy(int(right.sum()), len(right))
+            low, high = accuracy.interval
+            metrics |= {name: accuracy.value, f"{name}_low": low, f"{name}_high": high}
+            logger.info("%s on %d images: %s", name.replace("_", " "), len(right), accuracy)
         return metrics
 
     def _eager(self) -> AbstractContextManager[Any]:
@@ -682,24 +653,24 @@ class CaptTrainer(Trainer):
         return super().get_test_dataloader(self._pixels(test_dataset))
 
     def _pixels(self, data: Any, what: str = "The split") -> Any:
-        """Returns a split as pixels with labels that count the task's class names, and several splits as a dict of such.
+        """Returns a split, or the one of this name, as pixels and labels that count the task's class names; of a dict, a dict.
 
-        Args:
-            data: A split, its name, or a dict of splits; None stays None.
-            what: What it is, for messages.
+        `what` says what it is in messages.
         """
         if data is None:
             return None
         if isinstance(data, dict):
             return {name: self._pixels(split, f"The split {name!r}") for name, split in data.items()}
         if isinstance(data, str):
-            given = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-            if data not in given and data not in self.task.splits:
-                names = ", ".join(map(repr, {**given, **self.task.splits}))
-                raise ValueError(f"There is no split {data[:80]!r}. Give one of {names}, or a split itself.")
-            return self._pixels(given[data] if data in given else self.task[data], f"The split {data!r}")
-        transform = data.transform if isinstance(data, PixelDataset) else self.classifier.transform
-        split = data.dataset if isinstance(data, PixelDataset) else data
+            known = {**self.task.splits, **(self.eval_dataset if isinstance(self.eval_dataset, dict) else {})}
+            if data not in known:
+                raise ValueError(
+                    f"There is no split {data[:80]!r}. Give one of {', '.join(map(repr, known))}, or a split itself."
+                )
+            data, what = known[data], f"The split {data!r}"
+        split, transform = data, self.classifier.transform
+        if isinstance(data, PixelDataset):
+            split, transform = data.dataset, data.transform
         if not isinstance(split, datasets.Dataset) or not {"image", "label"} <= set(split.column_names):
             found = f"the columns {split.column_names}" if isinstance(split, datasets.Dataset) else type(data).__name__
             raise ValueError(
@@ -709,13 +680,9 @@ class CaptTrainer(Trainer):
         if not len(split):
             raise ValueError(f"{what} has no images.")
         labels = labels_by_name(split, self.task.class_names, what)
-        if labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{what} has labels of the type {labels.dtype}. Give whole numbers, one for each class name."
-            )
-        if isinstance(data, PixelDataset) and data.labels == labels.tolist():
-            return data
-        return PixelDataset(split, transform, labels=labels)
+        return (
+            data if getattr(data, "labels", None) == labels.tolist() else PixelDataset(split, transform, labels=labels)
+        )
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -873,11 +840,9 @@ class CaptTrainer(Trainer):
             **kwargs,
         )
         self.hub_model_id = commit.repo_url.repo_id
-        if blocking:
-            return commit
         future: Future[CommitInfo] = Future()
         future.set_result(commit)
-        return future
+        return commit if blocking else future
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the adapter's card to `args.output_dir`, with the results there if they are of the weights there.

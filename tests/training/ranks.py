@@ -80,11 +80,12 @@ def make_trainer(folder, method="capt", coupling="none", accumulation=1, images=
     base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
     model = get_peft_model(base, CaptConfig(text_depth=2, vision_depth=2, coupling=coupling))
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    attack = {name: value for name, value in get_method(method).defaults.items() if name.startswith("attack_")}
     defaults = {
         "use_cpu": True, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no",
         "disable_tqdm": True, "learning_rate": 0.0, "max_grad_norm": 0.0, "attack_steps": 2, "lr_scheduler_type": "constant",
         "per_device_train_batch_size": GLOBAL_BATCH // processes // accumulation,
-        "gradient_accumulation_steps": accumulation, **get_method(method).attack,
+        "gradient_accumulation_steps": accumulation, **attack,
     }  # fmt: skip
     args = CaptTrainingArguments(str(folder / "out"), **{**defaults, **settings})
     objective = objective or get_method(method).objective(args)
