@@ -32,8 +32,8 @@ from peft import PeftModel
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
 from capt_peft.data.task import check_template
+from capt_peft.evaluation.batch import TARGETS, describe
 from capt_peft.evaluation.curve import robustness_curves
-from capt_peft.evaluation.subject import TARGETS, describe
 from capt_peft.results.card import is_capt
 from capt_peft.results.hub import check_update, update_card
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
@@ -97,7 +97,7 @@ class Arguments:
         default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
     )
     save_images: bool = field(default=False, metadata={"help": "Keep the adversarial images."})
-    batch_size: int = field(default=128, metadata={"help": "Images a piece of work."})
+    batch_size: int = field(default=128, metadata={"help": "Images per piece of work."})
     dtype: str = field(default="float32", metadata={"help": "float32; bfloat16 or float16 are faster and less honest."})
     seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..randomness import Generators, Seeds, own_random_state, resolve_generator, select_generators
 from ..utils.modules import buffers_kept, modules_in
 from .losses import margin
-from .threat import LogitsFn, ThreatModel, check_label_range, wide_dtype
+from .threat import LogitsFn, ThreatModel, check_images, check_label_range, wide_dtype
 
 # name of the running part, images of the batch that it has left, images of the batch that still stand
 Report = Callable[[str, int, int], None]
@@ -156,7 +156,7 @@ class Attack(ABC):
             TypeError: wrong type or dtype.
             ValueError: wrong shape or range, or a model without usable logits or gradients.
         """
-        self.threat_model.check(images, labels)
+        check_images(images, labels)
         generators = resolve_generator(generator, len(images))
         # Tensors made in inference mode carry no gradients: work outside it, on copies.
         with (

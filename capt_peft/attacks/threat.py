@@ -181,40 +181,41 @@ class ThreatModel:
             offset = towards * share.pow(1 / images[0].numel()) * self.epsilon  # volume grows with radius ** dimensions
         return (self.project if clip else self.into_ball)(images + offset.to(images), images)
 
-    def check(self, images: Tensor, labels: Tensor) -> None:
-        """Refuses what is not a batch of images in [0, 1] (within 1e-6) with its labels.
 
-        Args:
-            images: (B, 3, H, W) float32 or float64, finite, at least one.
-            labels: (B,) int64, 0 or more.
+def check_images(images: Tensor, labels: Tensor) -> None:
+    """Refuses what is not a batch of images in [0, 1] (within 1e-6) with its labels.
 
-        Raises:
-            TypeError: wrong type.
-            ValueError: wrong shape or range.
-        """
-        if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
-        if images.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"images are {images.dtype}: attacks need float32 or float64 pixels in [0, 1], because half precision "
-                "rounds away steps of a fraction of 1/255 (and 8-bit pixels must be divided by 255)"
-            )
-        if images.ndim != 4 or images.numel() == 0:
-            raise ValueError(f"images have shape {tuple(images.shape)}: a non-empty batch (B, 3, H, W) is needed")
-        low, high = torch.stack(images.detach().aminmax()).tolist()
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("images hold values that are not finite (NaN or infinity): check how they were loaded")
-        if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
-            raise ValueError(
-                f"images range from {low:.4g} to {high:.4g}: attacks work on pixels in [0, 1] before normalisation; "
-                "scale them to [0, 1] and normalise inside the model"
-            )
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels are {kind}: a torch.int64 tensor of class numbers is needed")
-        if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)}: ({len(images)},) is needed, one for each image")
-        check_label_range(labels)
+    Args:
+        images: (B, 3, H, W) float32 or float64, finite, at least one.
+        labels: (B,) int64, 0 or more.
+
+    Raises:
+        TypeError: wrong type.
+        ValueError: wrong shape or range.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch.Tensor (B, 3, H, W), got {type(images).__name__}")
+    if images.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"images are {images.dtype}: attacks need float32 or float64 pixels in [0, 1], because half precision "
+            "rounds away steps of a fraction of 1/255 (and 8-bit pixels must be divided by 255)"
+        )
+    if images.ndim != 4 or images.numel() == 0:
+        raise ValueError(f"images have shape {tuple(images.shape)}: a non-empty batch (B, 3, H, W) is needed")
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images hold values that are not finite (NaN or infinity): check how they were loaded")
+    if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
+        raise ValueError(
+            f"images range from {low:.4g} to {high:.4g}: attacks work on pixels in [0, 1] before normalisation; "
+            "scale them to [0, 1] and normalise inside the model"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels are {kind}: a torch.int64 tensor of class numbers is needed")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: ({len(images)},) is needed, one for each image")
+    check_label_range(labels)
 
 
 def check_label_range(labels: Tensor, num_classes: int | None = None) -> None:

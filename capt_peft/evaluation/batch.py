@@ -1,42 +1,245 @@
-"""What becomes of one batch under one attack."""
+"""One batch: the classifier that is attacked, the one that decides, and the record of what became of each image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
 from ..attacks import Attack, AttackResult, LogitsFn
 from ..attacks.base import Guarded, Report
 from ..clip.classifier import ZeroShotClassifier
 from ..randomness import example_generators
-from .subject import Subject
+from ..tuner import adapters_in_use
+from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
+from ..utils.modules import arrays_in, modules_in
 
+TARGETS = ("tuned", "frozen")
 _ROUNDING = 1e-6
+_CLEAN = ("index", "label", "prediction")  # what is recorded where nothing was attacked
 
 
-def outcomes(
-    classifier: ZeroShotClassifier, attack: Attack, pixels: Tensor, labels: Tensor, indices: list[int], seed: int
-) -> tuple[Tensor, Tensor]:
-    """Attacks a batch and returns what the classifier says.
+@dataclass(frozen=True)
+class Subject:
+    """A classifier as an evaluation uses it; the text features are computed once for all of it.
 
-    Args:
-        classifier: In eval mode.
-        attack: The attack; each image has random numbers of its own, by `seed` and place.
-        pixels: (B, 3, H, W) in [0, 1].
-        labels: (B,) class indices.
-        indices: The B places of the images in their dataset.
-        seed: Seed of the attack.
-
-    Returns:
-        The predicted classes (B,) of the clean and of the adversarial images.
+    Attributes:
+        attacked: What attacks differentiate through: pixels (B, 3, H, W) in [0, 1] -> logits (B, N).
+        scored: What decides whether an answer is right: the same in float32.
+        attacked_is_other: Whether attacks see another function than the one that decides: of other texts, weights or precision.
+        white_box: Whether attacks see the very model that is scored; robust accuracy is measured no other way.
+        precision: The lowest precision of the parameters and of autocast around attacks, such as "float32" or "bfloat16".
+        device: Where the pixels go.
+        description: Base model, adapter, their fingerprints, classes and template, for results.
     """
-    logits_fn = Guarded(classifier.with_fixed_texts())
-    adversarial = attack(logits_fn, pixels, labels, example_generators(seed, indices, stream="evaluation"))
-    with torch.no_grad():
-        return logits_fn(pixels).argmax(-1), logits_fn(adversarial).argmax(-1)
+
+    attacked: Guarded
+    scored: Guarded
+    attacked_is_other: bool
+    white_box: bool
+    precision: str
+    device: torch.device
+    description: dict[str, Any]
+
+
+def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_template: str | None = None) -> Subject:
+    """Returns a classifier as an evaluation uses it; arguments as for `evaluate`.
+
+    Raises:
+        ValueError: An unknown target, or a target or template for a callable that has none.
+    """
+    if attack_target not in TARGETS:
+        raise ValueError(f"attack_target={attack_target!r} is unknown: it must be 'tuned' (white box) or 'frozen'.")
+    if isinstance(classifier, ZeroShotClassifier):
+        return _subject_of_clip(classifier, attack_target, attack_template)
+    if attack_target != "tuned" or attack_template is not None:
+        raise ValueError(
+            "attack_target and attack_template need a ZeroShotClassifier: only it has an adapter and texts."
+        )
+    if not callable(classifier):
+        raise ValueError(f"A classifier or a callable from pixels to logits is needed, got {classifier!r}.")
+    return _subject_of_callable(classifier)
+
+
+def _subject_of_clip(classifier: ZeroShotClassifier, target: str, template: str | None) -> Subject:
+    precision = _precision(classifier)
+    precise = classifier if precision == "float32" else copy.deepcopy(classifier).float()
+    scored = precise.with_fixed_texts()
+    attacked = scored if precise is classifier else classifier.with_fixed_texts()
+    seen = classifier
+    if template not in (None, classifier.template):
+        seen = ZeroShotClassifier(classifier.model, classifier.processor, classifier.class_names, template).eval()
+        attacked = seen.with_fixed_texts()
+    if target == "frozen":
+        with classifier.frozen():
+            attacked = _frozen(classifier, seen.with_fixed_texts())
+    return Subject(
+        attacked=Guarded(attacked),
+        scored=Guarded(_in_float32(scored, classifier.device)),
+        attacked_is_other=attacked is not scored,
+        white_box=target == "tuned" and seen is classifier,
+        precision=precision,
+        device=classifier.device,
+        description=describe(classifier),
+    )
+
+
+def _subject_of_callable(function: LogitsFn) -> Subject:
+    modules = modules_in(function)
+    state = [(f"{i}.{name}", value) for i, each in enumerate(modules) for name, value in _tensors(each)]
+    state += [(f"array {i}", value) for i, value in enumerate(arrays_in(function))]
+    adapters = [adapter for module in modules for adapter in _adapters(module)]
+    device, precise, precision = torch.device("cpu"), function, "float32"
+    if isinstance(function, nn.Module):
+        device = next((value.device for _, value in _tensors(function)), device)
+        precision = _precision(function)
+        precise = function if precision == "float32" else copy.deepcopy(function).float()
+    return Subject(
+        attacked=Guarded(function),
+        scored=Guarded(_in_float32(precise, device)),
+        attacked_is_other=precise is not function,
+        white_box=True,
+        precision=precision,
+        device=device,
+        description={
+            "callable": getattr(function, "__qualname__", type(function).__qualname__),
+            **({"fingerprint": tensors_fingerprint(state)} if state else {}),
+            **({"adapters": adapters} if adapters else {}),
+        },
+    )
+
+
+def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
+    """Returns what a classifier is made of: base model, adapter, fingerprints, classes, template, precision and pixels."""
+    model: Any = classifier.model
+    adapters = _adapters(model)
+    adapter = None
+    if adapters:
+        settings = model.peft_config[adapters[0]["name"]].to_dict().items()
+        adapter = {**adapters[0], "config": {key: sorted(v) if isinstance(v, set) else v for key, v in settings}}
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {
+        "base": {"name": base.config._name_or_path, "fingerprint": base_fingerprint(base)},
+        "adapter": adapter,
+        **({"adapters": adapters} if len(adapters) > 1 else {}),
+        "class_names": list(classifier.class_names),
+        "template": classifier.template,
+        "precision": _precision(classifier),
+        "pixels": classifier.transform.to_dict(),
+    }
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
+
+
+def _adapters(model: nn.Module) -> list[dict[str, Any]]:
+    """Returns names and fingerprints of the adapters that act, of whatever PEFT method."""
+    if not hasattr(model, "peft_config"):
+        return []
+    return [{"name": name, "fingerprint": adapter_fingerprint(model, name)} for name in adapters_in_use(model)]
+
+
+def _frozen(classifier: ZeroShotClassifier, function: LogitsFn) -> LogitsFn:
+    def logits(pixels: Tensor) -> Tensor:
+        with classifier.frozen():
+            return function(pixels)
+
+    return logits
+
+
+def _in_float32(function: LogitsFn, device: torch.device) -> LogitsFn:
+    def logits(pixels: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return function(pixels).float()
+
+    return logits
+
+
+def _precision(model: nn.Module) -> str:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return lowest(dtypes)
+
+
+def lowest(dtypes: Iterable[torch.dtype]) -> str:
+    """Returns the name of the type of the fewest bits, such as "bfloat16"; "float32" where none has fewer."""
+    least = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
+    return "float32" if torch.finfo(least).bits >= 32 else str(least).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRecord:
+    """What became of a batch, or of several: a line of each list is an image, where nothing else is said.
+
+    Attributes:
+        index: The images' places in their dataset.
+        label: Their classes.
+        clean: The predicted classes before the attack.
+        prediction: The predicted classes; after the attack, where there was one.
+        norm: The length of the perturbation, in the norm of the threat model.
+        broken_by: The attack, of an ensemble the part, that turned a right answer; else None.
+        zero_gradients: Shares of pixel gradients that were zero at the first step, of the images that had gradients.
+        parts: Of an ensemble, how many images each attack was given and broke.
+        notes: What had to be changed for the model.
+        attacked: Number of images that were attacked: those that were right before.
+        forwards: Number of images that the attack ran the model on.
+        gradients: Number of those with a gradient.
+        changed: Number of images on which the attack's precision and float32 disagree about right or wrong.
+    """
+
+    index: list[int]
+    label: list[int]
+    clean: list[int] = field(default_factory=list)
+    prediction: list[int]
+    norm: list[float] = field(default_factory=list)
+    broken_by: list[str | None] = field(default_factory=list)
+    zero_gradients: list[float] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    attacked: int = 0
+    forwards: int = 0
+    gradients: int = 0
+    changed: int = 0
+
+    def right(self) -> int:
+        """Returns the number of images whose prediction is right."""
+        return sum(a == b for a, b in zip(self.prediction, self.label, strict=True))
+
+    def wrong(self) -> set[int]:
+        """Returns the places of the images whose prediction is wrong."""
+        rows = zip(self.index, self.prediction, self.label, strict=True)
+        return {index for index, prediction, label in rows if prediction != label}
+
+    def zero_gradient_share(self) -> float | None:
+        """Returns the mean share of zero pixel gradients; None where the attack took none."""
+        return sum(self.zero_gradients) / len(self.zero_gradients) if self.zero_gradients else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the record in JSON types; without an attack, only what there is."""
+        return {name: value for name, value in vars(self).items() if self.clean or name in _CLEAN}
+
+    @classmethod
+    def joined(cls, records: Iterable[Mapping[str, Any]]) -> BatchRecord:
+        """Returns one record of several batches, as `to_dict` returned them: lists one after the other, numbers added up."""
+        whole: dict[str, Any] = vars(cls(index=[], label=[], prediction=[]))
+        batches = [vars(cls(**record)) for record in records]
+        for name, empty in whole.items():
+            values = [batch[name] for batch in batches]
+            whole[name] = sum(values) if empty == 0 else list(chain.from_iterable(values))
+        return cls(**whole)
+
+
+Attacked = Sequence[tuple[Attack, BatchRecord]]  # each attack of an evaluation, and what became of all images
 
 
 class _Counted(Guarded):
@@ -53,14 +256,6 @@ class _Counted(Guarded):
         return super().__call__(images)
 
 
-@dataclass(frozen=True)
-class Attacked:
-    """A batch after an attack: what is recorded of it, and its adversarial images (B, 3, H, W)."""
-
-    record: dict[str, Any]
-    images: Tensor
-
-
 def attack_batch(
     subject: Subject,
     attack: Attack,
@@ -69,7 +264,7 @@ def attack_batch(
     indices: list[int],
     seed: int,
     report: Report | None = None,
-) -> Attacked:
+) -> tuple[BatchRecord, Tensor]:
     """Attacks the images of a batch that are classified correctly, and records what became of each.
 
     Leaving out the others changes no accuracy: an image counts as robust only if it is right before and after the attack.
@@ -84,36 +279,44 @@ def attack_batch(
         report: Called as the attack goes on.
 
     Returns:
-        `record`: lists over the B images (`clean` and `prediction`, the predicted classes before and after; `norm`, the length of
-        the perturbation; `broken_by`, the attack that turned a right answer, or None), and what the attack cost and saw.
+        The record, and the adversarial images (B, 3, H, W).
     """
     clean = subject.scored(pixels).argmax(1)  # (B,)
     right = (clean == labels).nonzero().squeeze(1)  # (A,)
     counted = _Counted(subject.attacked.logits_fn)
     adversarial, prediction = pixels.clone(), clean.clone()
-    result = None
+    result = AttackResult(pixels[right], pixels.new_empty(0))
     if len(right):
         generators = example_generators(seed, [indices[i] for i in right.tolist()], stream="evaluation")
         result = attack.run(counted, pixels[right], labels[right], generators, report=report)
         _check_inside(attack, result.images, pixels[right])
         adversarial[right] = result.images
         prediction[right] = subject.scored(result.images).argmax(1)
-    record = {
-        "index": indices,
-        "label": labels.tolist(),
-        "clean": clean.tolist(),
-        "prediction": prediction.tolist(),
-        "norm": attack.threat_model.norm_of(adversarial - pixels).tolist(),
-        "broken_by": _broken_by(attack.name, result, right, clean, prediction),
-        "zero_gradients": _known(result),
-        "parts": [] if result is None else _parts(result),
-        "notes": [] if result is None else list(result.notes),
-        "attacked": len(right),
-        "forwards": counted.forwards,
-        "gradients": counted.gradients,
-        "changed": 0 if subject.precision == "float32" else _changed(subject, adversarial, prediction, labels),
-    }
-    return Attacked(record, adversarial)
+    broken_by: list[str | None] = [None] * len(pixels)
+    for place, row in enumerate(right.tolist()):
+        if clean[row] != prediction[row]:
+            broken_by[row] = next((part.name for part in result.parts if part.broken[place]), attack.name)
+    changed = 0
+    if subject.precision != "float32":
+        with torch.no_grad():
+            answers = subject.attacked(adversarial).argmax(1)
+        changed = int(((answers == labels) != (prediction == labels)).sum())
+    record = BatchRecord(
+        index=indices,
+        label=labels.tolist(),
+        clean=clean.tolist(),
+        prediction=prediction.tolist(),
+        norm=attack.threat_model.norm_of(adversarial - pixels).tolist(),
+        broken_by=broken_by,
+        zero_gradients=[share for share in result.zero_gradient_share.tolist() if not math.isnan(share)],
+        parts=[{"name": p.name, "attacked": p.attacked, "broken": int(p.broken.sum())} for p in result.parts],
+        notes=list(result.notes),
+        attacked=len(right),
+        forwards=counted.forwards,
+        gradients=counted.gradients,
+        changed=changed,
+    )
+    return record, adversarial
 
 
 def _check_inside(attack: Attack, adversarial: Tensor, pixels: Tensor) -> None:
@@ -127,29 +330,15 @@ def _check_inside(attack: Attack, adversarial: Tensor, pixels: Tensor) -> None:
         )
 
 
-def _broken_by(
-    name: str, result: AttackResult | None, right: Tensor, clean: Tensor, prediction: Tensor
-) -> list[str | None]:
-    found: list[str | None] = [None] * len(clean)
-    for place, row in enumerate(right.tolist()):
-        if clean[row] != prediction[row]:
-            assert result is not None
-            by = [part.name for part in result.parts if part.broken[place]]
-            found[row] = by[0] if by else name
-    return found
+def outcomes(
+    classifier: ZeroShotClassifier, attack: Attack, pixels: Tensor, labels: Tensor, indices: list[int], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Attacks all images of a batch; arguments as for `attack_batch`, of a classifier in eval mode.
 
-
-def _parts(result: AttackResult) -> list[dict[str, Any]]:
-    return [{"name": p.name, "attacked": p.attacked, "broken": int(p.broken.sum())} for p in result.parts]
-
-
-def _known(result: AttackResult | None) -> list[float]:
-    """Returns the zero-gradient shares of the images that an attack took a gradient of."""
-    shares = [] if result is None else result.zero_gradient_share.tolist()
-    return [share for share in shares if share == share]  # NaN differs from itself
-
-
-def _changed(subject: Subject, adversarial: Tensor, prediction: Tensor, labels: Tensor) -> int:
+    Returns:
+        The predicted classes (B,) of the clean and of the adversarial images.
+    """
+    logits_fn = Guarded(classifier.with_fixed_texts())
+    adversarial = attack(logits_fn, pixels, labels, example_generators(seed, indices, stream="evaluation"))
     with torch.no_grad():
-        answers = subject.attacked(adversarial).argmax(1)
-    return int(((answers == labels) != (prediction == labels)).sum())
+        return logits_fn(pixels).argmax(-1), logits_fn(adversarial).argmax(-1)

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..attacks import Attack, LogitsFn, ThreatModel
+from ..attacks import Attack, LogitsFn
+from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
 from ..data.pixels import PixelDataset, digest_images
 from ..data.task import labels_by_name
@@ -44,10 +46,9 @@ class Examples:
             self.labels = torch.from_numpy(labels_by_name(data, classifier.class_names, "The dataset").astype("int64"))
             self._pixels = PixelDataset(data, classifier.transform)
         elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-            pixels, self.labels = data
-            if len(pixels):
-                ThreatModel("linf", 0).check(pixels, self.labels)
-            self._pixels = pixels
+            self._pixels, self.labels = data
+            if len(self._pixels):
+                check_images(self._pixels, self.labels)
         else:
             raise TypeError(f"data must be a datasets.Dataset or (pixels, labels), got {type(data).__name__}.")
         if len(self.labels) == 0:
@@ -73,6 +74,16 @@ class Examples:
                 "Give it the class names of this dataset, in the order of its labels."
             )
 
+    def warn_of_units(self, attacks: Sequence[Attack]) -> None:
+        """Warns of L2 radii that only make sense in units of 0 to 255."""
+        diagonal = math.sqrt(self.batch([0], torch.device("cpu"))[0].numel())
+        for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
+            if radius > diagonal / 5:
+                logger.warning(
+                    f"L2 epsilon={radius:g} changes every pixel by {radius / diagonal:.2g} of its range on average: epsilon is "
+                    f"in units of [0, 1] pixels, so that {radius:g} levels of 255 are written '{radius:g}/255'."
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns how many images there are, and a fingerprint of all of them and of their labels."""
         if not isinstance(self._pixels, Tensor):
@@ -84,16 +95,7 @@ class Examples:
         return {"n": len(self), "fingerprint": digest.hexdigest()[:16]}
 
 
-def warn_of_units(attacks: Sequence[Attack], examples: Examples) -> None:
-    """Warns of L2 radii that only make sense in units of 0 to 255."""
-    diagonal = math.sqrt(examples.batch([0], torch.device("cpu"))[0].numel())
-    for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
-        if radius > diagonal / 5:
-            logger.warning(
-                "L2 epsilon=%g changes every pixel by %.2g of its range on average: epsilon is in units of [0, 1] pixels, so "
-                "that %g levels of 255 are written '%g/255'.",
-                radius,
-                radius / diagonal,
-                radius,
-                radius,
-            )
+def spread(values: Sequence[int], count: int) -> list[int]:
+    """Returns `count` of the values, or all there are, at even distances."""
+    places = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return [values[place] for place in places.tolist()]

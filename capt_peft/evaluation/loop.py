@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,33 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attacks import Attack, LogitsFn, ThreatModel
-from ..results.earlier import changes, set_aside
+from ..attacks import Attack, LogitsFn
+from ..attacks.threat import check_images
+from ..results.earlier import changes
 from ..results.evaluation import Evaluation, examples_path
-from ..utils.files import DamagedFileError, make_writable, read_json, written_whole
+from ..utils.files import make_writable, written_whole
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
-from ..utils.versions import describe_machine, versions
-from .batch import attack_batch
-from .images import Examples, warn_of_units
-from .merge import black_box_needed, merge, standing
-from .resume import Jobs
-from .sample import sample_logits, spread
-from .signs import PROBES, probe, probe_black_box
-from .subject import Subject, subject_of
-
-logger = logging.getLogger(__name__)
+from ..utils.text import some
+from ..utils.versions import versions
+from .batch import Attacked, BatchRecord, Subject, attack_batch, subject_of
+from .images import Examples
+from .merge import merge
+from .resume import Jobs, finished, sample_logits
+from .signs import probe
 
 SIGNS = "signs"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One piece of work: an attack (None: no attack) on a batch."""
-
-    name: str
-    attack: int | None
-    indices: list[int]
 
 
 def evaluate(
@@ -75,7 +63,7 @@ def evaluate(
             eval mode and given back in the mode it had.
         data: A split of a task (columns `image` and `label`), or, for any classifier, pixels (n, 3, H, W) and labels (n,).
         attacks: Attacks, each with its threat model; none measures clean accuracy alone.
-        batch_size: Images a piece of work. It changes no random number.
+        batch_size: Images per piece of work. It changes no random number.
         seed: Seed of the attacks.
         attack_target: "tuned", or "frozen": attacks see the base model with the adapter off, and transfer.
         attack_template: Text of a class that attacks see instead of the classifier's own, with one `{}`.
@@ -104,37 +92,33 @@ def evaluate(
         examples = Examples(data, classifier)
         logits, classes = sample_logits(subject, examples, batch_size)
         examples.check_labels(classes)
-        warn_of_units(attacks, examples)
-        configuration = json.loads(
-            json.dumps(
-                {
-                    **(details or {}),
-                    "model": {**subject.description, "logits": logits},
-                    "data": examples.to_dict(),
-                    "attacks": [attack.to_dict() for attack in attacks],
-                    "attack_target": attack_target,
-                    "attack_template": attack_template,
-                    "seed": seed,
-                    "batch_size": batch_size,
-                    "signs": signs and subject.white_box,
-                    "save_images": save_images,
-                    "versions": versions(),
-                }
-            )
+        examples.warn_of_units(attacks)
+        configuration = _agreed(
+            {
+                **(details or {}),
+                "model": {**subject.description, "logits": logits},
+                "data": examples.to_dict(),
+                "attacks": [attack.to_dict() for attack in attacks],
+                "attack_target": attack_target,
+                "attack_template": attack_template,
+                "seed": seed,
+                "batch_size": batch_size,
+                "signs": signs and subject.white_box,
+                "save_images": save_images,
+                "versions": versions(),
+            }
         )
-        configuration = _agreed(configuration)
-        finished = _finished(output, configuration, overwrite)
-        if finished is not None:
-            return finished
+        folder = images = None
         if output is not None:
+            if not overwrite and (evaluation := finished(output, configuration)) is not None:
+                return evaluation
             names = output.name, examples_path(output).name
             main_process_says(lambda: make_writable(output.parent, *names))
-        images = _beside(output, ".images") if save_images else None
-        stale = [path for path in (images,) if path is not None]
-        jobs = Jobs(_beside(output, ".partial"), configuration, overwrite=overwrite, stale=stale)
-        work = _Work(subject, examples, attacks, seed, jobs, images, progress)
-        work.run(batch_size, signs=configuration["signs"])
-        evaluation = merge(work.results(), attacks, subject, configuration, describe_machine())
+            folder = output.with_suffix(".partial")
+            images = output.with_suffix(".images") if save_images else None
+        jobs = Jobs(folder, configuration, overwrite=overwrite, stale=images)
+        work = _Work(subject, examples, attacks, seed, batch_size, jobs, images, progress)
+        evaluation = merge(*work.measure(signs=configuration["signs"]), subject, configuration)
     state = PartialState()
     if output is not None:
         if state.is_main_process:
@@ -148,9 +132,9 @@ def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     names = [(attack.name, attack.threat_model) for attack in attacks]
-    twice = [f"{name}, {threat}" for name, threat in names if names.count((name, threat)) > 1]
-    if twice:
-        raise ValueError(f"The attack {twice[0]} is given more than once.")
+    for name, threat_model in names:
+        if names.count((name, threat_model)) > 1:
+            raise ValueError(f"The attack {name}, {threat_model} is given more than once.")
     if save_images and output is None:
         raise ValueError("save_images=True needs an output: the images lie beside it.")
     if output is not None and output.suffix != ".json":
@@ -169,156 +153,85 @@ def _lent(classifier: LogitsFn) -> Iterator[None]:
         yield
 
 
-def _agreed(configuration: dict[str, Any]) -> dict[str, Any]:
-    """Returns the main process's configuration, which has the same bits everywhere.
+def _agreed(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the main process's configuration in JSON types: it has the same bits everywhere.
 
     Raises:
         ValueError: The processes measure different things.
     """
-    if PartialState().num_processes == 1:
-        return configuration
-    first, *others = gather_object([configuration])
+    first, *others = gather_object([json.loads(json.dumps(configuration))])
     for number, other in enumerate(others, 1):
         if found := changes(other, first):
-            raise ValueError(f"Process {number} does not measure what process 0 does: {'; '.join(found[:5])}.")
+            raise ValueError(
+                f"Process {number} does not measure what process 0 does: {some(found, 5, separator='; ')}."
+            )
     return dict(first)
 
 
-def _beside(output: Path | None, suffix: str) -> Path | None:
-    return None if output is None else output.with_suffix(suffix)
-
-
-def _finished(output: Path | None, configuration: Mapping[str, Any], overwrite: bool) -> Evaluation | None:
-    """Returns what an earlier call has finished with the same configuration; None if it must be measured (again)."""
-    if output is None or overwrite or not main_process_says(lambda: _is_of(output, configuration)):
-        return None
-    try:
-        evaluation = Evaluation.load(output)
-    except ValueError as error:
-        logger.warning("%s The evaluation is measured again.", error)
-        return None
-    logger.info("%s holds this evaluation already.", output)
-    return evaluation
-
-
-def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
-    """Whether a file holds results of a configuration; those of another one are set aside."""
-    if not output.exists():
-        return False
-    try:
-        content = read_json(output)
-    except DamagedFileError as error:
-        logger.warning("%s The evaluation is measured again.", error)
-        return False
-    if content.get("kind") != "evaluation":
-        raise ValueError(f"{output} holds something else than an evaluation. Give another output, or overwrite=True.")
-    changed = changes(configuration, content.get("configuration") or {})
-    if changed:
-        set_aside(output, (".json", ".parquet", ".images"), changed)
-    return not changed
-
-
+@dataclass
 class _Work:
-    """The pieces of an evaluation that fall to this process."""
+    """The pieces of an evaluation that fall to this process: batches without an attack, and under each."""
 
-    def __init__(
-        self,
-        subject: Subject,
-        examples: Examples,
-        attacks: Sequence[Attack],
-        seed: int,
-        jobs: Jobs,
-        images: Path | None,
-        progress: bool,
-    ) -> None:
-        self.subject, self.examples, self.attacks = subject, examples, attacks
-        self.seed, self.jobs, self.images = seed, jobs, images
-        self.state = PartialState()
-        self.progress = progress and self.state.is_main_process
+    subject: Subject
+    examples: Examples
+    attacks: Sequence[Attack]
+    seed: int
+    batch_size: int
+    jobs: Jobs
+    images: Path | None
+    progress: bool
 
-    def run(self, batch_size: int, *, signs: bool) -> None:
-        """Does what is left."""
-        batches = [
-            list(range(start, min(start + batch_size, len(self.examples))))
-            for start in range(0, len(self.examples), batch_size)
-        ]
-        for attack in (None, *range(len(self.attacks))):
-            name = "clean" if attack is None else f"{attack:02d}"
-            jobs = [_Job(f"{name}-{i:06d}", attack, indices) for i, indices in enumerate(batches)]
-            mine = jobs[self.state.process_index :: self.state.num_processes]
-            self._run_attack(mine)
-        if signs and SIGNS not in self.jobs.done:
-            results = self.results()  # of all processes, which therefore all come here
-            if self.state.is_main_process:
-                self.jobs.keep(SIGNS, self._probe(results, batch_size))
+    def measure(self, *, signs: bool) -> tuple[BatchRecord, Attacked, dict[str, Any]]:
+        """Does what is left; returns the records of all images, clean and under each attack, and what signs need."""
+        names = ["clean", *(f"{i:02d}" for i in range(len(self.attacks)))]
+        for name, attack in zip(names, [None, *self.attacks], strict=True):
+            self._measure(name, attack)
+        done = {name: result for part in gather_object([self.jobs.done]) for name, result in part.items()}
+        pieces = [[done[piece] for piece in sorted(done) if piece.startswith(f"{name}-")] for name in names]
+        clean, *records = map(BatchRecord.joined, pieces)
+        attacked = list(zip(self.attacks, records, strict=True))
+        probed = done.get(SIGNS, {})
+        if signs and SIGNS not in done:
+            probed = main_process_says(lambda: self._probe(attacked))
+        return clean, attacked, probed
 
-    def results(self) -> dict[str, Any]:
-        """Returns the results of all pieces, of all processes."""
-        parts = gather_object([self.jobs.done]) if self.state.num_processes > 1 else [self.jobs.done]
-        return {name: result for part in parts for name, result in part.items()}
+    def _probe(self, attacked: Attacked) -> dict[str, Any]:
+        probed = probe(self.subject, self.examples, attacked, self.seed, self.batch_size)
+        self.jobs.keep(SIGNS, probed)
+        return probed
 
-    def _run_attack(self, jobs: list[_Job]) -> None:
+    def _measure(self, name: str, attack: Attack | None) -> None:
         """Runs one attack on the batches of this process."""
-        attack = None if not jobs or jobs[0].attack is None else self.attacks[jobs[0].attack]
+        state, n = PartialState(), len(self.examples)
+        starts = range(0, n, self.batch_size)
+        batches = [(f"{name}-{i:06d}", list(range(n)[j : j + self.batch_size])) for i, j in enumerate(starts)]
+        batches = batches[state.process_index :: state.num_processes]
         title = "clean" if attack is None else f"{attack.name}, {attack.threat_model}"
-        with tqdm(
-            total=sum(len(job.indices) for job in jobs), desc=title, unit="image", disable=not self.progress
-        ) as bar:
+        total, hidden = sum(len(indices) for _, indices in batches), not (self.progress and state.is_main_process)
+        with tqdm(total=total, desc=title, unit="image", disable=hidden) as bar:
             robust = seen = 0
-            for job in jobs:
-                if job.name not in self.jobs.done:
-                    self.jobs.keep(job.name, self._clean(job) if attack is None else self._attack(job, attack, bar))
-                record = self.jobs.done[job.name]
-                robust += sum(a == b for a, b in zip(record["prediction"], record["label"], strict=True))
-                seen += len(job.indices)
-                bar.update(len(job.indices))
+            for piece, indices in batches:
+                if piece not in self.jobs.done:
+                    self.jobs.keep(piece, self._record(piece, indices, attack, bar).to_dict())
+                robust += BatchRecord(**self.jobs.done[piece]).right()
+                seen += len(indices)
+                bar.update(len(indices))
                 bar.set_postfix_str(f"{'right' if attack is None else 'robust'} so far {100 * robust / seen:.1f}%")
 
-    def _clean(self, job: _Job) -> dict[str, Any]:
-        pixels, labels = self.examples.batch(job.indices, self.subject.device)
-        ThreatModel("linf", 0).check(pixels, labels)
-        prediction = self.subject.scored(pixels).argmax(1)
-        return {"index": job.indices, "label": labels.tolist(), "prediction": prediction.tolist()}
+    def _record(self, piece: str, indices: list[int], attack: Attack | None, bar: tqdm[Any]) -> BatchRecord:
+        pixels, labels = self.examples.batch(indices, self.subject.device)
+        if attack is None:
+            check_images(pixels, labels)
+            prediction = self.subject.scored(pixels).argmax(1)
+            return BatchRecord(index=indices, label=labels.tolist(), prediction=prediction.tolist())
 
-    def _attack(self, job: _Job, attack: Attack, bar: tqdm[Any]) -> dict[str, Any]:
         def report(name: str, left: int, standing: int) -> None:
-            bar.set_postfix_str(f"{name}: {left} images left, {standing} of {len(job.indices)} robust so far")
+            bar.set_postfix_str(f"{name}: {left} images left, {standing} of {len(indices)} robust so far")
 
-        pixels, labels = self.examples.batch(job.indices, self.subject.device)
-        attacked = attack_batch(self.subject, attack, pixels, labels, job.indices, self.seed, report)
+        record, adversarial = attack_batch(self.subject, attack, pixels, labels, indices, self.seed, report)
         if self.images is not None:
-            self._save_images(job, attack, attacked.images, labels)
-        return attacked.record
-
-    def _save_images(self, job: _Job, attack: Attack, images: Tensor, labels: Tensor) -> None:
-        assert self.images is not None
-        tensors = {"pixels": images.float().cpu(), "labels": labels.cpu(), "index": torch.tensor(job.indices)}
-        metadata = {"attack": attack.name, "threat_model": str(attack.threat_model)}
-        with written_whole(self.images) as folder:
-            save_file(tensors, folder / f"{job.name}-{attack.name}.safetensors", metadata)
-
-    def _probe(self, results: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-        """Runs the probes on images from all over the dataset that are classified correctly."""
-        threats = list(dict.fromkeys(attack.threat_model for attack in self.attacks))
-        candidates = spread(range(len(self.examples)), 4 * PROBES)
-        pixels, labels = self.examples.batch(candidates, self.subject.device)
-        right = (self.subject.scored(pixels).argmax(1) == labels).nonzero().squeeze(1).tolist()
-        if not threats or not right:
-            return {}
-        rows = spread(right, PROBES)
-        indices = [candidates[row] for row in rows]
-        probed = probe(self.subject, pixels[rows], labels[rows], indices, threats, self.seed)
-        return {**probed, "black_box": self._probe_black_box(results, batch_size)}
-
-    def _probe_black_box(self, results: Mapping[str, Any], batch_size: int) -> list[dict[str, Any]]:
-        """Runs Square on a few of the images that the gradients of the attacks did not break, once for each norm."""
-        if not black_box_needed(self.attacks, results):
-            return []
-        found = []
-        for threat, left in standing(self.attacks, results):
-            indices = spread(left, PROBES)
-            chunks = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-            batches = [(*self.examples.batch(chunk, self.subject.device), chunk) for chunk in chunks]
-            broken = sum(probe_black_box(self.subject, threat, *batch, self.seed) for batch in batches)
-            found.append({"threat_model": str(threat), "images": len(indices), "broken": broken})
-        return found
+            tensors = {"pixels": adversarial.float().cpu(), "labels": labels.cpu(), "index": torch.tensor(indices)}
+            metadata = {"attack": attack.name, "threat_model": str(attack.threat_model)}
+            with written_whole(self.images) as folder:
+                save_file(tensors, folder / f"{piece}-{attack.name}.safetensors", metadata)
+        return record

@@ -1,4 +1,4 @@
-"""Work in pieces whose results are kept on disk, so that a killed evaluation goes on where it was."""
+"""What was measured before and can be used again: whole evaluations, and the pieces of one that was killed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,58 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from torch import Tensor
 
-from ..results.earlier import changes, set_aside
+from ..attacks import LogitsFn
+from ..randomness import own_random_state
+from ..results.earlier import RANDOM, TOLERANCE, changes, logit_distance, set_aside
+from ..results.evaluation import Evaluation
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
+from .batch import Subject
+from .images import Examples, spread
+
+SAMPLED = 16  # images
+KEPT = 32  # numbers per image
 
 logger = logging.getLogger(__name__)
+
+
+def finished(output: Path, configuration: Mapping[str, Any]) -> Evaluation | None:
+    """Returns what an earlier call has finished with the same configuration; None if it must be measured (again).
+
+    Results of another configuration are set aside.
+
+    Raises:
+        ValueError: The file holds something else than an evaluation.
+    """
+    if not main_process_says(lambda: _is_of(output, configuration)):
+        return None
+    try:
+        evaluation = Evaluation.load(output)
+    except ValueError as error:
+        logger.warning("%s The evaluation is measured again.", error)
+        return None
+    logger.info("%s holds this evaluation already.", output)
+    return evaluation
+
+
+def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
+    if not output.exists():
+        return False
+    try:
+        content = read_json(output)
+    except DamagedFileError as error:
+        logger.warning("%s The evaluation is measured again.", error)
+        return False
+    if content.get("kind") != "evaluation":
+        raise ValueError(f"{output} holds something else than an evaluation. Give another output, or overwrite=True.")
+    changed = changes(configuration, content.get("configuration") or {})
+    if changed:
+        set_aside(output, (".json", ".parquet", ".images"), changed)
+    return not changed
 
 
 class Jobs:
@@ -26,19 +71,14 @@ class Jobs:
         folder: Where results are kept until all of the work is done; None keeps them in memory only.
         configuration: What the results depend on; JSON types.
         overwrite: Throw away results of another configuration instead of setting them aside.
-        stale: Folders that are removed when the work begins, and not when it goes on.
+        stale: A folder that is removed when the work begins, and not when it goes on.
 
     Raises:
         ValueError: Nothing can be written there, or another evaluation does.
     """
 
     def __init__(
-        self,
-        folder: Path | None,
-        configuration: Mapping[str, Any],
-        *,
-        overwrite: bool = False,
-        stale: Sequence[Path] = (),
+        self, folder: Path | None, configuration: Mapping[str, Any], *, overwrite: bool, stale: Path | None
     ) -> None:
         self.folder = folder
         self.done: dict[str, Any] = {}
@@ -49,14 +89,17 @@ class Jobs:
         main_process_says(lambda: self._open(folder, configuration, overwrite, stale))
         for path in sorted((folder / "jobs").glob("*.json")):
             try:
-                self.done[path.stem] = _unsealed(path)
+                content = read_json(path)
+                if "result" not in content or content.get("hash") != _hash(content["result"]):
+                    raise DamagedFileError(f"{path} is damaged (its content does not match its hash).")
+                self.done[path.stem] = content["result"]
             except DamagedFileError as error:
                 logger.warning("%s The piece of work is measured again.", error)
         if self.done and state.is_main_process:
             logger.info("Going on with %s: %d pieces of work are done.", folder, len(self.done))
         state.wait_for_everyone()  # all have read before anyone writes: they agree on what is left
 
-    def _open(self, folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Sequence[Path]) -> None:
+    def _open(self, folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Path | None) -> None:
         make_writable(folder.parent)
         self._lock = OutputLock(folder.parent, folder.name)
         path, jobs = folder / "configuration.json", folder / "jobs"
@@ -72,13 +115,14 @@ class Jobs:
         if changed and not overwrite:
             set_aside(folder, (".partial", ".images"), changed)
         if found is None or changed:
-            for other in (path, jobs, *stale):
-                _remove(other)
+            for other in (path, jobs, stale):
+                if other is not None:
+                    _remove(other)
             jobs.mkdir(parents=True)
             write_json(path, configuration)
 
     def keep(self, name: str, result: Any) -> None:
-        """Keeps the result of a piece of work, whole or not at all."""
+        """Keeps the result of a piece of work, in JSON types, whole or not at all."""
         self.done[name] = result
         if self.folder is not None:
             write_json(self.folder / "jobs" / f"{name}.json", {"result": result, "hash": _hash(result)})
@@ -91,13 +135,6 @@ class Jobs:
                 self._lock.release()
 
 
-def _unsealed(path: Path) -> Any:
-    content = read_json(path)
-    if "result" not in content or content.get("hash") != _hash(content["result"]):
-        raise DamagedFileError(f"{path} is damaged (its content does not match its hash).")
-    return content["result"]
-
-
 def _hash(result: Any) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -107,3 +144,54 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sample_logits(subject: Subject, examples: Examples, batch_size: int) -> tuple[dict[str, Any], int]:
+    """Runs the model on a few images, always the same and in the same batches, to tell it from others of the same name.
+
+    Args:
+        subject: What is measured.
+        examples: The images.
+        batch_size: Images at a time, at most.
+
+    Returns:
+        For the record, the images' places and the logits on them: of what decides (`scored`), and of what attacks see where that
+        is another function (`attacked`). In place of logits that differ from call to call stands "random"; more than 32 logits
+        of an image are projected to 32 numbers. And the number of classes.
+    """
+    places = spread(range(len(examples)), SAMPLED)
+    size = min(batch_size, SAMPLED)
+    chunks = [places[i : i + size] for i in range(0, len(places), size)]
+    batches = [examples.batch(chunk, subject.device)[0] for chunk in chunks]  # each (b, 3, H, W)
+    scored = _logits(subject.scored, batches, subject.device)
+    record: dict[str, Any] = {"images": places, "scored": compared_logits(*scored)}
+    if subject.attacked_is_other:
+        record["attacked"] = compared_logits(*_logits(subject.attacked, batches, subject.device))
+    return record, scored[0].shape[1]
+
+
+def _logits(function: LogitsFn, batches: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Returns the logits (16, N) of two runs, with the same global random numbers in each."""
+    runs = []
+    for _ in range(2):
+        with torch.no_grad(), own_random_state(0, device):
+            runs.append(torch.cat([function(pixels).double().cpu() for pixels in batches]))
+    return runs
+
+
+def compared_logits(first: Tensor, second: Tensor) -> str | list[list[float]]:
+    """Returns "random" if two runs of a model differ in their logits (n, N); else at most 32 numbers per image."""
+    first, second = _projected(first), _projected(second)
+    if logit_distance(first, second) > TOLERANCE / 2:
+        return RANDOM
+    return [[float(f"{value:.7g}") for value in row] for row in first.tolist()]
+
+
+def _projected(logits: Tensor) -> Tensor:
+    """Returns sums with random signs in place of many logits."""
+    width = logits.shape[1]
+    if width <= KEPT:
+        return logits
+    logits = logits.sign() * logits.abs().log1p()  # or a masked class, at -1e9, would drown all others
+    signs = torch.randint(0, 2, (width, KEPT), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    return logits @ signs / width**0.5

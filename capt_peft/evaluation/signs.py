@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ..attacks import APGD, PGD, Square, ThreatModel
+from ..attacks import APGD, PGD, LogitsFn, Square, ThreatModel
 from ..attacks.base import pixel_gradient
 from ..attacks.losses import cross_entropy
 from ..randomness import example_generators
 from ..results.evaluation import Sign
-from .precision import precision_of
-from .subject import Subject
+from .batch import Attacked, Subject, lowest
+from .images import Examples, spread
 
 PROBES = 100  # images that the probes are run on
 REPEATS = 5  # forwards that must agree
@@ -24,36 +26,101 @@ MANY = 20  # steps that must beat one
 QUERIES = 300  # of Square, where no black-box attack was asked for
 FEW = 8  # images by which the precision is seen
 
-RANDOM, ZERO, SQUARE, SQUARE_FEW, ONE_STEP, LEFT = 1e-4, 1e-3, 0.002, 0.02, 0.005, 0.0
+
+class _Rule(NamedTuple):
+    """Above which value a sign is raised, and what it says then, else, and where nothing was measured."""
+
+    threshold: float
+    bad: str
+    good: str
+    unknown: str = ""
 
 
-def _sign(name: str, value: float, threshold: float, bad: str, good: str) -> Sign:
-    raised = value > threshold
-    return Sign(name, raised, value, threshold, bad if raised else good)
+_RULES = {
+    "one_step_beats_many": _Rule(
+        0.005,
+        "One step breaks more images than {many} steps ({percent:.1f} points of {images} images): the gradients lead astray, and "
+        "robust accuracy is too high.",
+        "{many} steps break at least as many images as one ({images} images).",
+        "Not checked: every epsilon is 0.",
+    ),
+    "square_beats_white_box": _Rule(
+        0.002,
+        "Square, which sees no gradients, breaks {percent:.1f}% of all images where white-box attacks fail: gradients are "
+        "masked, and robust accuracy is too high.",
+        "Square breaks {percent:.1f}% of all images where white-box attacks fail.",
+        "Not checked: that needs a white-box attack that leaves images standing (autoattack has Square too).",
+    ),
+    "accuracy_left_at_epsilon_1": _Rule(
+        0.0,
+        "{percent:.1f}% accuracy is left when the attack may change every pixel at will ({images} images): the attack fails.",
+        "No accuracy is left when the attack may change every pixel at will ({images} images).",
+    ),
+    "zero_gradients": _Rule(
+        1e-3,
+        "{percent:.1f}% of the pixel gradients are exactly zero: the attack stands still there.",
+        "{percent:.2g}% of the pixel gradients are exactly zero.",
+    ),
+    "random_outputs": _Rule(
+        1e-4,
+        "The same image gets different outputs (relative difference {value:.1g}): measure with autoattack-rand, and repeat.",
+        "{repeats} forwards of the same images agree.",
+    ),
+    "probabilities_instead_of_logits": _Rule(
+        0.5,
+        "The outputs are probabilities: the softmax flattens the gradients. Return logits.",
+        "The outputs are logits.",
+    ),
+    "low_precision": _Rule(
+        0.5,
+        "The attack ran in {low}, which rounds gradients away; {how}. Attack in float32.",
+        "The attack ran in float32.",
+        "Not checked: the model computes where PyTorch does not see it, as in NumPy.",
+    ),
+}
+_FEW_QUERIES = _Rule(
+    0.02,
+    "{queries} queries of Square, which sees no gradients, break {percent:.1f}% {what}, where {many} steps of PGD fail: "
+    "gradients are masked, and robust accuracy is too high.",
+    "{queries} queries of Square break {percent:.1f}% {what} and that {many} steps of PGD do not break.",
+)
 
 
-def probe(
-    subject: Subject,
-    pixels: Tensor,
-    labels: Tensor,
-    indices: Sequence[int],
-    threats: Sequence[ThreatModel],
-    seed: int,
-) -> dict[str, Any]:
-    """Measures what signs need, on a few images.
+def probe(subject: Subject, examples: Examples, attacked: Attacked, seed: int, batch_size: int) -> dict[str, Any]:
+    """Measures what signs need, on images from all over the dataset that are classified correctly.
 
     Args:
         subject: What attacks see, and what decides.
-        pixels: (B, 3, H, W) in [0, 1].
-        labels: (B,) class indices.
-        indices: The images' places in their dataset.
-        threats: The threat models of the evaluation.
+        examples: The images.
+        attacked: The attacks of the evaluation, each with the record of all images.
         seed: Seed of the attacks.
+        batch_size: Images at a time, at most.
 
     Returns:
-        Numbers by name, in JSON types.
+        Numbers by name, in JSON types; empty if there is nothing to measure.
     """
-    generators = partial(example_generators, seed, indices, stream="evaluation")
+    candidates = spread(range(len(examples)), 4 * PROBES)
+    pixels, labels = examples.batch(candidates, subject.device)
+    right = (subject.scored(pixels).argmax(1) == labels).nonzero().squeeze(1).tolist()
+    if not attacked or not right:
+        return {}
+    rows = spread(right, PROBES)
+    threats = list(dict.fromkeys(attack.threat_model for attack, _ in attacked))
+    generators = partial(example_generators, seed, [candidates[row] for row in rows], stream="evaluation")
+    probed = _probe(subject, pixels[rows], labels[rows], generators, threats)
+    black_box = []
+    if any(record.gradients for _, record in attacked) and _square_gain(attacked) is None:
+        for threat, standing in _standing(attacked):
+            indices = spread(standing, PROBES)
+            chunks = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+            broken = sum(_broken_by_square(subject, examples, threat, chunk, seed) for chunk in chunks)
+            black_box.append({"threat_model": str(threat), "images": len(indices), "broken": broken})
+    return {**probed, "black_box": black_box}
+
+
+def _probe(
+    subject: Subject, pixels: Tensor, labels: Tensor, generators: Any, threats: Sequence[ThreatModel]
+) -> dict[str, Any]:
     logits_fn = subject.attacked
 
     def left(attack: APGD | PGD) -> float:
@@ -63,7 +130,8 @@ def probe(
 
     with torch.no_grad():
         outputs = torch.stack([logits_fn(pixels).float() for _ in range(REPEATS)])  # (REPEATS, B, N)
-    spread = (outputs - outputs[0]).flatten(1).norm(dim=1).max() / outputs[0].norm().clamp_min(1e-12)
+    differences = (outputs - outputs[0]).flatten(1).norm(dim=1).max() / outputs[0].norm().clamp_min(1e-12)
+    sums = outputs[0].sum(1)
     starts = threats[0].random_start(pixels, generators())
     _, _, gradient = pixel_gradient(logits_fn, starts, lambda logits: cross_entropy(logits, labels))
     norm = threats[0].norm
@@ -71,8 +139,8 @@ def probe(
     steps = [(left(PGD(t, steps=1)), left(PGD(t, steps=MANY))) for t in threats if t.epsilon > 0]
     return {
         "images": len(pixels),
-        "output_spread": float(spread),
-        "probabilities": _are_probabilities(outputs[0]),
+        "output_spread": float(differences),
+        "probabilities": bool((outputs[0] >= 0).all() and ((sums - 1).abs() < 1e-3).all()),
         "zero_gradient_share": float((gradient == 0).double().mean()),
         "one_step": [one for one, _ in steps],
         "many_steps": [many for _, many in steps],
@@ -82,19 +150,11 @@ def probe(
     }
 
 
-def probe_black_box(
-    subject: Subject, threat: ThreatModel, pixels: Tensor, labels: Tensor, indices: Sequence[int], seed: int
+def _broken_by_square(
+    subject: Subject, examples: Examples, threat: ThreatModel, indices: Sequence[int], seed: int
 ) -> int:
-    """Returns how many images a few hundred queries of Square break and 20 steps of PGD do not: what gradients hide.
-
-    Args:
-        subject: What attacks see, and what decides.
-        threat: The ball.
-        pixels: (B, 3, H, W) in [0, 1]: images that the attacks of the evaluation left standing.
-        labels: (B,) class indices.
-        indices: The images' places in their dataset.
-        seed: Seed of the attacks.
-    """
+    """Returns how many images a few hundred queries of Square break and 20 steps of PGD do not: what gradients hide."""
+    pixels, labels = examples.batch(indices, subject.device)
     broken = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
     for attack, breaks in ((Square(threat, queries=QUERIES), True), (PGD(threat, steps=MANY), False)):
         rows = broken.nonzero().squeeze(1)
@@ -106,152 +166,123 @@ def probe_black_box(
     return int(broken.sum())
 
 
-def _are_probabilities(outputs: Tensor) -> bool:
-    """Whether every row (B, N) is a distribution."""
-    sums = (outputs.sum(1) - 1).abs()
-    return bool((outputs >= 0).all() and (sums < 1e-3).all())
+def _standing(attacked: Attacked) -> list[tuple[ThreatModel, list[int]]]:
+    """Returns, for each norm, the largest ball within which images stood all attacks, and these images' places."""
+    found: dict[str, tuple[ThreatModel, list[int]]] = {}
+    for threat in sorted({attack.threat_model for attack, _ in attacked}, key=lambda t: (t.norm, -t.epsilon)):
+        within = [record for attack, record in attacked if attack.threat_model == threat]
+        left = sorted(set(within[0].index).difference(*(record.wrong() for record in within)))
+        if left and threat.epsilon > 0:
+            found.setdefault(threat.norm, (threat, left))
+    return list(found.values())
 
 
-def read_signs(
-    probed: dict[str, Any],
-    zero_share: float | None,
-    square_gain: float | None,
-    black_box: Sequence[dict[str, Any]],
-    precision: str,
-    changed: int,
-) -> tuple[Sign, ...]:
-    """Turns measurements into signs.
+def _square_gain(attacked: Attacked) -> float | None:
+    """Returns the share of the images that Square broke and no attack with gradients did, at its largest over threat models.
+
+    None where Square, or every attack with gradients, was missing.
+    """
+    gains = []
+    for threat in dict.fromkeys(attack.threat_model for attack, _ in attacked):
+        within = [(attack, record) for attack, record in attacked if attack.threat_model == threat]
+        parts = [part for attack, _ in within for part in attack.parts]
+        squares = {part.name for part in parts if isinstance(part, Square)}
+        if squares and any(part.uses_gradients for part in parts):
+            rows = [row for _, record in within for row in zip(record.index, record.broken_by, strict=True)]
+            by_square = {index for index, by in rows if by in squares}
+            by_others = {index for index, by in rows if by not in (None, *squares)}
+            gains.append(len(by_square - by_others) / len(within[0][1].index))
+    return max(gains) if gains else None
+
+
+def read_signs(probed: Mapping[str, Any], subject: Subject, attacked: Attacked) -> tuple[Sign, ...]:
+    """Returns the signs by what `probe` measured and by the attacks themselves; none where nothing was probed."""
+    if not probed:
+        return ()
+    images = probed["images"]
+    gains = [many - one for one, many in zip(probed["one_step"], probed["many_steps"], strict=True)]
+    precision = subject.precision if subject.precision != "float32" else probed["precision"]
+    how = f"outcomes were decided in float32, which changed {sum(record.changed for _, record in attacked)} of them"
+    if (decides := probed["precision_that_decides"]) != "float32":
+        how = f"and so did what decides the outcomes ({decides or 'unknown'})"
+    shares = [probed["zero_gradient_share"], *(record.zero_gradient_share() or 0.0 for _, record in attacked)]
+    return (
+        _sign("one_step_beats_many", max(gains, default=None), least=1 / images, images=images),
+        _square(_square_gain(attacked), probed.get("black_box")),
+        _sign("accuracy_left_at_epsilon_1", probed["unbounded"], images=images),
+        _sign("zero_gradients", max(shares)),
+        _sign("random_outputs", probed["output_spread"]),
+        _sign("probabilities_instead_of_logits", float(probed["probabilities"])),
+        _sign("low_precision", None if precision is None else float(precision != "float32"), low=precision, how=how),
+    )
+
+
+def _square(gain: float | None, black_box: Sequence[Mapping[str, Any]] | None) -> Sign:
+    """Returns the sign by the images that Square broke among the attacks or, without it, by those that a few queries did."""
+    name = "square_beats_white_box"
+    if gain is not None or not black_box:
+        return _sign(name, gain)
+    worst = max(black_box, key=lambda found: found["broken"] / found["images"])
+    what = f"of {worst['images']} images that the attacks left standing within {worst['threat_model']}"
+    return _sign(name, worst["broken"] / worst["images"], _FEW_QUERIES, least=1 / worst["images"], what=what)
+
+
+def _sign(name: str, value: float | None, rule: _Rule | None = None, *, least: float = 0.0, **words: Any) -> Sign:
+    """Returns a sign by its rule; a value of `least`, one image of a small probe, does not raise it."""
+    rule = rule or _RULES[name]
+    if value is None:
+        return Sign(name, None, None, rule.threshold, rule.unknown)
+    threshold = max(rule.threshold, least)
+    sentence = rule.bad if value > threshold else rule.good
+    words |= {"value": value, "percent": 100 * value, "many": MANY, "queries": QUERIES, "repeats": REPEATS}
+    return Sign(name, value > threshold, value, threshold, sentence.format(**words))
+
+
+_HALVES = (torch.bfloat16, torch.float16)
+_MOVING = {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::detach", "aten::lift_fresh", "aten::alias"}
+_FEW = 16  # numbers that may have few digits by chance
+
+
+class _WatchedPrecision(TorchDispatchMode):
+    """Within it, the types of all numbers that PyTorch computes are noted: of autocast, of casts inside, of a backward too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+        self.computed = False  # and not only copied
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and notes the types of its results."""
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.dtypes |= {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        self.computed |= func._schema.name not in _MOVING and not func.is_view
+        return result
+
+
+def precision_of(logits_fn: LogitsFn, pixels: Tensor, *, backward: bool = False) -> str | None:
+    """Returns the lowest precision in which a model computes its logits, whatever it does inside.
 
     Args:
-        probed: What `probe` returned.
-        zero_share: Mean share of zero pixel gradients at the attacks' first steps; None where no attack has gradients.
-        square_gain: Share of the images that Square broke and no white-box attack did, at its largest over the threat models;
-            None where Square, or every white-box attack, was missing.
-        black_box: What Square broke of a few images that the attacks had left standing, where it was not among them.
-        precision: The precision of the parameters and of autocast around the attacks.
-        changed: Adversarial images on which that precision and float32 disagree about right or wrong.
+        logits_fn: The model.
+        pixels: (B, 3, H, W) in [0, 1].
+        backward: Look at the gradient at the pixels too.
+
+    Returns:
+        "float32", "bfloat16", ..., or None if it computes out of sight, as in NumPy, and its logits tell nothing.
     """
-    return (
-        _one_step(probed),
-        _square(square_gain) if square_gain is not None or not black_box else _few_queries(black_box),
-        _left_at_everything(probed),
-        _zero(probed, zero_share),
-        _random(probed),
-        _probabilities(probed),
-        _precision(probed, precision, changed),
-    )
-
-
-def _one_step(probed: dict[str, Any]) -> Sign:
-    gains = [many - one for one, many in zip(probed["one_step"], probed["many_steps"], strict=True)]
-    if not gains:
-        return Sign("one_step_beats_many", None, None, ONE_STEP, "Not checked: every epsilon is 0.")
-    images = probed["images"]
-    # the rounding of one image in a small probe does not count as a sign
-    return _sign(
-        "one_step_beats_many",
-        max(gains),
-        max(ONE_STEP, 1 / images),
-        f"One step breaks more images than {MANY} steps ({100 * max(gains):.1f} points of {images} images): the gradients lead "
-        "astray, and robust accuracy is too high.",
-        f"{MANY} steps break at least as many images as one ({images} images).",
-    )
-
-
-def _square(gain: float | None) -> Sign:
-    if gain is None:
-        return Sign(
-            "square_beats_white_box",
-            None,
-            None,
-            SQUARE,
-            "Not checked: that needs a white-box attack that leaves images standing (autoattack has Square too).",
-        )
-    return _sign(
-        "square_beats_white_box",
-        gain,
-        SQUARE,
-        f"Square, which sees no gradients, breaks {100 * gain:.1f}% of all images where white-box attacks fail: gradients are "
-        "masked, and robust accuracy is too high.",
-        f"Square breaks {100 * gain:.1f}% of all images where white-box attacks fail.",
-    )
-
-
-def _few_queries(black_box: Sequence[dict[str, Any]]) -> Sign:
-    worst = max(black_box, key=lambda found: found["broken"] / found["images"])
-    gain, images = worst["broken"] / worst["images"], worst["images"]
-    what = f"of {images} images that the attacks left standing within {worst['threat_model']}"
-    return _sign(
-        "square_beats_white_box",
-        gain,
-        max(SQUARE_FEW, 1 / images),  # one image in a small probe does not count as a sign
-        f"{QUERIES} queries of Square, which sees no gradients, break {100 * gain:.1f}% {what}, where {MANY} steps of PGD fail: "
-        "gradients are masked, and robust accuracy is too high.",
-        f"{QUERIES} queries of Square break {100 * gain:.1f}% {what} and that {MANY} steps of PGD do not break.",
-    )
-
-
-def _left_at_everything(probed: dict[str, Any]) -> Sign:
-    left, images = probed["unbounded"], probed["images"]
-    return _sign(
-        "accuracy_left_at_epsilon_1",
-        left,
-        LEFT,
-        f"{100 * left:.1f}% accuracy is left when the attack may change every pixel at will ({images} images): the attack fails.",
-        f"No accuracy is left when the attack may change every pixel at will ({images} images).",
-    )
-
-
-def _zero(probed: dict[str, Any], zero_share: float | None) -> Sign:
-    share = max(probed["zero_gradient_share"], zero_share or 0.0)
-    return _sign(
-        "zero_gradients",
-        share,
-        ZERO,
-        f"{100 * share:.1f}% of the pixel gradients are exactly zero: the attack stands still there.",
-        f"{100 * share:.2g}% of the pixel gradients are exactly zero.",
-    )
-
-
-def _random(probed: dict[str, Any]) -> Sign:
-    return _sign(
-        "random_outputs",
-        probed["output_spread"],
-        RANDOM,
-        f"The same image gets different outputs (relative difference {probed['output_spread']:.1g}): measure with "
-        "autoattack-rand, and repeat.",
-        f"{REPEATS} forwards of the same images agree.",
-    )
-
-
-def _probabilities(probed: dict[str, Any]) -> Sign:
-    return _sign(
-        "probabilities_instead_of_logits",
-        float(probed["probabilities"]),
-        0.5,
-        "The outputs are probabilities: the softmax flattens the gradients. Return logits.",
-        "The outputs are logits.",
-    )
-
-
-def _precision(probed: dict[str, Any], precision: str, changed: int) -> Sign:
-    seen, decides = probed["precision"], probed["precision_that_decides"]
-    low = precision if precision != "float32" else seen
-    if low is None:
-        return Sign(
-            "low_precision",
-            None,
-            None,
-            0.5,
-            "Not checked: the model computes where PyTorch does not see it, as in NumPy.",
-        )
-    how = f"outcomes were decided in float32, which changed {changed} of them"
-    if decides != "float32":
-        how = f"and so did what decides the outcomes ({decides or 'unknown'})"
-    return _sign(
-        "low_precision",
-        float(low != "float32"),
-        0.5,
-        f"The attack ran in {low}, which rounds gradients away; {how}. Attack in float32.",
-        "The attack ran in float32.",
-    )
+    with _WatchedPrecision() as watched, torch.set_grad_enabled(backward):
+        images = pixels.clone().requires_grad_(backward)
+        logits = logits_fn(images)
+        computed = watched.computed
+        if backward and logits.grad_fn is not None:
+            torch.autograd.grad(logits.sum(), images, allow_unused=True)
+    if any(torch.finfo(dtype).bits < 32 for dtype in watched.dtypes):
+        return lowest(watched.dtypes)
+    if computed:
+        return "float32"
+    values = logits.detach().float().unique()
+    fractions = values[values != values.round()]
+    if len(fractions) < _FEW:
+        return None
+    return next((lowest([half]) for half in _HALVES if torch.equal(fractions, fractions.to(half).float())), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -289,26 +289,6 @@ EXAMPLE_SCHEMA = pa.schema({
     "index": _INT, "label": _INT, "clean_prediction": _INT, "attack": _TEXT, "threat_model": _TEXT, "prediction": _INT,
     "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(),
 })  # fmt: skip
-
-
-def examples_table(records: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> pa.Table:
-    """Returns one row per image and attack from (attack settings, record of a batch) pairs."""
-    batches = []
-    for attack, record in records:
-        n, threat = len(record["index"]), str(ThreatModel(**attack["threat_model"]))
-        columns = {
-            "index": record["index"],
-            "label": record["label"],
-            "clean_prediction": record["clean"],
-            "attack": [attack["name"]] * n,
-            "threat_model": [threat] * n,
-            "prediction": record["prediction"],
-            "broken": [by is not None for by in record["broken_by"]],
-            "broken_by": record["broken_by"],
-            "perturbation": record["norm"],
-        }
-        batches.append(pa.table(columns, schema=EXAMPLE_SCHEMA))
-    return pa.concat_tables([EXAMPLE_SCHEMA.empty_table(), *batches]).combine_chunks()
 
 
 def _count(true: pa.ChunkedArray) -> int:

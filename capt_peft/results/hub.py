@@ -85,7 +85,7 @@ def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = N
 
     Args:
         folder: Folder of the adapter.
-        configuration: Of the evaluation to come: its `task`, and its `model` (`capt_peft.evaluation.subject.describe`). None: not
+        configuration: Of the evaluation to come: its `task`, and its `model` (`capt_peft.evaluation.batch.describe`). None: not
             compared.
 
     Raises:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capt_peft.attacks import ThreatModel, parse_fraction
-from capt_peft.attacks.threat import check_label_range
+from capt_peft.attacks.threat import check_images, check_label_range
 from capt_peft.randomness import draw, example_generators, resolve_generator
 
 NORMS = ["linf", "l2"]
@@ -264,12 +264,12 @@ LABELS = torch.tensor([0, 1])
 )
 def test_other_images_are_refused(images: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ThreatModel("linf", "4/255").check(images, LABELS)
+        check_images(images, LABELS)
 
 
 def test_images_a_rounding_error_outside_the_range_are_accepted() -> None:
-    ThreatModel("linf", "4/255").check(GOOD + 0.5 + 5e-7, LABELS)
-    ThreatModel("linf", "4/255").check(GOOD - 0.5 - 5e-7, LABELS)
+    check_images(GOOD + 0.5 + 5e-7, LABELS)
+    check_images(GOOD - 0.5 - 5e-7, LABELS)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_images_a_rounding_error_outside_the_range_are_accepted() -> None:
 )
 def test_other_labels_are_refused(labels: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ThreatModel("linf", "4/255").check(GOOD, labels)
+        check_images(GOOD, labels)
 
 
 def test_labels_of_classes_that_are_not_there_are_refused() -> None:

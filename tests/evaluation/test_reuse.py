@@ -17,7 +17,7 @@ from transformers import CLIPModel
 from capt_peft import PGD, CaptConfig, ThreatModel, ZeroShotClassifier, evaluate, load_task
 from capt_peft.evaluation import Accuracy, Evaluation
 from capt_peft.evaluation import loop as loop_module
-from capt_peft.evaluation import sample as sample_module
+from capt_peft.evaluation.resume import compared_logits
 from capt_peft.results.earlier import TOLERANCE, logit_changes
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 from capt_peft.utils.files import DamagedFileError
@@ -396,5 +396,5 @@ def test_a_masked_class_does_not_hide_the_others():
     logits = torch.cat([drawn(4, 16, 40), torch.full((16, 1), -1e9)], 1).double()
     other = logits.clone()
     other[:, :40] += 0.1
-    old, new = ({"images": [0], "scored": sample_module._numbers([z, z])} for z in (logits, other))
+    old, new = ({"images": [0], "scored": compared_logits(z, z)} for z in (logits, other))
     assert not logit_changes(old, old) and logit_changes(new, old)
