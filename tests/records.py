@@ -37,7 +37,7 @@ def run_record(fingerprint, config=None, source="digits"):
         versions={"torch": "2"},
         machine="CPU",
     )
-    return results.to_dict()
+    return json.loads(json.dumps(results.to_dict()))
 
 
 def evaluation_record(fingerprint, base):

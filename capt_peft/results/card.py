@@ -22,7 +22,7 @@ from ..utils.files import write_text
 from ..utils.markup import Markdown, code, escape, plain, quoted
 from ..utils.text import some
 from .accuracy import Accuracy
-from .run import RESULTS, Accuracies, Records
+from .run import RESULTS, Records
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +138,7 @@ def without_local_paths(text: str) -> str:
 
 
 def kept_details(path: Path, fingerprint: str | None) -> CardDetails:
-    """Returns what a person added to the card that is there, which shall stay when it is written again.
-
-    Args:
-        path: The card.
-        fingerprint: That of the weights: the data is kept only if the card is of the same.
-    """
+    """Returns what a person added to a card, which shall stay when it is written again; the data only of the same weights."""
     if not path.is_file():
         return CardDetails()
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -188,23 +183,15 @@ def write_card(folder: str | Path, adapter: str | None = None, details: CardDeta
 
 
 def write_cards_for(temporary: Path, home: Path, adapter: str | None = None) -> None:
-    """Writes the cards of adapters that lie in a temporary folder and will be moved to another, where a person's card stays.
+    """Writes the cards of adapters in a temporary folder that will be moved to another one, where a person's card stays.
 
-    Args:
-        temporary: Where the adapters are; what was measured with them, if they are not of the run that is there already.
-        home: Where they will be.
-        adapter: As for `write_card`.
-
-    Raises:
-        ValueError: A record in the temporary folder is damaged or of other weights.
+    The records are those of the run in the temporary folder, which must be of these weights, or what lies there already.
     """
     for weights in temporary.rglob(SAFETENSORS_NAME):
         folder, to = weights.parent, home / weights.parent.relative_to(temporary)
         if is_capt(folder):
             (folder / CARD).unlink(missing_ok=True)
-            if is_replaceable(to / CARD):
-                made = card_of(folder, adapter, strict=(folder / RESULTS).is_file(), home=to)
-                _write(folder / CARD, made, to)
+            _write_unless_kept(folder, to, adapter, strict=(folder / RESULTS).is_file())
 
 
 def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
@@ -218,12 +205,9 @@ def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
         whole: Whether its weights are in the folder already; otherwise no record can be compared with them.
     """
     whole = whole and (folder / SAFETENSORS_NAME).is_file()
-    if is_replaceable(folder / CARD):
-        _write(folder / CARD, card_of(folder, strict=False, unsaved=None if whole else config), folder)
-    else:
-        _tidy(folder / CARD)
+    _write_unless_kept(folder, folder, unsaved=None if whole else config)
     if whole:
-        _put_right_above(folder)
+        _put_right_above(folder.parent)
 
 
 tuner_config.write_saved_card = write_saved_card
@@ -253,19 +237,15 @@ def card_of(
     home: Path | None = None,
     unsaved: CaptConfig | None = None,
 ) -> tuple[str, Records]:
-    """Returns the card of a saved adapter, and the records that are of its weights.
+    """Returns the card of a saved adapter, and the records that are of its weights; as `write_card`.
 
     Args:
-        folder: As for `write_card`.
-        adapter: As for `write_card`.
-        details: As for `write_card`.
+        folder: Folder of the adapter.
+        adapter: Folder or Hub id by which people load it.
+        details: What else the card says.
         strict: False: records of other weights are left out, and the card says why, instead of raising.
-        home: Where the folder will be: there are the card that it takes the place of, and the records if it has none of its own.
-            By default the folder.
+        home: Where the folder will be: there are the card that it takes the place of, and records if it has none.
         unsaved: The configuration of an adapter whose weights are not in the folder yet.
-
-    Raises:
-        ValueError: As for `write_card`.
     """
     config = unsaved or adapter_config(folder)
     fingerprint = None if unsaved else adapter_fingerprint(folder)
@@ -277,11 +257,15 @@ def card_of(
     return card_text(records, name, config.to_dict(), fingerprint, details), records
 
 
-def _write(path: Path, made: tuple[str, Records], home: Path) -> None:
-    card, records = made
-    for reason in records.unshown:
-        logger.warning("%s: %s", home, reason)
-    write_text(path, card)
+def _write_unless_kept(folder: Path, home: Path, adapter: str | None = None, **how: Any) -> None:
+    """Writes the card of an adapter that will be at home; the one that a person wrote there only loses the local paths."""
+    if is_replaceable(home / CARD):
+        card, records = card_of(folder, adapter, home=home, **{"strict": False, **how})
+        for reason in records.unshown:
+            logger.warning("%s: %s", home, reason)
+        write_text(folder / CARD, card)
+    elif home == folder:
+        _tidy(home / CARD)
 
 
 def _tidy(readme: Path) -> None:
@@ -291,25 +275,17 @@ def _tidy(readme: Path) -> None:
         write_text(readme, tidied)
 
 
-def _put_right_above(folder: Path) -> None:
+def _put_right_above(above: Path) -> None:
     """Replaces the blank card that PEFT leaves above an adapter with a name of its own, or the one of ours that it changed."""
-    above = folder.parent / CARD
-    if not above.is_file():
+    readme = above / CARD
+    if not readme.is_file():
         return
-    if not is_replaceable(above):
-        _tidy(above)
-    elif (above.parent / SAFETENSORS_NAME).is_file():
-        try:
-            text = card_of(above.parent, strict=False)[0]
-        except (OSError, ValueError):  # of another method: PEFT's card is its card
-            return
-        write_text(above, text)
-    elif (above.parent / "adapter_config.json").is_file():
-        return
-    elif MARK in above.read_text(encoding="utf-8", errors="replace"):
-        _tidy(above)
-    else:
-        above.unlink()
+    if is_capt(above):
+        _write_unless_kept(above, above)
+    elif not is_replaceable(readme) or MARK in readme.read_text(encoding="utf-8", errors="replace"):
+        _tidy(readme)
+    elif not (above / "adapter_config.json").is_file():  # else of another method: PEFT's card is its card
+        readme.unlink()
 
 
 # -------------------------------------------------------------------------------------------------------------- the card
@@ -326,15 +302,19 @@ class Row:
 
 
 def accuracy_rows(records: Records) -> list[Row]:
-    """Returns the accuracies of an adapter, zero-shot first."""
+    """Returns the accuracies of an adapter, zero-shot first; those of an evaluation replace the run's of as many images."""
     results, evaluation = records.results, records.evaluation
+    method = "this adapter" if results is None else results.method
     before: list[Row] = []
     after: list[Row] = []
-    method = "this adapter"
     if results is not None:
-        measured, method = results.evaluation, results.method
-        before = _pair("zero-shot", measured.before, measured.attack)
-        after = _pair(method, measured.after, measured.attack)
+        attack = results.evaluation.attack
+        under = str(ThreatModel(**attack["threat_model"])), str(attack["name"])
+        for model, both, rows in (
+            ("zero-shot", results.evaluation.before, before),
+            (method, results.evaluation.after, after),
+        ):
+            rows += [Row(model, both.clean), Row(model, both.robust, *under)]
     if evaluation is None:
         return [*before, *after]
     rows = [Row(method, evaluation.clean)]
@@ -348,24 +328,10 @@ def accuracy_rows(records: Records) -> list[Row]:
     return [*before, *kept, *rows]
 
 
-def _pair(model: str, both: Accuracies, attack: Mapping[str, Any]) -> list[Row]:
-    threat = str(ThreatModel(**attack["threat_model"]))
-    return [Row(model, both.clean), Row(model, both.robust, threat, str(attack["name"]))]
-
-
 def card_text(
     records: Records, adapter: str, config: Mapping[str, Any], fingerprint: str | None, details: CardDetails
 ) -> str:
-    """Returns the card of an adapter.
-
-    Args:
-        records: Those of its weights. The figures of the evaluation take the place of those of the run where they are of as many
-            images or more.
-        adapter: Folder or Hub id by which people load it.
-        config: Its configuration.
-        fingerprint: Its fingerprint; None: unknown.
-        details: What else the card says.
-    """
+    """Returns the card of an adapter with records of its weights, by the name that people load it with."""
     results, evaluation, rows = records.results, records.evaluation, accuracy_rows(records)
     task = next(iter(details.datasets), None) if results is None else results.task.name
     base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
@@ -431,12 +397,7 @@ def _measured(records: Records, config: Mapping[str, Any]) -> str:
 
 
 def shown_path(name: str | Path, *, hub: bool = False) -> str:
-    """Returns a name as a card shows it: of a folder of this machine only the last part.
-
-    Args:
-        name: A Hub id, a name, or a path.
-        hub: A relative path is shown only if it can be a Hub id, which a folder that exists is not.
-    """
+    """Returns a name as a card shows it: of a folder of this machine only the last part; `hub`: of all but Hub ids."""
     text = str(name)
     if text.startswith(("http://", "https://")):
         return text
@@ -449,10 +410,7 @@ def shown_path(name: str | Path, *, hub: bool = False) -> str:
 def card_data(
     records: Records, rows: Sequence[Row], adapter: str, config: Mapping[str, Any], details: CardDetails
 ) -> ModelCardData:
-    """Returns the metadata of a card, with clean and robust accuracy of the adapter as its model-index.
-
-    Without a name of the data set that they were measured on, there is no model-index.
-    """
+    """Returns the metadata of a card: its model-index has the accuracies, if the data set that they are of has a name."""
     base = str(details.finetuned_from or config.get("base_model_name_or_path") or "")
     dataset, source, split = None, None, None
     if records.results is not None:

@@ -82,24 +82,15 @@ class AttackOutcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, for results."""
-        return {
-            "kind": self.kind,
-            "attack": self.attack,
-            **self.accuracy.to_dict(),
-            "broken": self.broken,
-            "forwards": self.forwards,
-            "gradients": self.gradients,
-            "zero_gradient_share": self.zero_gradient_share,
-            "parts": list(self.parts),
-            "notes": list(self.notes),
-        }
+        row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "accuracy"}
+        return {**row, **self.accuracy.to_dict(), "parts": list(self.parts), "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> AttackOutcome:
         """Reads what `to_dict` returned."""
         values = {each.name: row[each.name] for each in fields(cls) if each.name != "accuracy"}
-        lists = {"parts": tuple(row["parts"]), "notes": tuple(row["notes"])}
-        outcome = cls(accuracy=Accuracy.from_dict(row), **{**values, **lists})
+        values |= {"accuracy": Accuracy.from_dict(row), "parts": tuple(row["parts"]), "notes": tuple(row["notes"])}
+        outcome = cls(**values)
         _ = outcome.name, outcome.threat_model  # or it raises
         return outcome
 

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import PushToHubMixin
 
-from ..tuner import CaptConfig
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..tuner.switching import active_adapter
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text
@@ -43,6 +42,10 @@ logger = logging.getLogger(__name__)
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
 UPLOADED = [SAFETENSORS_NAME, "adapter_config.json", CARD, RESULTS, EVALUATION]
+_LOCAL_BASE = (
+    "The base model was loaded from the folder %r, which adapter_config.json names: others cannot load it from there, and read "
+    "where it lies. They give their own with base=. Load the base by its Hub id before you tune an adapter to share."
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- in a folder
@@ -81,16 +84,11 @@ def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> 
 
 
 def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:
-    """Refuses, before long work, an evaluation that `update_card` would refuse after it.
+    """Raises, before long work, what `update_card` would raise after it.
 
     Args:
         folder: Folder of the adapter.
-        configuration: Of the evaluation to come: its `task`, and its `model` (`capt_peft.evaluation.batch.describe`). None: not
-            compared.
-
-    Raises:
-        ValueError: There is no whole CAPT adapter, its results are damaged or of other weights, nothing can be written there, or
-            the evaluation is of other weights, on another base, or of other images, classes or texts than the results.
+        configuration: `task` and `model` of the evaluation to come; None: not compared.
     """
     folder = Path(folder)
     config, fingerprint = adapter_config(folder), adapter_fingerprint(folder)
@@ -115,7 +113,8 @@ def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
         The path of the card, README.md.
 
     Raises:
-        ValueError: As for `check_update`. Nothing is written.
+        ValueError: There is no whole CAPT adapter, its results are damaged or of other weights, nothing can be written there, or
+            the evaluation is of other weights, on another base, or of other images, classes or texts. Nothing is written.
     """
     path = Path(folder, EVALUATION)
     check_update(folder, evaluation.configuration)
@@ -147,19 +146,7 @@ def save_active_adapter(model: Any, folder: Path) -> None:
 
 
 def prepare_repo(repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
-    """Creates a model repository unless it is there.
-
-    Args:
-        repo_id: Its name, with or without the namespace.
-        token: A token with write permission; by default that of the environment or of `hf auth login`.
-        private: True: nobody else may see it.
-
-    Returns:
-        Its full name, `namespace/name`.
-
-    Raises:
-        ValueError: It is there already and public, and `private` is True.
-    """
+    """Creates a model repository unless it is there, and returns its full name; refuses a public one if `private` is True."""
     api = HfApi()
     repo_id = api.create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id, token=token).private:
@@ -211,7 +198,9 @@ def push_adapter(
         _, records = card_of(folder, strict=strict)  # refuses damaged files and other methods
         for reason in records.unshown:
             logger.warning("Not uploaded from %s: %s", folder, reason)
-        _say_if_local(adapter_config(folder))
+        base = str(adapter_config(folder).base_model_name_or_path or "")
+        if not is_hub_id(base):
+            logger.warning(_LOCAL_BASE, base[:300])
         try:
             api, repo_id = HfApi(), prepare_repo(repo_id, token=token, private=private)
             if revision is not None and not revision.startswith("refs/"):
@@ -244,17 +233,6 @@ def _as_folder(adapter: nn.Module | str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as temporary:
         save_active_adapter(adapter, Path(temporary))
         yield Path(temporary)
-
-
-def _say_if_local(config: CaptConfig) -> None:
-    base = str(config.base_model_name_or_path or "")
-    if not is_hub_id(base):
-        logger.warning(
-            "The base model was loaded from the folder %r, which %s names: others cannot load it from there, and read where it "
-            "lies. They give their own with base=. Load the base by its Hub id before you tune an adapter to share.",
-            base[:300],
-            "adapter_config.json",
-        )
 
 
 def _card_to_send(folder: Path, repo_id: str, details: CardDetails, strict: bool) -> str:

@@ -315,17 +315,14 @@ class Records:
         names: Sequence[str] = (RESULTS, EVALUATION),
         strict: bool = True,
     ) -> Records:
-        """Reads the records in an adapter's folder that are of its weights.
+        """Reads the records in an adapter's folder.
 
         Args:
             folder: Folder of the adapter.
             fingerprint: The adapter's (`adapter_fingerprint`); None: unknown, so that no record is shown.
             base: The base model's fingerprint, as the adapter's configuration names it; None: not compared.
             names: Which records to read.
-            strict: Raise for records of other weights; False: leave them out and say why, as for those that cannot be tied.
-
-        Raises:
-            ValueError: A record is damaged or of other weights, and `strict` is True.
+            strict: Raise a ValueError for a record that is damaged or of other weights; False: leave it out and say why.
         """
         found: dict[str, Any] = {}
         unshown = []
@@ -353,15 +350,7 @@ def why_unshown(
 ) -> str | None:
     """Returns why the figures of an evaluation are not shown with an adapter, or None if they are.
 
-    Args:
-        configuration: That of the evaluation; of it, `model` and `task`.
-        fingerprint: As for `Records.read`.
-        base: As for `Records.read`.
-        results: The record of the adapter's run, or None.
-
-    Raises:
-        ValueError: The evaluation is not one of this adapter, on this base, or of the same images, classes and texts as the
-            results.
+    Raises a ValueError if they are not of this adapter, on this base, and of the images, classes and texts of the results.
     """
     with readable(EVALUATION):
         model, task = dict(configuration.get("model") or {}), dict(configuration.get("task") or {})
