@@ -11,10 +11,10 @@ trainer's must give the same loss and the same gradients of the prompts; if they
 and the floor then take turns; the published step, which takes a hundred times as long, has its turn right before them, in a
 process of its own.
 
-The trainer's step is measured with the frozen model's outputs known, as in every epoch but the first, which is the figure to
-quote, and once more without, as in the very first step of a run. Peak memory is that of a process of its own for each step,
-above what the process holds before it: the model, the images, Python and torch. For 100 classes the published step takes 11 GB
-and more. Its operations, and the floor's, are counted by the shapes of their tensors, which needs no time.
+The trainer's step is measured with the frozen model's features known, as in every step without augmentation, which is the
+figure to quote, and once more without. Peak memory is that of a process of its own for each step, above what the process holds
+before it: the model, the images, Python and torch. For 100 classes the published step takes 11 GB and more. Its operations, and
+the floor's, are counted by the shapes of their tensors, which needs no time.
 """
 
 from __future__ import annotations

@@ -97,7 +97,10 @@ class Setup:
 
     def forget_frozen(self) -> None:
         """Empties the trainer's store of the frozen model's outputs, as it is when a run starts."""
-        self.trainer._frozen_outputs, self.trainer._frozen_texts = FrozenOutputs(), None
+        trainer = self.trainer
+        trainer._frozen_outputs = FrozenOutputs(
+            trainer.classifier, trainer.teacher, trainer.train_dataset, trainer.args
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- its parts

@@ -220,9 +220,8 @@ def at_chance(accuracy: Accuracy, num_classes: int) -> str | None:
 class WarnAtChance(TrainerCallback):
     """Warns where the base model only guesses on a task, and leaves its sentence in `trainer.at_chance`.
 
-    Where the objective runs the frozen model anyway, it counts what that says of the first images, which costs nothing.
-    Otherwise it measures the base model before the run begins, on training images at even distances and, where these are few, on
-    held-out ones. A resumed run, or a model without an adapter, is not measured.
+    It measures the base model before the run begins, on training images at even distances and, where these are few, on held-out
+    ones. A resumed run, or a model without an adapter, is not measured.
 
     Args:
         trainer: The `CaptTrainer`.
@@ -230,28 +229,15 @@ class WarnAtChance(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer: Any = weakref.proxy(trainer)
-        self._waits = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measures and warns, unless the frozen model's outputs will come by themselves."""
+        """Measures and warns."""
         trainer = self.trainer
-        self._waits = False
         if state.global_step or not isinstance(trainer.classifier.model, PeftModel):
             return
         if any(p.requires_grad for _, p in base_parameters(trainer.classifier.model)):
             return  # switching the adapter off does not give the base model
-        self._waits = trainer.objective.needs_frozen and trainer.teacher is None and not args.augment
-        if not self._waits:
-            self._say(self._accuracy(), state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warns once the frozen model has run on enough of this process's training images."""
-        known = self.trainer._frozen_outputs._known if self._waits else {}
-        labels = self.trainer.train_dataset.labels if self._waits else []
-        if self._waits and len(known) >= max(1, min(IMAGES, len(labels) // args.world_size)):
-            self._waits = False
-            right = [int(output.argmax()) == labels[index] for index, output in list(known.items())[:IMAGES]]
-            self._say(Accuracy(sum(right), len(right)), state)
+        self._say(self._accuracy(), state)
 
     def _say(self, accuracy: Accuracy, state: Any) -> None:
         trainer = self.trainer

@@ -16,9 +16,10 @@ from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
 from ..objectives import FeatureDistance, squared_distance
 from ..randomness import example_generators
-from ..tuner.clip import image_features, in_tower
+from ..tuner.clip import in_tower
 from .arguments import CaptTrainingArguments, one_processor
 from .chunks import Batch
+from .frozen import embed
 from .trainer import CaptTrainer
 
 
@@ -42,8 +43,8 @@ class FareTrainer(CaptTrainer):
     """Fine-tunes an image tower so that adversarial images have the features that clean ones had: FARE, without labels.
 
     The loss is that of `FeatureDistance`, and the attack climbs the same distance. The original is a frozen copy of the model
-    as it is given; its features are kept for each image while nothing is augmented. The task's labels and class texts are for
-    the log alone.
+    as it is given; it runs each image once, before training, while nothing is augmented. The task's labels and class texts are
+    for the log alone.
 
     Args:
         model: A CLIP, bare; see `train_image_tower_alone`.
@@ -95,10 +96,5 @@ class FareTrainer(CaptTrainer):
     def _image_features(self, pixels: Tensor) -> Tensor:
         return embed(self.classifier, pixels)
 
-    def _run_frozen(self, pixels: Tensor) -> Tensor:
-        return embed(self.teacher.to(pixels.device), pixels)
-
-
-def embed(classifier: ZeroShotClassifier, pixels: Tensor) -> Tensor:
-    """Returns the projected image features φ, not normalised: (B, 3, H, W) pixels in [0, 1] -> (B, D)."""
-    return image_features(classifier.model, classifier.pixel_values(pixels))
+    def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
+        return self._frozen_outputs.features(pixels, indices)

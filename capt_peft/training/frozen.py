@@ -1,69 +1,95 @@
-"""What the frozen model says of the training images: computed once an image, and kept in memory."""
+"""What the model that a run is held to says of clean images: their features, computed once before training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate.utils import reduce
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from ..utils.files import written_whole
+from ..clip.classifier import ZeroShotClassifier, normalize
+from ..data.pixels import PixelDataset
+from ..tuner.clip import image_features
+from ..utils.modules import eval_mode
 
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it, layers that are random or keep statistics in training are in eval mode; the others stay as compiled."""
-    changed = [module for module in model.modules() if module.training and _differs_in_training(module)]
-    for module in changed:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = True
-
-
-def _differs_in_training(module: nn.Module) -> bool:
-    rate = getattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or (isinstance(rate, float) and rate > 0.0)
+BATCH = 64  # always the same batches, or the last bits of the features would depend on a step's
 
 
 class FrozenOutputs:
-    """The frozen model's output for each image that it was run on, by the image's place in the dataset, in memory."""
+    """The outputs of the frozen model on the training images: the base model, with the adapter off, or a teacher.
 
-    def __init__(self) -> None:
-        self._known: dict[int, Tensor] = {}
+    Without augmentation each image is run once, before the first step, in the order and the batches that every run on these
+    images has, a resumed one too; the (n, D) features stay in memory. With augmentation the images of each step are run.
 
-    def get(self, indices: Sequence[int], pixels: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the outputs of a batch, (B, N).
+    Args:
+        classifier: The model that is tuned.
+        teacher: Another model that takes the place of its base.
+        images: The training images.
+        args: The `CaptTrainingArguments`.
+    """
 
-        Args:
-            indices: The B places of its images.
-            pixels: The images, (B, 3, H, W).
-            compute: Maps the images that are not known yet, (b, 3, H, W), to their outputs, (b, N).
-        """
-        new = [row for row, index in enumerate(indices) if index not in self._known]
-        if new:
-            for row, output in zip(new, compute(pixels[new]), strict=True):
-                self._known[indices[row]] = output
-        return torch.stack([self._known[index] for index in indices])
+    def __init__(
+        self, classifier: ZeroShotClassifier, teacher: ZeroShotClassifier | None, images: PixelDataset, args: Any
+    ) -> None:
+        self._classifier, self._teacher, self._images, self._args = classifier, teacher, images, args
+        self._features: Tensor | None = None
+        self._texts: Tensor | None = None
 
-    def save(self, path: Path) -> None:
-        """Writes all that is known, whole or not at all.
+    def features(self, pixels: Tensor, indices: list[int]) -> Tensor:
+        """Returns projected image features, not normalised: (B, 3, H, W) pixels and their B places -> (B, D) float32."""
+        if self._args.augment:
+            with self._frozen() as frozen:
+                return embed(frozen, pixels).float()
+        if self._features is None:
+            self.compute()
+        assert self._features is not None
+        return self._features[indices].to(pixels.device)
 
-        A run that goes on from a checkpoint meets its images in other batches, which changes the last bits of what is computed.
-        """
-        if not self._known:
+    def logits(self, pixels: Tensor, indices: list[int]) -> Tensor:
+        """Returns logits over the task's classes: (B, 3, H, W) pixels and their B places -> (B, N) float32."""
+        classifier = self._teacher or self._classifier
+        return classifier.logits(normalize(self.features(pixels, indices)), self._text_features())
+
+    def compute(self) -> None:
+        """Runs the frozen model on all images, unless they are augmented or it has run; processes share the batches."""
+        if self._args.augment or self._features is not None:
             return
-        tensors = {"index": torch.tensor(list(self._known)), "output": torch.stack(list(self._known.values())).cpu()}
-        with written_whole(path.parent) as folder:
-            save_file(tensors, folder / path.name)
+        rank, world, number = self._args.process_index, self._args.world_size, len(self._images)
+        batches = [list(range(start, min(start + BATCH, number))) for start in range(0, number, BATCH)][rank::world]
+        loader: Any = DataLoader(
+            self._images,
+            batch_sampler=batches,
+            num_workers=self._args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )  # fmt: skip  (a generator of its own: the run's is not touched)
+        features = torch.zeros(number, self._text_features().shape[1])
+        bar = tqdm(loader, "Features of the frozen model", disable=self._args.disable_tqdm or rank > 0)
+        with self._frozen() as frozen:
+            for batch in bar:
+                features[batch["index"]] = embed(frozen, batch["pixels"].to(self._args.device)).float().cpu()
+        self._features = reduce(features.to(self._args.device), "sum").cpu() if world > 1 else features
 
-    def load(self, path: Path, device: torch.device) -> None:
-        """Reads what `save` wrote, if there is such a file; another number of processes leaves some without one."""
-        if path.is_file():
-            tensors = load_file(path)  # safetensors takes no "cpu:0", the device of a process among others
-            self._known = dict(zip(tensors["index"].tolist(), tensors["output"].to(device), strict=True))
+    def _text_features(self) -> Tensor:
+        if self._texts is None:
+            with self._frozen() as frozen:
+                self._texts = frozen.encode_texts()
+        return self._texts
+
+    @contextmanager
+    def _frozen(self) -> Iterator[ZeroShotClassifier]:
+        """Gives the frozen model in eval mode; it is not compiled, for it runs in batches of another shape."""
+        eager = torch.compiler.set_stance("force_eager") if self._args.torch_compile else nullcontext()
+        classifier = self._classifier if self._teacher is None else self._teacher.to(self._args.device)
+        off = classifier.frozen() if self._teacher is None else nullcontext()
+        with torch.no_grad(), eval_mode(classifier), eager, off:
+            yield classifier
+
+
+def embed(classifier: ZeroShotClassifier, pixels: Tensor) -> Tensor:
+    """Returns the projected image features, not normalised: (B, 3, H, W) pixels in [0, 1] -> (B, D)."""
+    return image_features(classifier.model, classifier.pixel_values(pixels))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -22,13 +21,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
     EvalPrediction,
     IntervalStrategy,
     PredictionOutput,
-    SaveStrategy,
 )
 
 from ..attacks import Attack, AttackResult
@@ -46,7 +42,7 @@ from ..tuner.clip import both_features, image_features
 from ..tuner.switching import base_parameters
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
-from ..utils.outputs import OutputLock, free_space, main_process_says, save_somewhere
+from ..utils.outputs import save_somewhere
 from .arguments import CaptTrainingArguments, check_arguments, one_processor
 from .callbacks import (
     CheckGradients,
@@ -59,22 +55,10 @@ from .callbacks import (
     advice,
     where,
 )
-from .checkpoint_folders import (
-    STAGING,
-    checkpoints_in,
-    clear_staging,
-    make_ready,
-    named_and_before,
-    newest_whole,
-    put_in_place,
-    rotate,
-    seal,
-)
-from .checkpoints import check_folder, in_every_process, last_sealed, without_tokens
+from .checkpoints import Checkpoints, without_tokens
 from .chunks import COUNTED, Batch, split_batch, sum_of_losses, without_repeats
 from .compilation import compiled_towers, fill_batch
-from .frozen import FrozenOutputs, without_dropout
-from .identity import describe_run, describe_schedule, differences
+from .frozen import FrozenOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +74,7 @@ class CaptTrainer(Trainer):
     r"""Tunes a CAPT adapter on adversarial images.
 
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
-    and backward, and the attack reuses them; the frozen model's logits are kept for each image while nothing is augmented.
+    and backward, and the attack reuses them; the frozen model runs each image once, before training, while nothing is augmented.
     The random numbers of an image depend on the seed, the epoch and its place in the dataset alone, so that the batch size,
     accumulation, workers and the number of processes change a run by rounding only.
 
@@ -117,11 +101,7 @@ class CaptTrainer(Trainer):
 
     args: CaptTrainingArguments
     hub_model_id: Any  # the Trainer starts with None
-    _staging: Path | None = None
-    _lock: OutputLock | None = None
-    _run: dict[str, Any] | None = None
     _found: str | None = None
-    _best_before: tuple[float | None, int | None] = (None, None)
 
     def __init__(
         self,
@@ -185,8 +165,8 @@ class CaptTrainer(Trainer):
             self.add_callback(callback)
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
-        self._frozen_outputs = FrozenOutputs()
-        self._frozen_texts: Tensor | None = None
+        self._frozen_outputs = FrozenOutputs(self.classifier, self.teacher, train, args)
+        self._checkpoints = Checkpoints(self)
         self.step_images: list[int] = []  # places of the step's images in the training set
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))  # over the images since the last log line
         if isinstance(model, PeftModel):
@@ -282,10 +262,12 @@ class CaptTrainer(Trainer):
             # apart, without a word (transformers 5.23)
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
             self.accelerator._models.clear()
-        locked = self._lock is not None  # by a call of find_checkpoint
+        locked = self._checkpoints.locked  # by a call of find_checkpoint
         try:
             if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
                 resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
+            if self.objective.needs_frozen:
+                self._frozen_outputs.compute()
             with compiled_towers(self.classifier.base_model, self.args):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -294,9 +276,7 @@ class CaptTrainer(Trainer):
 
     def unlock(self) -> None:
         """Lets other runs write into `args.output_dir`, from which `find_checkpoint` keeps them, once all results are there."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._checkpoints.unlock()
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Returns the checkpoint that `train` would go on from, or None; to be called before long work, whose end would be lost.
@@ -311,51 +291,8 @@ class CaptTrainer(Trainer):
         """
         self._check_frozen()
         self._make_trainable()
-        self._found = main_process_says(lambda: self._begin(resume_from_checkpoint))
-        if self._saves and self.args.should_save:  # a process that saves for its machine (`save_on_each_node`)
-            self._run = self._run or describe_run(self)
+        self._found = self._checkpoints.find(resume_from_checkpoint)
         return self._found
-
-    def _begin(self, resume: str | bool | None) -> str | None:
-        """Returns the checkpoint to go on from, once all is as it must be."""
-        if str(resume).lower() in ("true", "false", "none"):  # the command line knows words only
-            resume = str(resume).lower() == "true"
-        home = Path(str(self.args.output_dir))
-        check_folder(home)
-        self._lock = self._lock or OutputLock(home)
-        make_ready(home)
-        if self._saves or resume:
-            self._run = self._run or describe_run(self)
-        if not resume:
-            return None
-        candidates = checkpoints_in(home) if resume is True else named_and_before(Path(str(resume)))
-        if not candidates:
-            logger.warning("There is no checkpoint in %s yet: the run starts from the beginning.", home)
-            return None
-        folder, manifest = newest_whole(candidates)
-        self._check_same_run(folder, manifest)
-        logger.info("Going on from %s.", folder)
-        return str(folder)
-
-    @property
-    def _saves(self) -> bool:
-        return self.args.save_strategy != SaveStrategy.NO
-
-    def _check_same_run(self, folder: Path, manifest: dict[str, Any]) -> None:
-        other = "\n  ".join(differences(self._run or {}, manifest["run"]))
-        if other:
-            raise ValueError(
-                f"{folder} is of another run:\n  {other}\nGo on with the settings that it was begun with, or begin anew: without "
-                "resume_from_checkpoint, and with another output_dir."
-            )
-        changed = "\n  ".join(differences(describe_schedule(self), manifest["schedule"]))
-        if changed:
-            logger.warning(
-                "%s was written with other settings:\n  %s\nThe run goes on, but not to where it would have ended without the "
-                "change. The optimizer's state, with its learning rate, is that of the checkpoint.",
-                folder,
-                changed,
-            )
 
     # -------------------------------------------------------------------------- what published trainers do otherwise
 
@@ -525,21 +462,9 @@ class CaptTrainer(Trainer):
         size = self.args.image_chunk_size or self.args.train_batch_size
         return fill_batch(values, size) if self.args.torch_compile else values
 
-    @torch.no_grad()
     def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
-        """Returns the frozen model's (B, N) logits on clean images, computed once an image while nothing is augmented."""
-        if self.args.augment:
-            return self._run_frozen(pixels)
-        return self._frozen_outputs.get(indices, pixels, self._run_frozen)
-
-    def _run_frozen(self, pixels: Tensor) -> Tensor:
-        if self.teacher is not None:
-            return self.teacher.to(pixels.device)(pixels)
-        with self.classifier.frozen() as frozen, without_dropout(self.classifier.model):
-            if self._frozen_texts is None:
-                with self._eager():
-                    self._frozen_texts = frozen.encode_texts()
-            return frozen.logits(self._image_features(pixels), self._frozen_texts)
+        """Returns what the objective compares with: the frozen model's (B, N) logits on clean images."""
+        return self._frozen_outputs.logits(pixels, indices)
 
     @torch.no_grad()
     def _record(self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor, images: int) -> None:
@@ -687,31 +612,22 @@ class CaptTrainer(Trainer):
     # --------------------------------------------------------------------------------------------------- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
+        return str(self._checkpoints.staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        home = Path(self._get_output_dir(trial))
-        checkpoint = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        staged = home / STAGING / checkpoint.name
-        best_before = self.state.best_model_checkpoint
-        for step in (lambda: self._clear(home), lambda: self._write(model, trial), lambda: self._finish(staged, home)):
-            failure = in_every_process(step)
-            if failure is not None:
-                self.state.best_model_checkpoint = best_before
-                self._give_up(checkpoint, failure)
-                return
-        if self.args.should_save:
-            try:
-                rotate(checkpoint, self.args.save_total_limit, self.state.best_model_checkpoint)
-            except OSError as error:
-                logger.warning("Checkpoints beyond save_total_limit could not be removed: %s", error)
+        write = partial(super()._save_checkpoint, model, trial)
+        self._checkpoints.save(write, Path(self._get_output_dir(trial)))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self._checkpoints.best_before = self.state.best_metric, self.state.best_global_step
+        return super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes the model, whole or not at all; where there is no space for it, somewhere else."""
         folder = output_dir or str(self.args.output_dir)
         if not self.args.should_save:
             super()._save(folder, state_dict)
-        elif self._staging:
+        elif self._checkpoints.staging:
             with written_whole(folder) as temporary:
                 self._write_model(temporary, state_dict, Path(folder))
         else:
@@ -724,69 +640,6 @@ class CaptTrainer(Trainer):
             write_cards_for(folder, home)
         finally:
             self.args = args
-
-    def _clear(self, home: Path) -> None:
-        if self.args.should_save:
-            clear_staging(home)
-            (home / STAGING).mkdir(parents=True, exist_ok=True)
-
-    def _write(self, model: nn.Module, trial: Any) -> None:
-        """Has the Trainer write its files, as if the staging folder were its output folder."""
-        self._staging = Path(self._get_output_dir(trial)) / STAGING
-        # without a best step the Trainer has no barrier, at which the others would wait for a process whose disk is full
-        best, self.state.best_global_step = self.state.best_global_step, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging, self.state.best_global_step = None, best
-
-    def _finish(self, staged: Path, home: Path) -> None:
-        best = self.state.best_global_step
-        path = home / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-        if best is not None and (best == self.state.global_step or path.is_dir()):
-            self.state.best_model_checkpoint = str(path)
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))  # now with the best step
-            facts = {"step": self.state.global_step, "resumable": not self.args.save_only_model}
-            seal(staged, {**facts, "run": self._run, "schedule": describe_schedule(self)})
-            put_in_place(staged, home)
-            clear_staging(home)
-
-    def _give_up(self, checkpoint: Path, failure: str) -> None:
-        """Leaves nothing of a checkpoint that could not be written, and says so."""
-        if self.state.best_global_step == self.state.global_step:  # the best is the best that there is
-            self.state.best_metric, self.state.best_global_step = self._best_before
-        if not self.args.should_save:
-            return
-        shutil.rmtree(checkpoint.parent / STAGING, ignore_errors=True)
-        latest = last_sealed(checkpoint.parent)
-        logger.error(
-            "%s could not be written: %s (%s there). Nothing of it is left, and the run goes on%s. %s",
-            checkpoint,
-            failure,
-            free_space(checkpoint.parent),
-            "" if self.state.global_step >= self.state.max_steps else "; the next save tries again",
-            f"The last good checkpoint is {latest}." if latest else "No checkpoint was written before.",
-        )
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        before = self.state.best_metric, self.state.best_global_step
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best:
-            self._best_before = before
-        return is_best
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self._frozen_outputs.save(self._frozen_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            self._frozen_outputs.load(self._frozen_file(checkpoint), self.args.device)
-
-    def _frozen_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"frozen_outputs_{self.args.process_index}.safetensors"
 
     # ------------------------------------------------------------------------------------------------------- sharing
 

@@ -42,9 +42,18 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
             if stat.S_IMODE(path.stat().st_mode) != mode:
                 path.chmod(mode)  # safetensors' own are for the owner alone
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # or after a power failure the name may be there without the content
+            sync(path)  # or after a power failure the name may be there without the content
             _put(path, folder / path.relative_to(temporary))
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk holds a file or, where the system can say so, the names in a folder."""
+    if os.name == "posix" or not path.is_dir():
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import AutoProcessor, CLIPModel, TrainerCallback
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, TrainingStopped, get_method
 from capt_peft.data.task import task_features
+from capt_peft.training import frozen
 
 TINY_CLIP = str(Path(__file__).parents[2] / "examples" / "tiny_clip")
 NAMES = ("red circle", "green square", "seven")
@@ -35,7 +36,6 @@ CASES = {
 }
 
 
-# over five epochs, as one process then knows the frozen logits of all its images before the other one does
 PLAIN = {"learning_rate": 1e-4, "num_train_epochs": 5, "eval_attack": "pgd-2", "save_strategy": "epoch"}
 
 
@@ -106,13 +106,20 @@ def run_cases(folder, cases=CASES):
 
 
 def run_and_save(folder):
-    """Trains an adapter in steps that change it, through a checkpoint; the first process saves it, alone."""
+    """Trains an adapter in steps that change it, through a checkpoint; the first process saves it, alone.
+
+    Every process saves the frozen model's features, which it has computed some batches of.
+    """
+    usual, frozen.BATCH = frozen.BATCH, 4
     trainer = make_trainer(folder, images=21, coupling="text_to_vision", **PLAIN)
     trainer.evaluate(trainer.train_dataset, metric_key_prefix="before")
     trainer.train()
     trainer.evaluate(trainer.train_dataset, metric_key_prefix="after")
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / "adapter")
+    rank = os.environ.get("RANK", "0")
+    save_file({"features": trainer._frozen_outputs._features}, folder / f"frozen-{rank}.safetensors")
+    frozen.BATCH = usual
 
 
 def run_until_stopped(folder):

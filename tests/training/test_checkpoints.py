@@ -19,7 +19,7 @@ from training_helpers import NAMES, Scripted, adapter_of, make_model, make_task,
 from capt_peft import PGD, CaptObjective, ThreatModel, TrainingStopped
 from capt_peft.clip.classifier import ZeroShotClassifier
 from capt_peft.objectives import AdversarialCrossEntropy
-from capt_peft.training.checkpoint_folders import Damaged, checkpoints_in, read_manifest
+from capt_peft.training.checkpoints import Damaged, checkpoints_in, read_manifest
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
 FORKS = fork_server()
@@ -221,16 +221,14 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed(home, how):
     ("how", "words"),
     [
         ("missing", "optimizer.pt is missing"),
-        ("short", "optimizer.pt has 6488 bytes instead of 12977"),
+        ("short", "optimizer.pt has other bytes than were written"),
         ("changed", "optimizer.pt has other bytes than were written"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(home, finished, processor, caplog, named, how, words):
-    size = (home / "checkpoint-6" / "optimizer.pt").stat().st_size
     damage(home / "checkpoint-6" / "optimizer.pt", how)
     trainer = make_trainer(home.parent, processor, **STEPS)
     trainer.train(resume_from_checkpoint=named if named is True else str(home / named))
-    words = words.replace("6488", str(size // 2)).replace("12977", str(size))
     assert f"{home / 'checkpoint-6'}: {words}" in caplog.text
     assert f"goes on from {home / 'checkpoint-4'} instead" in caplog.text
     assert same(adapter_of(trainer), finished[1])
@@ -244,7 +242,7 @@ def test_without_a_whole_checkpoint_the_run_does_not_begin_and_says_what_there_i
         make_trainer(home.parent, processor, **STEPS).train(resume_from_checkpoint=True)
     assert "checkpoint-2: it has no checkpoint.json" in str(caught.value)
     assert "checkpoint-6: its checkpoint.json is damaged" in str(caught.value)
-    assert "begin anew" in str(caught.value)
+    assert "start again" in str(caught.value)
 
 
 def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, processor):
@@ -445,7 +443,7 @@ def test_only_as_many_checkpoints_stay_as_are_wanted_and_never_those_of_a_run_le
     assert names_in(home) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_run_that_begins_anew_in_the_same_folder_replaces_its_checkpoints(home, processor):
+def test_a_run_that_begins_again_in_the_same_folder_replaces_its_checkpoints(home, processor):
     trainer = make_trainer(home.parent, processor, seed=7, max_steps=4, **STEPS)
     trainer.train()
     assert [read_manifest(home / f"checkpoint-{step}")["run"]["seed"] for step in (2, 4, 6)] == [7, 7, 42]
@@ -509,9 +507,7 @@ def test_two_processes_agree_when_one_of_them_cannot_write(tmp_path, port, faili
     assert names_in(home) == [f"checkpoint-{step}" for step in (1, 3, 4, 5, 6)]
     check_all_whole(home)
     files = read_manifest(home / "checkpoint-3")["files"]
-    assert {f"{kind}_{rank}" for kind in ("rng_state", "frozen_outputs") for rank in (0, 1)} <= {
-        name.split(".")[0] for name in files
-    }
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files.keys()
     first = load_file(results[0])
     shutil.rmtree(home / "checkpoint-6")
     damage(home / "checkpoint-5" / "rng_state_1.pth", "short")

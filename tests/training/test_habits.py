@@ -265,6 +265,6 @@ def test_the_teacher_of_a_run_is_bitwise_the_base_without_any_adapter(tmp_path, 
     trainer.train()
     task = trainer.task
     pure = ZeroShotClassifier(base(), processor, task.class_names, task.template).eval()
-    for batch in trainer.get_train_dataloader():
-        used = torch.stack([trainer._frozen_outputs._known[place] for place in batch["index"].tolist()])
-        assert torch.equal(used, pure(batch["pixels"]).detach())
+    places = list(range(len(trainer.train_dataset)))
+    pixels = torch.stack([trainer.train_dataset[place]["pixels"] for place in places])
+    assert torch.equal(trainer._frozen(pixels, places), pure(pixels).detach())

@@ -13,6 +13,7 @@ from helpers import shake
 from training_helpers import make_model, make_task, make_trainer
 
 from capt_peft import CaptTrainingArguments, get_method
+from capt_peft.training.frozen import embed
 from capt_peft.tuner import PromptLayer
 from capt_peft.tuner.clip import max_text_length
 
@@ -56,7 +57,13 @@ def differences(steps, reference):
 
 def never_kept(trainer):
     """The frozen model runs in every step, on every image."""
-    trainer._frozen_outputs.get = lambda indices, pixels, compute: compute(pixels)
+    outputs = trainer._frozen_outputs
+
+    def features(pixels, indices):
+        with outputs._frozen() as base:
+            return embed(base, pixels)
+
+    outputs.features = features
 
 
 def padded_to_the_limit(trainer):

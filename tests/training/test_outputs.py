@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from capt_peft.evaluation import wilson_interval
 from capt_peft.results.hub import save_run
 from capt_peft.results.run import RunResults
-from capt_peft.training.checkpoint_folders import read_manifest
+from capt_peft.training.checkpoints import read_manifest
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
 FORKS = fork_server()

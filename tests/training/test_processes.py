@@ -87,6 +87,12 @@ def test_two_processes_end_at_the_adapter_of_one(one, ddp):
     assert list((ddp / "out").glob("checkpoint-*"))
 
 
+def test_the_frozen_models_features_have_the_same_bits_whatever_the_number_of_processes(one, ddp):
+    expected, *found = (load_file(f / f"frozen-{rank}.safetensors") for f, rank in ((one, 0), (ddp, 0), (ddp, 1)))
+    assert expected["features"].abs().sum(-1).min() > 0
+    assert all(torch.equal(each["features"], expected["features"]) for each in found)
+
+
 def test_a_nan_on_one_rank_stops_all_with_its_images_named(ddp):
     messages = [(ddp / f"stopped-{rank}.txt").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
