@@ -1,7 +1,7 @@
 """Robust backbones: published CLIP checkpoints, in OpenAI's and open_clip's layouts, as folders that transformers loads."""
 
-from .conversion import BackboneInfo, Base, convert_backbone, to_transformers
+from .conversion import BackboneInfo, convert_backbone, to_transformers
 from .model import Settings
 from .reading import Checkpoint, read_checkpoint
 
-__all__ = ["BackboneInfo", "Base", "Checkpoint", "Settings", "convert_backbone", "read_checkpoint", "to_transformers"]
+__all__ = ["BackboneInfo", "Checkpoint", "Settings", "convert_backbone", "read_checkpoint", "to_transformers"]

@@ -18,11 +18,11 @@ from ..tuner.clip import check_tokenizer, image_size, in_tower
 from ..tuner.fingerprint import tensors_fingerprint
 from ..utils.files import entries, make_writable, write_json, written_whole
 from ..utils.text import some
-from .layout import Tower, infer_text, infer_vision, openai_names, take_constants, targets
+from .layout import Sizes, infer_text, infer_vision, openai_names, take_constants, targets
 from .model import (
+    ACTIVATIONS,
     Settings,
     build,
-    check_activation,
     check_same_architecture,
     describe,
     load_tokenizer,
@@ -36,23 +36,9 @@ from .reading import read_checkpoint
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, Tensor]
+Model = tuple[CLIPConfig, Mapping[str, Tensor]]  # in transformers' form
 DTYPES = ("float32", "float16", "bfloat16")
 RECORD = "backbone.json"
-
-
-@dataclass(frozen=True)
-class Base:
-    """The CLIP that an image tower was fine-tuned from, whose text tower it goes with, in transformers' form.
-
-    Attributes:
-        config: Its configuration.
-        tensors: Its state dict.
-        settings: Its activation and pixels.
-    """
-
-    config: CLIPConfig
-    tensors: Mapping[str, Tensor]
-    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -122,7 +108,8 @@ def convert_backbone(
             does not exist.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    check_activation(activation)
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
     if output.exists() and (not output.is_dir() or entries(output)) and not overwrite:
@@ -134,7 +121,7 @@ def convert_backbone(
         config, tensors = to_transformers(found.tensors, base=start, settings=settings)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error} Nothing was written.") from error
-    similarity = _similarity(tensors, start.tensors) if start else None
+    similarity = _similarity(tensors, start[1]) if start else None
     if similarity is not None and similarity < 0.5:  # its images do not match the texts, and no shape tells
         logger.warning(
             "The image tower of %s is not near that of %s (cosine %.2f): it was fine-tuned from another CLIP, and its images "
@@ -170,7 +157,7 @@ def convert_backbone(
 
 def _resolve(
     checkpoint: Path, base: str | None, activation: str | None, head_width: int | None
-) -> tuple[Base | None, Settings]:
+) -> tuple[Model | None, Settings]:
     """Returns the base, if there is one, and what no shape tells: from the arguments, the base or open_clip's configuration."""
     if base is not None and not Path(base).is_file():
         return _load_base(base, activation, head_width)
@@ -179,12 +166,12 @@ def _resolve(
     if base is None:
         return None, settings
     try:
-        return Base(*to_transformers(read_checkpoint(base).tensors, settings=settings), settings), settings
+        return to_transformers(read_checkpoint(base).tensors, settings=settings), settings
     except ValueError as error:
         raise ValueError(f"The base {base}: {error}") from error
 
 
-def _load_base(name: str, activation: str | None, head_width: int | None) -> tuple[Base, Settings]:
+def _load_base(name: str, activation: str | None, head_width: int | None) -> tuple[Model, Settings]:
     """Loads a base from a folder or the Hub; an image tower has the settings that it was tuned with, the base's."""
     loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
@@ -201,8 +188,7 @@ def _load_base(name: str, activation: str | None, head_width: int | None) -> tup
             raise ValueError(
                 f"{what}={asked!r}, but the base {name} has {its[what]}. Leave {what} out, or name another base."
             )
-    settings = Settings(vision.hidden_act, None, *pixel_statistics(name))
-    return Base(model.config, model.state_dict(), settings), settings
+    return (model.config, model.state_dict()), Settings(vision.hidden_act, None, *pixel_statistics(name))
 
 
 def _similarity(tensors: Weights, base: Mapping[str, Tensor]) -> float:
@@ -218,14 +204,14 @@ def _similarity(tensors: Weights, base: Mapping[str, Tensor]) -> float:
 def to_transformers(
     state_dict: Mapping[str, Tensor],
     *,
-    base: Base | None = None,
+    base: Model | None = None,
     settings: Settings | None = None,
 ) -> tuple[CLIPConfig, Weights]:
     """Turns a state dict in OpenAI's layout into transformers' configuration and state dict.
 
     Args:
         state_dict: Tensors by name: a whole CLIP, or an image tower; wrappers (`module.`, `model.`) are taken off.
-        base: For an image tower: the CLIP whose text tower it goes with.
+        base: For an image tower: the CLIP whose text tower it goes with, as this function returns it.
         settings: What no shape tells; with a base, the base's configuration says it.
 
     Returns:
@@ -250,24 +236,26 @@ def to_transformers(
                 "This is a whole CLIP and needs no base. Leave base out (processor names where the tokenizer is from)."
             )
         text = infer_text(tensors)
-        if text.projection != vision.projection:
+        one, other = vision["projection_dim"], text["projection_dim"]
+        if one != other:
             raise ValueError(
-                f"visual.proj makes features of {vision.projection}, text_projection of {text.projection}. The towers are of "
-                "different models."
+                f"visual.proj makes features of {one}, text_projection of {other}. The towers are of different models."
             )
     take_constants(tensors, vision, text)
-    converted = _convert(tensors, [vision, text] if text else [vision])
+    converted = _convert(tensors, {"vision": vision, "text": text} if text else {"vision": vision})
     if text:
         return make_config(vision, text, settings), converted
     assert base is not None
-    check_same_architecture(vision, base.config)
-    return deepcopy(base.config), {name: converted.get(name, tensor.float()) for name, tensor in base.tensors.items()}
+    config, weights = base
+    check_same_architecture(vision, config)
+    return deepcopy(config), {name: converted.get(name, tensor.float()) for name, tensor in weights.items()}
 
 
-def _convert(tensors: Mapping[str, Tensor], towers: list[Tower]) -> Weights:
+def _convert(tensors: Mapping[str, Tensor], towers: dict[str, Sizes]) -> Weights:
     """Renames, splits and transposes the tensors; every one is accounted for."""
-    shown = ", ".join(f"{t.kind} tower of {t.layers} blocks of {t.width}" for t in towers)
-    expected = {name: target for tower in towers for name, target in targets(tower).items()}
+    sizes = (f"{kind} tower of {t['num_hidden_layers']} blocks of {t['hidden_size']}" for kind, t in towers.items())
+    shown = ", ".join(sizes)
+    expected = {name: target for tower in towers.values() for name, target in targets(tower).items()}
     for what, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has unexpectedly", tensors.keys() - expected.keys()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 WRAPPERS = ("module.", "model.", "_orig_mod.")
 VISION, TEXT = "visual.", ""  # in front of a tower's names
+Sizes = dict[str, int]  # the entries of a tower's configuration in transformers that its shapes tell
 # how the names of other models begin, and what they are
 FOREIGN = {
     "visual.layer1.": "a ResNet CLIP. CAPT needs the tokens of a vision transformer",
@@ -33,36 +33,6 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     names: tuple[str, ...]
     change: Callable[[Tensor], tuple[Tensor, ...]] = lambda tensor: (tensor,)
-
-
-@dataclass(frozen=True)
-class Tower:
-    """The architecture of one tower.
-
-    Attributes:
-        kind: "vision" or "text".
-        width: Size of a token.
-        layers: Number of blocks.
-        hidden: Size of a block's hidden layer.
-        tokens: Number of positions, class token included.
-        projection: Size of a feature.
-        patch: Side of a patch in pixels (vision).
-        vocabulary: Number of token ids (text).
-    """
-
-    kind: str
-    width: int
-    layers: int
-    hidden: int
-    tokens: int
-    projection: int
-    patch: int = 0
-    vocabulary: int = 0
-
-    @property
-    def image_size(self) -> int:
-        """Side of an image in pixels."""
-        return round((self.tokens - 1) ** 0.5) * self.patch
 
 
 def openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,26 +63,30 @@ def openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[original] for name, original in names.items()}
 
 
-def infer_vision(tensors: Mapping[str, Tensor]) -> Tower:
+def infer_vision(tensors: Mapping[str, Tensor]) -> Sizes:
     """Reads the image tower's architecture off the shapes of the tensors (OpenAI's names)."""
     width, _, patch, _ = _shape(tensors, "visual.conv1.weight", 4)
     tokens, _ = _shape(tensors, "visual.positional_embedding", 2)
-    if tokens < 2 or round((tokens - 1) ** 0.5) ** 2 != tokens - 1:
+    side = round(max(tokens - 1, 0) ** 0.5)
+    if tokens < 2 or side**2 != tokens - 1:
         raise ValueError(
             f"visual.positional_embedding has {tokens} rows, but a square of patches and a class token make n² + 1."
         )
-    _, projection = _shape(tensors, "visual.proj", 2)
-    layers, hidden = _blocks(tensors, VISION)
-    return Tower("vision", width, layers, hidden, tokens, projection, patch=patch)
+    projection = _shape(tensors, "visual.proj", 2)[1]
+    return {
+        "patch_size": patch, "image_size": side * patch, "hidden_size": width, **_blocks(tensors, VISION),
+        "projection_dim": projection,
+    }  # fmt: skip
 
 
-def infer_text(tensors: Mapping[str, Tensor]) -> Tower:
+def infer_text(tensors: Mapping[str, Tensor]) -> Sizes:
     """Reads the text tower's architecture off the shapes of the tensors (OpenAI's names)."""
     vocabulary, width = _shape(tensors, "token_embedding.weight", 2)
-    tokens, _ = _shape(tensors, "positional_embedding", 2)
-    _, projection = _shape(tensors, "text_projection", 2)
-    layers, hidden = _blocks(tensors, TEXT)
-    return Tower("text", width, layers, hidden, tokens, projection, vocabulary=vocabulary)
+    tokens, projection = (_shape(tensors, name, 2) for name in ("positional_embedding", "text_projection"))
+    return {
+        "vocab_size": vocabulary, "max_position_embeddings": tokens[0], "hidden_size": width, **_blocks(tensors, TEXT),
+        "projection_dim": projection[1],
+    }  # fmt: skip
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
@@ -126,11 +100,11 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[i
     return shape
 
 
-def _blocks(tensors: Mapping[str, Tensor], tower: str) -> tuple[int, int]:
-    """Returns the number of blocks and the size of their hidden layer."""
+def _blocks(tensors: Mapping[str, Tensor], tower: str) -> Sizes:
     start = f"{tower}transformer.resblocks."
-    layers = len({name[len(start) :].split(".")[0] for name in tensors if name.startswith(start)})
-    return layers, _shape(tensors, f"{start}0.mlp.c_fc.weight", 2)[0]
+    layers = {name[len(start) :].split(".")[0] for name in tensors if name.startswith(start)}
+    hidden = _shape(tensors, f"{start}0.mlp.c_fc.weight", 2)[0]
+    return {"num_hidden_layers": len(layers), "intermediate_size": hidden}
 
 
 # OpenAI's modules of a block, transformers', and their weights' shapes in units of the width (w) and the hidden layer (h)
@@ -143,33 +117,34 @@ BLOCK = (
 )
 
 
-def targets(tower: Tower) -> dict[str, Target]:
+def targets(tower: Sizes) -> dict[str, Target]:
     """Returns every tensor that a tower has in OpenAI's layout, with its shape and where it goes."""
-    w, features = tower.width, (tower.width, tower.projection)
-    if tower.kind == "vision":
-        source, model = VISION, "vision_model."
+    w, patch, vocabulary = tower["hidden_size"], tower.get("patch_size", 0), tower.get("vocab_size", 0)
+    features = (w, tower["projection_dim"])
+    if patch:
+        source, model, tokens = VISION, "vision_model.", (tower["image_size"] // patch) ** 2 + 1
         norms = {"ln_pre": "pre_layrnorm", "ln_post": "post_layernorm"}
         found = {
             "class_embedding": Target((w,), (f"{model}embeddings.class_embedding",)),
-            "conv1.weight": Target((w, 3, tower.patch, tower.patch), (f"{model}embeddings.patch_embedding.weight",)),
+            "conv1.weight": Target((w, 3, patch, patch), (f"{model}embeddings.patch_embedding.weight",)),
             "proj": Target(features, ("visual_projection.weight",), lambda tensor: (tensor.t(),)),
         }
     else:
-        source, model = TEXT, "text_model."
+        source, model, tokens = TEXT, "text_model.", tower["max_position_embeddings"]
         norms = {"ln_final": "final_layer_norm"}
         found = {
-            "token_embedding.weight": Target((tower.vocabulary, w), (f"{model}embeddings.token_embedding.weight",)),
+            "token_embedding.weight": Target((vocabulary, w), (f"{model}embeddings.token_embedding.weight",)),
             "text_projection": Target(features, ("text_projection.weight",), lambda tensor: (tensor.t(),)),
             "logit_scale": Target((), ("logit_scale",), lambda tensor: (tensor.reshape(()),)),
         }
-    found["positional_embedding"] = Target((tower.tokens, w), (f"{model}embeddings.position_embedding.weight",))
+    found["positional_embedding"] = Target((tokens, w), (f"{model}embeddings.position_embedding.weight",))
     modules: list[tuple[str, str, tuple[int, ...]]] = [(old, new, (w,)) for old, new in norms.items()]
-    for layer in range(tower.layers):
+    for layer in range(tower["num_hidden_layers"]):
         old, new = f"transformer.resblocks.{layer}", f"{model}encoder.layers.{layer}"
         for kind, shape in (("weight", (3 * w, w)), ("bias", (3 * w,))):
             parts = tuple(f"{new}.self_attn.{part}_proj.{kind}" for part in "qkv")
             found[f"{old}.attn.in_proj_{kind}"] = Target(shape, parts, lambda tensor: tensor.chunk(3))
-        sizes = {"w": w, "h": tower.hidden}
+        sizes = {"w": w, "h": tower["intermediate_size"]}
         modules += [
             (f"{old}.{a}", f"{new.removeprefix(model)}.{b}", tuple(sizes[s] for s in units)) for a, b, units in BLOCK
         ]
@@ -179,17 +154,22 @@ def targets(tower: Tower) -> dict[str, Target]:
     return {source + name: target for name, target in found.items()}
 
 
-def take_constants(tensors: dict[str, Tensor], vision: Tower, text: Tower | None) -> None:
+def take_constants(tensors: dict[str, Tensor], vision: Sizes, text: Sizes | None) -> None:
     """Takes out what is no weight, having checked it: the causal mask, and the numbers in OpenAI's archives.
 
     Raises:
         ValueError: A constant that is not what the model's shapes say: a text tower without causal mask, or another size.
     """
-    known: dict[str, int | None] = {"input_resolution": vision.image_size, "context_length": None, "vocab_size": None}
+    known: dict[str, int | None] = {
+        "input_resolution": vision["image_size"],
+        "context_length": None,
+        "vocab_size": None,
+    }
     if text:
-        known |= {"context_length": text.tokens, "vocab_size": text.vocabulary}
+        length = text["max_position_embeddings"]
+        known |= {"context_length": length, "vocab_size": text["vocab_size"]}
         mask = tensors.pop("attn_mask", None)
-        causal = torch.full((text.tokens, text.tokens), float("-inf")).triu(1)
+        causal = torch.full((length, length), float("-inf")).triu(1)
         if mask is not None and not (mask.shape == causal.shape and torch.equal(mask.float(), causal)):
             raise ValueError(
                 "attn_mask is not the causal mask of CLIP's text tower, the only one that transformers' CLIPModel has. This "

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..tuner.loading import load_pretrained
-from .layout import Tower
+from .layout import Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,6 @@ class Settings:
     head_width: int | None = None
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
-
-
-def check_activation(activation: str | None) -> None:
-    """Raises a ValueError for an activation that CLIP does not have."""
-    if activation not in (None, *ACTIVATIONS):
-        raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}.")
 
 
 def open_clip_settings(checkpoint: Path) -> Settings | None:
@@ -101,46 +95,33 @@ def _refuse_others(tower: Mapping[str, Any], defaults: Mapping[str, Any], path: 
 # ------------------------------------------------------------------------------------------- configuration and weights
 
 
-def make_config(vision: Tower, text: Tower, settings: Settings) -> CLIPConfig:
+def make_config(vision: Sizes, text: Sizes, settings: Settings) -> CLIPConfig:
     """Returns the configuration of a CLIPModel with these towers; the two highest token ids are start and end."""
+    width, common = (
+        settings.head_width or HEAD_WIDTHS.get(vision["hidden_size"], 64),
+        {"hidden_act": settings.activation},
+    )
+    ends = {"bos_token_id": text["vocab_size"] - 2, "eos_token_id": text["vocab_size"] - 1}
     return CLIPConfig(
-        projection_dim=vision.projection,
-        vision_config={
-            **_sizes(vision), "hidden_act": settings.activation,
-            "num_attention_heads": _heads(vision, settings.head_width or HEAD_WIDTHS.get(vision.width, 64)),
-        },
-        text_config={
-            **_sizes(text), "hidden_act": settings.activation, "num_attention_heads": _heads(text, 64),
-            "max_position_embeddings": text.tokens, "vocab_size": text.vocabulary, "bos_token_id": text.vocabulary - 2,
-            "eos_token_id": text.vocabulary - 1,
-        },
-    )  # fmt: skip
+        projection_dim=vision["projection_dim"],
+        vision_config={**vision, **common, "num_attention_heads": _heads(vision, width)},
+        text_config={**text, **common, **ends, "num_attention_heads": _heads(text, 64)},
+    )
 
 
-def _sizes(tower: Tower) -> dict[str, int]:
-    """Returns what the weights' shapes tell of a tower's configuration."""
-    image = {"patch_size": tower.patch, "image_size": tower.image_size} if tower.patch else {}
-    return {
-        **image, "hidden_size": tower.width, "num_hidden_layers": tower.layers, "intermediate_size": tower.hidden,
-        "projection_dim": tower.projection,
-    }  # fmt: skip
-
-
-def _heads(tower: Tower, width: int) -> int:
-    if tower.width % width:
+def _heads(tower: Sizes, width: int) -> int:
+    if tower["hidden_size"] % width:
         raise ValueError(
-            f"A width of {tower.width} does not divide into attention heads of {width}. Give head_width=..."
+            f"A width of {tower['hidden_size']} does not divide into attention heads of {width}. Give head_width=..."
         )
-    return tower.width // width
+    return tower["hidden_size"] // width
 
 
-def check_same_architecture(vision: Tower, config: CLIPConfig) -> None:
+def check_same_architecture(vision: Sizes, config: CLIPConfig) -> None:
     """Raises a ValueError if an image tower has another architecture than the base's: its text tower is not the base's."""
     its: Any = config.vision_config
     theirs = its.to_dict() | {"projection_dim": config.projection_dim}
-    wrong = [
-        f"{SIZE_WORDS[key]} {size}, not {theirs[key]}" for key, size in _sizes(vision).items() if size != theirs[key]
-    ]
+    wrong = [f"{SIZE_WORDS[key]} {size}, not {theirs[key]}" for key, size in vision.items() if size != theirs[key]]
     if wrong:
         raise ValueError(
             f"The image tower is not that of the base: {'; '.join(wrong)}. Name the CLIP that it was fine-tuned from as base."

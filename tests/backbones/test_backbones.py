@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier
-from capt_peft.backbones import Base, Settings, convert_backbone, read_checkpoint, to_transformers
+from capt_peft.backbones import convert_backbone, read_checkpoint, to_transformers
 from capt_peft.backbones.model import MEAN, build
 
 VOCABULARY = 737  # tiny CLIP's, so that its tokenizer fits
@@ -211,7 +211,7 @@ def test_openai_vit_b32_is_converted_exactly(vit_b32, tmp_path):
 
 def test_tecoa_vit_b32_takes_the_text_tower_of_its_base(vit_b32):
     robust = {n: t.flip(0) if n.startswith("visual.transformer") else t for n, t in vit_b32.items()}
-    config, tensors = to_transformers(vision_alone(robust), base=Base(*to_transformers(vit_b32), Settings()))
+    config, tensors = to_transformers(vision_alone(robust), base=to_transformers(vit_b32))
     assert_same_model(build(config, tensors), robust, VIT_B32)
 
 

@@ -77,6 +77,7 @@ def test_low_cpu_memory_loading_gives_bitwise_the_same(saved):
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("saved", PROMPTS[:1], indirect=True)
 def test_a_fresh_process_gives_bitwise_the_same(saved, tmp_path):
     adapter, base, expected = saved
     torch.save({"inputs": clip_inputs(), "expected": expected}, tmp_path / "expected.pt")
@@ -279,7 +280,7 @@ def test_autocast_gives_nearly_the_same(clip):
         assert (logits(model) - expected).abs().max() < 0.05 * expected.abs().max() + 0.1
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS[-1]])
 def test_torch_compile_finds_one_graph_without_a_break(clip, prompts):
     model = adapted(clip, **prompts)
     torch._dynamo.reset()
