@@ -113,7 +113,7 @@ def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: s
         model: The model, with or without adapters.
         class_names: The N class names.
         template: The text of a class, for messages.
-        before_name: Number of tokens before the class name, as of `tokens_before_name`.
+        before_name: Number of tokens before the class name; see `tokens_before_name`.
 
     Raises:
         ValueError: The adapter's n text prompts, which replace the n tokens after the start token, would overwrite the class

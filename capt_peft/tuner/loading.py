@@ -81,7 +81,7 @@ def load_pretrained(loader: Any, name_or_path: str, **kwargs: Any) -> Any:
 
     Raises:
         ValueError: It needs code of its own, or its author's code would have to be replaced by transformers'.
-        OSError: As of transformers.
+        OSError: It cannot be found or reached.
     """
     refused = (
         f"{cut(name_or_path)} comes with code of its own for {getattr(loader, '__name__', loader)}, and capt_peft runs no code "

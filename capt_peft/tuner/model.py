@@ -166,19 +166,17 @@ class CaptModel(BaseTuner):
         towers = set(find_towers(model))
         if config.coupling == "none" and len(towers) == 1:  # a single tower takes its half of an adapter for both
             other = OTHER_TOWER[towers.pop()]
-            state_dict = {
-                name: tensor
-                for name, tensor in state_dict.items()
-                if not in_tower(name.removeprefix(PEFT_PREFIX), other)
-            }
+            absent = [name for name in state_dict if in_tower(name.removeprefix(PEFT_PREFIX), other)]
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in absent}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own, prompts = model.state_dict(), f".{cls.prefix}"
         expected = {
             name: tensor
-            for name, tensor in model.state_dict().items()
-            if f".{cls.prefix}" in name and adapter_name in name.rsplit(f".{cls.prefix}", 1)[1].split(".")
+            for name, tensor in own.items()
+            if f".modules_to_save.{adapter_name}." in name
+            or (prompts in name and adapter_name in name.rsplit(prompts, 1)[1].split("."))
         }
-        saved = {name: t for name, t in model.state_dict().items() if f".modules_to_save.{adapter_name}." in name}
-        check_adapter_tensors(remapped, expected | saved, getattr(config, "_weights_file", "The state dict"))
+        check_adapter_tensors(remapped, expected, getattr(config, "_weights_file", "The state dict"))
         return remapped
 
     # -------------------------------------------------------------------------------------------------- afterwards

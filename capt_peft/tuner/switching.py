@@ -36,30 +36,29 @@ def adapters_in_use(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules of the base model by their original names, whatever PEFT has put into or around it."""
-    if isinstance(model, PeftModel | PeftMixedModel):
-        yield from base_modules(model.base_model, name)
-    elif isinstance(model, BaseTuner):
-        yield from base_modules(model.model, name)
-    elif isinstance(model, BaseTunerLayer):
-        yield from base_modules(model.base_layer, name)  # type: ignore[arg-type]
-    elif isinstance(model, AuxiliaryTrainingWrapper):
-        yield from base_modules(model.original_module, name)
-    else:
-        yield name, model
-        for child_name, child in model.named_children():
-            yield from base_modules(child, f"{name}.{child_name}" if name else child_name)
-
-
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yields the parameters of the base model by their original names, whatever adapters PEFT has put into it."""
     seen: set[int] = set()
-    for name, module in base_modules(model):
+    for name, module in _base_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:  # weights that two modules share count once, as in `named_parameters`
                 seen.add(id(parameter))
                 yield f"{name}.{key}" if name else key, parameter
+
+
+def _base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(model, PeftModel | PeftMixedModel):
+        yield from _base_modules(model.base_model, name)
+    elif isinstance(model, BaseTuner):
+        yield from _base_modules(model.model, name)
+    elif isinstance(model, BaseTunerLayer):
+        yield from _base_modules(model.base_layer, name)  # type: ignore[arg-type]
+    elif isinstance(model, AuxiliaryTrainingWrapper):
+        yield from _base_modules(model.original_module, name)
+    else:
+        yield name, model
+        for child_name, child in model.named_children():
+            yield from _base_modules(child, f"{name}.{child_name}" if name else child_name)
 
 
 def active_adapter(model: Any) -> str:
