@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
 from ..attacks.threat import check_images
-from ..results.earlier import changes
-from ..results.evaluation import Evaluation, examples_path
+from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..attacks import LogitsFn
 from ..randomness import own_random_state
-from ..results.earlier import RANDOM, TOLERANCE, changes, logit_distance, set_aside
-from ..results.evaluation import Evaluation
+from ..results.evaluation import RANDOM, TOLERANCE, Evaluation, changes, logit_distance, set_aside
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
 from .batch import Subject

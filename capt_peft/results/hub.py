@@ -34,8 +34,7 @@ from .card import (
     write_card,
     write_cards_for,
 )
-from .earlier import changes, set_aside
-from .evaluation import EVALUATION, Evaluation, examples_path
+from .evaluation import EVALUATION, Evaluation, changes, examples_path, set_aside
 from .run import RESULTS, RecordError, Records, RunResults, why_unshown
 
 logger = logging.getLogger(__name__)
