@@ -121,14 +121,13 @@ def _remove_leftovers(folder: Path, now: float) -> None:
 
 def _is_gone(machine: str, process: int) -> bool:
     """Returns whether a process is known to have ended."""
-    if machine != _machine() or sys.platform == "win32":  # there the signal 0 does not merely ask
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
+    if machine == _machine() and sys.platform != "win32":  # there the signal 0 does not merely ask
+        try:
+            os.kill(process, 0)
+        except (ProcessLookupError, OverflowError):
+            return True
+        except PermissionError:
+            return False
     return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+Changes = dict[Any, Callable[[], Callable[[], Any]]]  # by key: what changes a thing, and returns what puts it back
 _DEPTH = 4  # functions within functions that are searched for modules
 
 
@@ -21,11 +22,11 @@ class _Loans:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._loans: dict[Any, tuple[int, Callable[[], None]]] = {}  # key -> (borrowers, what puts it back)
+        self._loans: dict[Any, tuple[int, Callable[[], Any]]] = {}  # key -> (borrowers, what puts it back)
 
     @contextmanager
-    def borrow(self, wanted: dict[Any, Callable[[], Callable[[], None]]]) -> Iterator[None]:
-        """Holds things by their keys; each value changes its thing and returns what puts it back."""
+    def borrow(self, wanted: Changes) -> Iterator[None]:
+        """Holds things by their keys."""
         with self._lock:
             for key, change in wanted.items():
                 count, restore = self._loans.get(key) or (0, change())
@@ -53,9 +54,7 @@ def eval_mode(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         model: The model; other threads may use it in the same way at the same time.
         gradients: Leave `requires_grad` as it is; False: switch it off, so that a backward to the pixels keeps fewer tensors.
     """
-    wanted: dict[Any, Callable[[], Callable[[], None]]] = {
-        ("mode", id(module)): partial(_set, module, "training", False) for module in model.modules()
-    }
+    wanted: Changes = {("mode", id(module)): partial(_set, module, "training", False) for module in model.modules()}
     if not gradients:
         wanted |= {
             ("gradient", id(parameter)): partial(_set, parameter, "requires_grad", False)
@@ -66,22 +65,17 @@ def eval_mode(model: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         yield
 
 
-def _set(thing: Any, name: str, value: bool) -> Callable[[], None]:
+def _set(thing: Any, name: str, value: bool) -> Callable[[], Any]:
     before = getattr(thing, name)
     if before != value:
         setattr(thing, name, value)
-    return partial(_put_back, thing, name, before)
-
-
-def _put_back(thing: Any, name: str, value: bool) -> None:
-    if getattr(thing, name) != value:
-        setattr(thing, name, value)
+    return partial(_set, thing, name, before)
 
 
 @contextmanager
 def buffers_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within it, modules may change their buffers (running statistics, counters); afterwards these are as they were."""
-    wanted: dict[Any, Callable[[], Callable[[], None]]] = {
+    wanted: Changes = {
         ("buffer", id(module), name): partial(_copy, module, name)
         for root in modules
         for module in root.modules()
@@ -161,10 +155,8 @@ def _parts(thing: Any) -> list[Any]:
 def _closure(function: FunctionType) -> list[Any]:
     contents = []
     for cell in function.__closure__ or ():
-        try:
+        with suppress(ValueError):  # a name that is not bound yet
             contents.append(cell.cell_contents)
-        except ValueError:  # a name that is not bound yet
-            continue
     return contents
 
 
