@@ -13,8 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from peft import get_peft_model
+from torch import nn
+
+from .data.task import Task
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
-from .training.arguments import CaptTrainingArguments
+from .training import CaptTrainer, CaptTrainingArguments
 from .tuner import CaptConfig
 from .utils.text import shown
 
@@ -149,3 +153,36 @@ def method_settings(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     for sentence in conflicts(name, asked).values():
         raise ValueError(sentence)
     return {**method.defaults, **asked, **method.fixed}
+
+
+def make_trainer(
+    name: str,
+    base: nn.Module,
+    args: CaptTrainingArguments,
+    *,
+    task: Task,
+    processor: Any,
+    prompts: Mapping[str, Any],
+    teacher: str | None = None,
+) -> CaptTrainer:
+    """Returns the trainer of a method, with new prompts on a CLIP.
+
+    Args:
+        name: Name or alias of the method.
+        base: The CLIP.
+        args: The training arguments, with the settings of the method (see `method_settings`).
+        task: The images, and the class names and the template of the prompts.
+        processor: The processor of the CLIP.
+        prompts: Other fields of `CaptConfig`.
+        teacher: See `CaptTrainer`.
+
+    Raises:
+        ValueError: An unknown method, or one that tunes nothing.
+    """
+    method = get_method(name)
+    if method.objective is None:
+        raise ValueError(f"{name} tunes nothing; python examples/evaluate.py --base measures it.")
+    config = CaptConfig(**{**prompts, "template": task.template, "class_names": list(task.class_names)})
+    model = get_peft_model(base, config)
+    objective = method.objective(args)
+    return CaptTrainer(model, args, task=task, processor=processor, objective=objective, teacher=teacher)

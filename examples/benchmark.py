@@ -32,7 +32,7 @@ from accelerate import PartialState
 from train import ScriptArguments
 
 from capt_peft import CaptConfig, CaptTrainingArguments
-from capt_peft.benchmark import PROTOCOLS, Plan, Suite, get_executor, get_suite, listing, run_cells
+from capt_peft.benchmark import PROTOCOLS, Plan, Suite, get_suite, listing, run_cells
 from capt_peft.methods import METHODS
 from capt_peft.report import write_report
 
@@ -77,7 +77,7 @@ def build_parser() -> Parser:
     parser.add_argument("--output", help="file of lines; outputs/benchmark/SUITE.jsonl by default")
     parser.add_argument("--report", help="folder of tables and plots; by default of the output's name")
     parser.add_argument("--tables", help="files of lines: only make tables and plots of them, into --report")
-    parser.add_argument("--executor", default="local", help="local, ray or slurm")
+    parser.add_argument("--backend", default="loky", help="where workers run: loky (this machine), ray or dask")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--list", action="store_true", help="show what would run, and how long it should take")
     parser.add_argument("--quick", action="store_true", help="every method and protocol once, on little, in minutes")
@@ -215,10 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     cells = plan.cells()
     output = Path(args.output or f"outputs/benchmark/{args.suite}{'-quick' if args.quick else ''}.jsonl")
     if args.list:
-        print(listing(cells, output, plan.model, args.workers, root=places(args)))
+        print(listing(cells, output, args.workers, root=places(args)))
         return
-    executor = get_executor(args.executor, args.workers)
-    lines = run_cells(cells, output, executor=executor, root=places(args))
+    lines = run_cells(cells, output, backend=args.backend, workers=args.workers, root=places(args))
     if not PartialState().is_main_process:
         return
     failed = [line for line in lines.values() if line["status"] == "failed"]

@@ -1,13 +1,12 @@
 """The paper's protocols, methods and seeds: what is run, where, and the lines that it leaves."""
 
-from .executors import get_executor
-from .lines import Lines
+from .lines import Line, Lines, Result, read
 from .plan import PROTOCOLS, Cell, Plan, Target
-from .run import run_cell
-from .runner import listing, run_cells
+from .run import listing, run_cell, run_cells
 from .suites import SUITES, Suite, get_suite
+from .workers import BACKENDS
 
 __all__ = [
-    "PROTOCOLS", "SUITES", "Cell", "Lines", "Plan", "Suite", "Target", "get_executor", "get_suite", "listing", "run_cell",
-    "run_cells",
+    "BACKENDS", "PROTOCOLS", "SUITES", "Cell", "Line", "Lines", "Plan", "Result", "Suite", "Target", "get_suite", "listing",
+    "read", "run_cell", "run_cells",
 ]  # fmt: skip

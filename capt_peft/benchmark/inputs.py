@@ -24,7 +24,7 @@ from ..data.task import Task
 from ..data.transforms import PixelTransform
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, configuration_digest
 from ..tuner.loading import load_pretrained
-from .plan import ZERO_SHOT, Cell, Target
+from .plan import Cell, Target
 
 Root = str | Mapping[str, str] | None
 TUNED_WITH = ("training_data", "base_model_fingerprint", "base_configuration", "teacher_fingerprint", "processor")
@@ -41,58 +41,54 @@ class Inputs:
         self.root = root
         self._known: dict[Any, Any] = {}
 
-    def digests(self, cell: Cell) -> dict[str, Any]:
+    def digests(self, cell: Cell, base: tuple[nn.Module, Any] | None = None) -> dict[str, Any]:
         """Returns what has to be the same for a line of the cell to be its result, in JSON types.
 
         `measured_data` has a digest for each target, and `training_data` one for the training images or None: of all images
         that are used, their labels, the class names and the text; `measured_images` and `training_images` leave out the text,
         by which methods may differ. The others are of the weights and the configuration of base and teacher, and of how the
         processor makes pixels and tokens.
+
+        Args:
+            cell: The cell.
+            base: What `load_base` returned for it; None: it is loaded.
         """
-        tuned, text = cell.method != ZERO_SHOT, cell.prompts.get("template")
-        teacher = cell.settings.get("teacher") if tuned else None
+        text, teacher = cell.prompts.get("template"), cell.settings.get("teacher")
         training = (cell.task, cell.train_classes, cell.shots, cell.seed, text)
         measured = [
             self._once("measured", (target, cell.split, cell.limit, text), partial(self._measured, cell, target))
             for target in cell.targets
         ]
-        images, data = self._once("training", training, partial(self._training, cell)) if tuned else (None, None)
+        images, data = self._once("training", training, partial(self._training, cell)) if cell.tuned else (None, None)
         return {
             "measured_images": [of for of, _ in measured],
             "measured_data": [of for _, of in measured],
             "training_images": images,
             "training_data": data,
-            **self._once("model", (cell.model,), partial(_model_digests, cell.model)),
-            "teacher_fingerprint": self._once("teacher", (teacher,), partial(_teacher, teacher)),
+            **self._once("model", cell.model, lambda: _of_base(*(base or load_base(cell.model, "cpu")))),
+            "teacher_fingerprint": self._once("teacher", teacher, partial(_of_teacher, teacher)),
         }
 
-    def _once(self, what: str, about: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def _once(self, what: str, about: Any, make: Callable[[], Any]) -> Any:
         if (what, about) not in self._known:
             self._known[what, about] = make()
         return self._known[what, about]
 
     def _measured(self, cell: Cell, target: Target) -> tuple[str, str]:
         task = read_task(target.task, target.classes, self.root)
-        return _data_digests(drawn(task[cell.split], cell.limit), task, template_of(cell, task))
+        return _of_data(drawn(task[cell.split], cell.limit), task, template_of(cell, task))
 
     def _training(self, cell: Cell) -> tuple[str, str]:
         task = training_task(cell, self.root)
-        return _data_digests(task["train"], task, task.template)
+        return _of_data(task["train"], task, task.template)
 
 
-def _data_digests(data: datasets.Dataset, task: Task, template: str) -> tuple[str, str]:
-    """Returns a digest of images, labels and class names, and one of these and the text."""
+def _of_data(data: datasets.Dataset, task: Task, template: str) -> tuple[str, str]:
     content = [digest_images(data), list(task.class_names)]
     return _digest(content), _digest([*content, template])
 
 
-def _model_digests(name: str) -> dict[str, Any]:
-    model, processor = load_base(name, "cpu")
-    return model_digests(model, processor)
-
-
-def model_digests(model: nn.Module, processor: Any) -> dict[str, Any]:
-    """Returns the digests of a base model and of what its processor does to images and words."""
+def _of_base(model: nn.Module, processor: Any) -> dict[str, Any]:
     pixels = PixelTransform(processor).to_dict()
     settings = {name: pixels[name] for name in ("size", "resize", "center_crop", "resample", "mean", "std")}
     words = sorted(processor.tokenizer.get_vocab().items())
@@ -103,7 +99,7 @@ def model_digests(model: nn.Module, processor: Any) -> dict[str, Any]:
     }
 
 
-def _teacher(name: str | None) -> str | None:
+def _of_teacher(name: str | None) -> str | None:
     if name is None:
         return None
     if Path(name, CONFIG_NAME).exists():

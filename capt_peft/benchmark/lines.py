@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..results.accuracy import Accuracy
-from .plan import Cell
+from ..utils.outputs import OutputLock
+from .plan import Cell, Target
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Line:
     Attributes:
         key: The key of the cell.
         cell: The cell.
-        results: A result for each target; empty if the run failed.
+        results: One per target; empty if the run failed.
         error: Why it failed, as "ValueError: ..."; None if it finished.
         collapsed: How the tuned model collapsed; None if it did not.
         digests: What of `DIGESTS` the line has, which say of which images and models its figures are.
@@ -145,7 +146,7 @@ class Lines:
         path: The file; it need not exist yet.
 
     Raises:
-        ValueError: A line other than the last that is not a JSON object, figures that cannot be, or a path that is a folder.
+        ValueError: A path that is a folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -154,17 +155,19 @@ class Lines:
             raise ValueError(f"{self.path} is a folder; the lines go to a file, such as {self.path / 'lines.jsonl'}.")
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """Returns the last line of each cell, by its key. A last line that was cut short is left out, with a warning."""
-        if not self.path.exists():
-            return {}
+        """Returns the last line of each cell, by its key. A last line that was cut off is left out, with a warning.
+
+        Raises:
+            ValueError: A line other than the last that is not a JSON object, or figures that cannot be.
+        """
         lines = {}
-        for number, line in _objects(self.path):
+        for number, line in _objects(self.path) if self.path.exists() else ():
             lines[line["key"]] = line
             try:
                 for row in line["results"]:
                     Result.from_dict(row)
-            except (KeyError, TypeError, AttributeError):  # not whole, so that its cell runs again
-                pass
+            except (KeyError, TypeError, AttributeError):
+                continue  # not whole, so that its cell runs again
             except ValueError as error:
                 raise ValueError(
                     f"Line {number} of {self.path} has figures that cannot be ({error}). Fix or remove it."
@@ -172,57 +175,41 @@ class Lines:
         return lines
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Writes a line at the end and onto the disk, in one piece; what was cut short there before is removed."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes a line at the end and onto the disk, in one piece; what was cut off there before is removed."""
         text = json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        with self.path.open("a+b", buffering=0) as file:  # a buffer would be written again after a failure
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            end = self._end_of_whole_lines(file)
-            if _is_json(os.pread(file.fileno(), size - end, end)):  # read() counts a line that lacks only its newline
-                end, text = size, b"\n" + text
-            file.truncate(end)
-            try:
-                left = memoryview(text)
-                while left:
-                    left = left[file.write(left) :]
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(end)  # a full disk must not leave half a line
-                raise
-
-    @staticmethod
-    def _end_of_whole_lines(file: Any) -> int:
-        """Returns the place behind the last newline."""
-        end: int = file.seek(0, os.SEEK_END)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            end = start
-        return 0
+        lock = OutputLock(self.path.parent, f"{self.path.name}, to append", wait=True)
+        try:
+            with self.path.open("a+b", buffering=0) as file:  # a buffer would be written again after a failure
+                file.seek(0)
+                content = file.read()
+                end = content.rfind(b"\n") + 1
+                if _is_json(content[end:]):  # read() counts a line that lacks only its newline
+                    end, text = len(content), b"\n" + text
+                file.truncate(end)
+                try:
+                    left = memoryview(text)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)  # a full disk must not leave half a line
+                    raise
+        finally:
+            lock.release()
 
 
 def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:
     """Returns whether a line is finished and has every figure of its cell."""
     try:
-        results = line["results"]
-        targets = [(target.task, target.classes) for target in cell.targets]
+        results = Line.from_dict(line).results
         return (
             line["status"] == "finished"
             and line["cell"] == cell.to_dict()
-            and [(result["task"], result["classes"]) for result in results] == targets
-            and all(len(result["attacks"]) == len(set(cell.attacks)) for result in results)
-            and all(
-                isinstance(count["correct"], int) and 0 <= count["correct"] <= count["n"] and count["n"] > 0
-                for result in results
-                for count in (result["clean"], result["worst_case"], *result["attacks"].values())
-            )
+            and [Target(result.task, result.classes) for result in results] == list(cell.targets)
+            and all(len(r.attacks) == len(set(cell.attacks)) and r.worst_case is not None for r in results)
             and (not cell.tuned or isinstance(line["training"], dict))
         )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
 
@@ -240,7 +227,7 @@ def _contradiction(row: Mapping[str, Any]) -> str | None:
     counts = {"clean": clean, **attacks} | ({} if worst is None else {"the worst case": worst})
     for name, count in counts.items():
         if count["n"] < 1 or not 0 <= count["correct"] <= count["n"]:
-            return f"{name}: {count['correct']} of {count['n']} is no accuracy"
+            return f"{name}: {_of(count)} is no accuracy"
         if count["n"] != clean["n"] or count["correct"] > clean["correct"]:
             return f"{name}: {_of(count)} cannot be beside {_of(clean)} of clean images"
     for name, count in attacks.items():
@@ -254,4 +241,4 @@ def _of(count: Mapping[str, Any]) -> str:
 
 
 def _accuracy(count: Mapping[str, Any]) -> Accuracy:
-    return Accuracy(count["correct"], count["n"])
+    return Accuracy(operator.index(count["correct"]), operator.index(count["n"]))

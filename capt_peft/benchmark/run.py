@@ -1,4 +1,7 @@
-"""Running one cell: tune the adapter, or take it from where it was kept, and measure it on every target."""
+"""Running cells: each tunes an adapter, or takes the one that was kept, and is measured on every target.
+
+Of a plan, what is finished is skipped, what fails is recorded, and what ends is written at once.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +9,42 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PrinterCallback, set_seed
 
 from ..attacks import PGD, Attack, parse_attack
 from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import Evaluation, evaluate
-from ..methods import METHODS
+from ..methods import make_trainer
 from ..results.run import count_parameters
-from ..training import CaptTrainer, CaptTrainingArguments
-from ..tuner import CaptConfig
+from ..training import CaptTrainingArguments
 from ..tuner.fingerprint import adapter_fingerprint
-from ..utils.files import write_json, written_whole
+from ..utils.files import make_writable, write_json, written_whole
+from ..utils.outputs import OutputLock, main_process_says
 from ..utils.versions import describe_machine, versions
-from .inputs import (
-    TUNED_WITH,
-    Inputs,
-    Root,
-    _load_task,
-    drawn,
-    load_base,
-    model_digests,
-    read_task,
-    template_of,
-    training_task,
-)
-from .plan import ZERO_SHOT, Cell, Target
+from .inputs import TUNED_WITH, Inputs, Root, _load_task, drawn, load_base, read_task, template_of, training_task
+from .lines import Lines, is_whole
+from .plan import Cell, Target
+from .workers import BACKENDS, run_in_workers
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Root", "_load_task", "drawn", "run_cell"]
 
 TRAINING = "training.json"
 ADAPTER = "adapter_fingerprint"
 TUNED_ON = "tuned_on"  # in an adapter's record: the digests of what it was tuned with
+TAKEN = "taken"  # by another process
+_POLL_SECONDS = 1.0
+_CLASSES, _ALL_SHOTS, _TEST_IMAGES = 10, 64, 400  # guesses of how long a cell takes, without its data set
 
 
 def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = None) -> dict[str, Any]:
@@ -75,9 +73,9 @@ def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = Non
 
 def _run(cell: Cell, adapters: str | Path | None, root: Root) -> dict[str, Any]:
     base, processor = load_base(cell.model)
-    digests = Inputs(root).digests(cell) | model_digests(base, processor)
+    digests = Inputs(root).digests(cell, (base, processor))
     model, training, fingerprint = base, None, None
-    if cell.method != ZERO_SHOT:
+    if cell.tuned:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(adapters or temporary) / cell.training_key
             model, training = _adapter(cell, base, processor, folder, digests, root)
@@ -130,22 +128,13 @@ def _tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[Peft
     with tempfile.TemporaryDirectory() as output:
         args = _training_arguments(cell, output)
         set_seed(cell.seed)
-        prompts = {**cell.prompts, "template": task.template, "class_names": list(task.class_names)}
-        config = CaptConfig(**prompts)
-        model = get_peft_model(base, config)
-        make = METHODS[cell.method].objective
-        assert make is not None  # zero-shot is not tuned
-        trainer = CaptTrainer(
-            model,
-            args,
-            task=task,
-            processor=processor,
-            objective=make(args),
-            teacher=cell.settings.get("teacher"),
-        )
+        trainer = make_trainer(
+            cell.method, base, args, task=task, processor=processor, prompts=cell.prompts, teacher=cell.settings.get("teacher")
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
+    model: Any = trainer.model
     training = {
         "seconds": round(time.perf_counter() - start, 2),
         "steps": trainer.state.global_step,
@@ -214,3 +203,222 @@ def _counts(evaluation: Evaluation) -> dict[str, Any]:
         "attacks": {outcome.name: count(outcome.accuracy) for outcome in evaluation.attacks},
         "worst_case": count(evaluation.robust),
     }
+
+
+# ------------------------------------------------------------------------------------------------------------ one plan
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    output: str | Path,
+    *,
+    backend: str = "loky",
+    workers: int = 1,
+    root: Root = None,
+    progress: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Runs the cells that are not finished, and appends a line for each to a file as soon as it ends.
+
+    Under `accelerate launch`, all processes run each cell together. Calls with the same output share the cells: each is run by
+    one of them, and all wait for the last. Killed at any point, a call loses the cells that were running, and a worker that is
+    killed loses one; failed and lost cells run again on the next call. Adapters are kept beside the file, in a folder of its
+    name with ".adapters" at the end, and used again by cells that differ only in what is measured.
+
+    Args:
+        cells: What to run.
+        output: The file of lines.
+        backend: "loky" (this machine), "ray" or "dask" (the cluster that is named by `RAY_ADDRESS` or
+            `DASK_SCHEDULER_ADDRESS`, or else this machine). All machines need `output` on a shared disk.
+        workers: Cells at a time; 1 with loky: in this process.
+        root: See `run_cell`.
+        progress: Show a progress bar.
+
+    Returns:
+        The lines of these cells, by key; failed cells have a line too.
+
+    Raises:
+        ValueError: An unknown backend, less than one worker, an output that cannot be written, or damaged lines.
+        ImportError: The library of the backend is not installed.
+    """
+    # Accelerate does not see by itself that torchrun's processes have no GPU, and each would run all cells alone
+    state, lines = PartialState(cpu=not torch.accelerator.is_available()), Lines(output)
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown backend {backend!r}. Allowed: {', '.join(BACKENDS)}.")
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+    here = backend == "loky" and workers == 1
+    if state.num_processes > 1 and not here:
+        raise ValueError("Several processes run each cell together: use either `accelerate launch` or workers.")
+    main_process_says(lambda: make_writable(lines.path.parent, lines.path.name))
+    _load_task.cache_clear()  # a data set may have changed since an earlier call of this process
+    todo = main_process_says(lambda: _unfinished(cells, lines.read(), root))
+    run = partial(_run_claimed, output=lines.path.absolute(), root=root)
+    while todo:
+        with tqdm(
+            total=len(todo), desc="benchmark", unit="cell", disable=not (progress and state.is_main_process)
+        ) as bar:
+            if here:
+                ended = [_shown(run, one, bar) for one in todo]
+            else:
+                died = partial(_died, output=lines.path.absolute())
+                ended = run_in_workers(run, died, todo, backend, workers, lambda count: bar.update(count - bar.n))
+        todo = [one for one, status in zip(todo, ended, strict=True) if status == TAKEN]
+        while todo and main_process_says(partial(_all_taken, todo, lines.path)):
+            time.sleep(_POLL_SECONDS)
+    state.wait_for_everyone()
+    found = lines.read()
+    return {cell.key: found[cell.key] for cell in cells if cell.key in found}
+
+
+def _shown(run: Callable[[Any], str], one: tuple[Cell, Any], bar: Any) -> str:
+    bar.set_postfix_str(str(one[0]))
+    status = run(one)
+    bar.update()
+    return status
+
+
+def _run_claimed(one: tuple[Cell, Any], output: Path, root: Root) -> str:
+    """Runs a cell and appends its line, unless another process does, or has since the line was read that is given with it.
+
+    Returns:
+        The status of the line, or `TAKEN`.
+    """
+    (cell, before), lines, claims = one, Lines(output), []
+
+    def ended() -> str | None:
+        claims.append(_claim(cell, output))
+        if claims[0] is None:
+            return TAKEN
+        line = lines.read().get(cell.key)
+        return None if line == before else str(line and line["status"])
+
+    try:
+        status: str | None = main_process_says(ended)
+        if status is None:
+            line = run_cell(cell, adapters=adapters_of(output), root=root)
+            if PartialState().is_main_process:
+                lines.append(line)
+            status = str(line["status"])
+        return status
+    finally:
+        for claim in filter(None, claims):
+            claim.release()
+
+
+def _claim(cell: Cell, output: Path) -> OutputLock | None:
+    try:
+        return OutputLock(output.parent, f"{output.name}, {cell.key}")
+    except ValueError:
+        return None
+
+
+def _all_taken(todo: Sequence[tuple[Cell, Any]], output: Path) -> bool:
+    return all(_claim(cell, output) is None for cell, _ in todo)
+
+
+def _died(one: tuple[Cell, Any], output: Path) -> str:
+    """Appends the line of a cell whose process was killed."""
+    cell, why = one[0], "Its process was killed, perhaps because memory ran out. The next call runs it again."
+    line = {
+        "key": cell.key,
+        "status": "failed",
+        "cell": cell.to_dict(),
+        "error": {"type": "WorkerDied", "message": why},
+    }
+    Lines(output).append(line | {"seconds": 0.0, "versions": versions(), "machine": "unknown"})
+    return "failed"
+
+
+def adapters_of(output: Path) -> Path:
+    """Returns the folder of adapters beside a file of lines."""
+    return output.with_suffix(".adapters")
+
+
+def is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inputs) -> bool:
+    """Returns whether the lines have the figures of a cell: whole, and of the same images and weights as there are now.
+
+    Args:
+        lines: The lines by key.
+        cell: The cell.
+        inputs: Reads the images and weights.
+
+    Raises:
+        ValueError: There are figures, but the images or weights that they should belong to cannot be read.
+    """
+    line = lines.get(cell.key, {})
+    if not is_whole(line, cell) or "measured_data" not in line:
+        return False
+    try:
+        now = inputs.digests(cell)
+    except Exception as error:
+        raise ValueError(
+            f"Whether the finished line of {cell} still holds cannot be told, as its images or weights cannot be read: "
+            f"{str(error)[:500]} Make them readable, leave the cell out, or write to another output."
+        ) from error
+    return all(line.get(name) == value for name, value in now.items())
+
+
+def _unfinished(
+    cells: Sequence[Cell], lines: Mapping[str, dict[str, Any]], root: Root
+) -> list[tuple[Cell, dict[str, Any] | None]]:
+    """Returns the cells that have to run, each with its line so far, and says how many finished ones have to run again."""
+    inputs = Inputs(root)
+    todo = [(cell, lines.get(cell.key)) for cell in cells if not is_finished(lines, cell, inputs)]
+    again = [cell for cell, line in todo if line is not None and line.get("status") == "finished"]
+    if again:
+        logger.warning(
+            "%d finished lines are damaged, of other images or weights than there are now, or do not say of which; their "
+            "cells run again, the first of them %s.",
+            len(again),
+            again[0],
+        )
+    return todo
+
+
+def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root: Root = None) -> str:
+    """Returns what would run, a line for each cell, and how long it should take at the pace of those that have run.
+
+    Cells whose line is damaged, of other images or weights, or of unknown ones are "changed", and would run again.
+
+    Args:
+        cells: All cells.
+        output: The file of lines.
+        workers: Cells at a time.
+        root: See `run_cell`.
+    """
+    lines, inputs = Lines(output).read(), Inputs(root)
+    ended = [cell for cell in cells if lines.get(cell.key, {}).get("status") == "finished"]
+    pace = sum(lines[cell.key]["seconds"] for cell in ended) / max(1, sum(map(passes, ended)))
+    rows, left, finished = [], 0.0, 0
+    for cell in cells:
+        status = str(lines.get(cell.key, {}).get("status", "to run"))
+        if status == "finished" and not is_finished(lines, cell, inputs):
+            status = "changed"
+        finished += status == "finished"
+        seconds = pace * passes(cell)
+        left += 0 if status == "finished" else seconds
+        rows.append(f"{cell.key}  {status:8}  {_duration(seconds) if ended else '?':>7}  {cell}")
+    time_left = f"should take {_duration(left / workers)}" if ended else "take an unknown time, as none has run"
+    total = f"{len(cells)} cells, {finished} finished; the others {time_left}"
+    return "\n".join([*rows, f"{total}{f' with {workers} workers' if workers > 1 else ''}."])
+
+
+def passes(cell: Cell) -> float:
+    """Returns about how many images go through the image tower, forward or backward, when the cell is run."""
+    attacks = [parse_attack(name, cell.threat) for name in cell.attacks]
+    measured = (cell.limit or _TEST_IMAGES) * len(cell.targets) * (1 + sum(attack.passes for attack in attacks))
+    if not cell.tuned:
+        return measured
+    args = vars(CaptTrainingArguments) | cell.settings
+    images = _CLASSES * (_ALL_SHOTS if cell.shots == "all" else int(cell.shots))
+    steps = int(args["max_steps"]) if "max_steps" in cell.settings else -1
+    seen = steps * min(args["per_device_train_batch_size"], images) if steps > 0 else images * args["num_train_epochs"]
+    return measured + float(seen * (2 * args["attack_steps"] + 4))
+
+
+def _duration(seconds: float) -> str:
+    """Returns a duration as people read it: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -23,6 +23,7 @@ from capt_peft import (
     ZeroShotClassifier,
     evaluate,
     load_task,
+    methods,
 )
 from capt_peft.benchmark import Plan, get_suite, run, run_cell
 from capt_peft.benchmark.inputs import TUNED_WITH
@@ -74,7 +75,7 @@ def forbid_training(monkeypatch, error=AssertionError):
     def refuse(*args, **kwargs):
         raise error("An adapter is tuned.")
 
-    monkeypatch.setattr(run, "CaptTrainer", refuse)
+    monkeypatch.setattr(methods, "CaptTrainer", refuse)
 
 
 def lasting(line):
@@ -251,7 +252,7 @@ def test_base_to_new_is_tuned_on_base_classes_alone_and_measured_on_both_halves(
         measured.append((classifier.class_names, {classifier.class_names[label] for label in data["label"]}))
         return evaluate(classifier, data, *args, **kwargs)
 
-    monkeypatch.setattr(run, "CaptTrainer", Trainer)
+    monkeypatch.setattr(methods, "CaptTrainer", Trainer)
     monkeypatch.setattr(run, "evaluate", spy)
     line = run_cell(cell(protocol="base-to-new"))
     names = load_task("digits").class_names
@@ -274,7 +275,7 @@ def test_a_template_among_the_settings_is_the_text_of_tuned_methods_and_not_of_z
             trained.append(task.template)
             super().__init__(*args, task=task, **kwargs)
 
-    monkeypatch.setattr(run, "CaptTrainer", Trainer)
+    monkeypatch.setattr(methods, "CaptTrainer", Trainer)
     text = {"template": "a nice drawing of a {}."}
     (result,) = run_cell(cell(**text))["results"]
     assert result["template"] == text["template"] and trained == [text["template"]]

@@ -198,7 +198,7 @@ def test_the_file_of_a_published_protocol_gives_settings_attack_and_model_and_no
         (["--split", "holdout"], "Unknown splits holdout"),
         (["--settings", "learning_rat=3"], "unknown settings learning_rat"),
         (["--settings", "learning_rate=high"], "'high'"),
-        (["--executor", "dask"], "Unknown executor 'dask'"),
+        (["--backend", "slurm"], "Unknown backend 'slurm'"),
         (["--workers", "0"], "workers=0"),
         (["--root", "/"], "--root has no effect with --suite toy"),
         (["--quick"], "--attacks has no effect beside quick"),

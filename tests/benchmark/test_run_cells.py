@@ -1,6 +1,7 @@
 """A plan as a whole: what is finished stays, what failed runs again, and a run that was killed ends as if it was not."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,8 +16,7 @@ from benchmark import main
 from helpers import TINY_CLIP
 from PIL import Image
 
-from capt_peft.benchmark import Lines, Plan, Suite, Target, get_suite, listing, run_cells, runner
-from capt_peft.benchmark.executors import run_here
+from capt_peft.benchmark import Lines, Plan, Suite, Target, get_suite, listing, run, run_cells
 from capt_peft.benchmark.inputs import Inputs
 from capt_peft.report import read_sections
 
@@ -54,19 +54,20 @@ def line(cell, status="finished", **changes):
 
 
 class Engine:
-    """Runs nothing: it notes the cells that it was given and says how each of them ended."""
+    """Takes the place of `run_cell`: it notes the cells that it was given and says how each of them ended."""
 
     def __init__(self, *failing):
         self.failing, self.given = failing, []
 
-    def __call__(self, cells, output, root):
-        for cell in cells:
-            self.given.append(cell)
-            yield cell, line(cell, "failed" if cell in self.failing else "finished", root=root)
+    def __call__(self, cell, adapters, root):
+        self.given.append(cell)
+        return line(cell, "failed" if cell in self.failing else "finished", root=root)
 
 
 def go(cells, output, engine, **changes):
-    return run_cells(cells, output, executor=engine, progress=False, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "run_cell", engine)
+        return run_cells(cells, output, progress=False, **changes)
 
 
 # ------------------------------------------------------------------------------------------------- what runs again
@@ -133,7 +134,7 @@ def test_a_finished_line_that_is_not_whole_runs_again(output, damage, caplog):
 def test_a_line_of_other_images_weights_or_cells_is_not_reused(output, path, to):
     (cell,) = make_cells(seeds=[0])
     Lines(output).append(damaged(line(cell), *path, to=to))
-    assert "changed" in listing([cell], output, TINY_CLIP)
+    assert "changed" in listing([cell], output)
     go([cell], output, engine := Engine())
     assert engine.given == [cell]
 
@@ -225,10 +226,9 @@ def test_images_swapped_at_the_same_path_or_under_another_root_are_measured_agai
 def test_each_line_is_on_the_disk_before_the_next_cell_runs(output):
     cells, found = make_cells(), []
 
-    def engine(cells, output, root):
-        for cell in cells:
-            found.append(list(Lines(output).read()))
-            yield cell, line(cell)
+    def engine(cell, adapters, root):
+        found.append(list(Lines(output).read()))
+        return line(cell)
 
     go(cells, output, engine)
     assert found == [[], [cells[0].key], [cells[0].key, cells[1].key]]
@@ -244,7 +244,7 @@ def test_lines_of_other_plans_are_left_alone_and_not_returned(output):
 def test_one_cell_that_fails_does_not_stop_the_others(output):
     zero_shot = replace(make_cells()[0], method="zero-shot", settings={}, prompts={})
     cells = [zero_shot, replace(make_cells()[0], shots=1000), replace(zero_shot, seed=1)]
-    lines = go(cells, output, run_here)
+    lines = run_cells(cells, output, progress=False)
     assert [one["status"] for one in lines.values()] == ["finished", "failed", "finished"]
     assert "1000" in lines[cells[1].key]["error"]["message"]
 
@@ -252,16 +252,17 @@ def test_one_cell_that_fails_does_not_stop_the_others(output):
 def test_an_interrupt_ends_the_run_and_leaves_the_lines_that_there_are(output):
     cells = make_cells()
 
-    def engine(cells, output, root):
-        yield cells[0], line(cells[0])
-        raise KeyboardInterrupt
+    def engine(cell, adapters, root):
+        if cell == cells[1]:
+            raise KeyboardInterrupt
+        return line(cell)
 
     with pytest.raises(KeyboardInterrupt):
         go(cells, output, engine)
     assert list(Lines(output).read()) == [cells[0].key]
 
 
-def test_the_place_of_the_data_sets_reaches_the_engine(output):
+def test_the_place_of_the_data_sets_reaches_the_cells(output):
     (one,) = go(make_cells(seeds=[0]), output, Engine(), root="/data").values()
     assert one["root"] == "/data"
 
@@ -274,19 +275,20 @@ def test_the_list_shows_states_durations_and_the_time_left(output):
     for cell in cells[:3]:
         Lines(output).append(line(cell, seconds=60.0))
     Lines(output).append(line(cells[3], "failed"))
-    *rows, total = listing(cells, output, "a folder that need not be there").splitlines()
+    *rows, total = listing(cells, output).splitlines()
     assert [row.split()[0] for row in rows] == [cell.key for cell in cells]
     assert [row[14:22].strip() for row in rows] == ["finished", "finished", "finished", "failed", "to run"]
     assert all(
         "60 s" in row and row.endswith(f"few-shot: capt on digits, 1 shot, seed {i}") for i, row in enumerate(rows)
     )
     assert total == "5 cells, 3 finished; the others should take 2 min."
-    assert listing(cells, output, "", workers=2).endswith("should take 60 s with 2 workers.")
+    assert listing(cells, output, workers=2).endswith("should take 60 s with 2 workers.")
 
 
-def test_without_finished_cells_the_pace_is_that_of_the_model(output):
-    assert 0 < runner.seconds_per_pass(make_cells(), {}, TINY_CLIP) < 1
-    assert "3 cells, 0 finished; the others should take" in listing(make_cells(), output, TINY_CLIP)
+def test_without_finished_cells_the_list_gives_no_times(output):
+    *rows, total = listing(make_cells(), output).splitlines()
+    assert total == "3 cells, 0 finished; the others take an unknown time, as none has run."
+    assert all(" ?  few-shot" in row for row in rows)
     assert not output.parent.exists() or list(output.parent.iterdir()) == []
 
 
@@ -295,7 +297,7 @@ def test_without_finished_cells_the_pace_is_that_of_the_model(output):
     [(0, "1 s"), (40.4, "40 s"), (89, "89 s"), (100, "2 min"), (89 * 60, "89 min"), (12000, "3 h 20 min"), (7260, "2 h 01 min")],
 )  # fmt: skip
 def test_durations_are_written_as_people_say_them(seconds, words):
-    assert runner.duration(seconds) == words
+    assert run._duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_durations_are_written_as_people_say_them(seconds, words):
 )
 def test_the_cost_of_tuning_grows_with_its_images_and_attack_steps(changes, factor):
     cell = replace(make_cells()[0], settings={"max_steps": 40, "attack_steps": 2}, attacks=(), limit=1)
-    assert runner.passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (runner.passes(cell) - 1))
+    assert run.passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (run.passes(cell) - 1))
 
 
 # ----------------------------------------------------------------------------------------------------- killed at any time
@@ -354,3 +356,61 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not_and_runs_nothing_twice(tmp
     assert len(kept(killed)) == len(kept(whole)) == 4
     tables = [(path.parent / "lines" / "tables.md").read_text() for path in (whole, killed)]
     assert tables[0] == tables[1]
+
+
+# ------------------------------------------------------------------------------------- several calls, several workers
+
+
+def hold(cell, output, started, last):
+    """Claims a cell, as another call does, and ends with or without a line."""
+    claim = run._claim(cell, output)
+    started.set()
+    time.sleep(2)
+    if last:
+        Lines(output).append(last)
+        claim.release()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_cell_of_another_call_is_waited_for_and_run_only_if_that_call_is_killed(output, ends):
+    cells = make_cells()
+    context = multiprocessing.get_context("fork")
+    started, theirs = context.Event(), line(cells[1], n="theirs") if ends else None
+    other = context.Process(target=hold, args=(cells[1], output, started, theirs))
+    other.start()
+    assert started.wait(60)
+    lines = go(cells, output, engine := Engine())
+    other.join(60)
+    assert engine.given == [cells[0], cells[2]] + ([] if ends else [cells[1]])
+    assert lines[cells[1].key].get("n") == ("theirs" if ends else None)
+    assert output.read_bytes().count(b"\n") == 3
+    leftovers = [path for path in output.parent.iterdir() if path.name.startswith(".capt-lock")]
+    assert len(leftovers) <= 1  # of the killed one
+
+
+@pytest.mark.timeout(600)
+def test_two_copies_of_a_command_share_its_cells_and_two_workers_give_the_same_lines(tmp_path):
+    def start(output, *more):
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *KILLED, "--output", str(output), *more],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
+        )  # fmt: skip
+
+    shared, workers = tmp_path / "shared.jsonl", tmp_path / "workers.jsonl"
+    copies = [start(shared), start(shared)]
+    shown = [copy.communicate(timeout=280)[0] for copy in copies]
+    assert all("5 of 5 cells are finished" in text for text in shown), shown
+    assert shared.read_bytes().count(b"\n") == 5
+    shown = start(workers, "--workers", "2").communicate(timeout=280)[0]
+    assert "5 of 5 cells are finished" in shown, shown
+    assert figures(workers) == figures(shared)
+
+
+def test_workers_that_cannot_be_are_refused_before_anything_is_written(output):
+    with pytest.raises(ValueError, match=r"Unknown backend 'slurm'. Allowed: loky, ray, dask"):
+        run_cells(make_cells(), output, backend="slurm")
+    with pytest.raises(ValueError, match="workers=0"):
+        run_cells(make_cells(), output, workers=0)
+    assert not output.exists()
