@@ -44,14 +44,10 @@ class Inputs:
     def digests(self, cell: Cell, base: tuple[nn.Module, Any] | None = None) -> dict[str, Any]:
         """Returns what has to be the same for a line of the cell to be its result, in JSON types.
 
-        `measured_data` has a digest for each target, and `training_data` one for the training images or None: of all images
-        that are used, their labels, the class names and the text; `measured_images` and `training_images` leave out the text,
-        by which methods may differ. The others are of the weights and the configuration of base and teacher, and of how the
-        processor makes pixels and tokens.
-
-        Args:
-            cell: The cell.
-            base: What `load_base` returned for it; None: it is loaded.
+        `measured_data` (for each target) and `training_data` are of all images that are used, their labels, the class names and
+        the text; `measured_images` and `training_images` leave out the text, by which methods may differ. The others are of the
+        weights and the configuration of base and teacher, and of how the processor makes pixels and tokens. `base` is what
+        `load_base` returned for the cell, if it has been loaded.
         """
         text, teacher = cell.prompts.get("template"), cell.settings.get("teacher")
         training = (cell.task, cell.train_classes, cell.shots, cell.seed, text)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from typing import Any
 
 from ..attacks import ThreatModel, parse_attack
@@ -42,14 +43,14 @@ class Cell:
         method: Name of the method.
         variant: Name of the variant of its settings; "" for none.
         task: The data set that it is tuned on.
-        shots: Training images a class, "all", or 0 for zero-shot.
+        shots: Training images per class, "all", or 0 for zero-shot.
         seed: Seed of the images drawn, of the prompts and of all attacks.
         split: Split that is measured.
         model: Folder or Hub id of the CLIP.
         epsilon: Radius of the threat model, as a fraction of the [0, 1] range.
         norm: Its norm.
         attacks: Names of the attacks that measure robust accuracy.
-        eval_step_size: Length of a step of PGD among them; None: as of `PGD`.
+        eval_step_size: Step size of PGD among them; None: see `PGD`.
         limit: Images of a split that are measured, drawn by seed 0; None: all.
         targets: What is measured.
         settings: Other fields of `CaptTrainingArguments`, and `teacher`.
@@ -200,28 +201,43 @@ class Plan:
         for attack in self.attacks or ():
             parse_attack(attack, ThreatModel("linf", "0"))  # or it would be refused when the first adapter is tuned
 
-    @property
-    def _method_settings(self) -> dict[str, Mapping[str, Any]]:
-        return {method_name(name): values for name, values in self.method_settings.items()}
-
     def cells(self) -> list[Cell]:
         """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed.
 
         Raises:
             ValueError: Unknown settings, or settings that contradict a method or have no effect on it.
         """
-        for method in map(method_name, self.methods):
+        methods = [method_name(name) for name in self.methods]
+        for method in methods:
             for why in self._unsuited(method).values():
                 logger.info("%s The settings for all methods reach the others.", why)
-        cells = [
-            cell
-            for seed in self.seeds
-            for protocol in self.protocols
-            for method in map(method_name, self.methods)
-            for variant, changed in self.variants.items()
-            for cell in self._of(protocol, method, variant, changed, seed)
-        ]
-        return list({cell.key: cell for cell in cells}.values())
+        found: dict[str, Cell] = {}
+        for seed, protocol, method in product(self.seeds, self.protocols, methods):
+            shots: Sequence[Shots] = self.shots if protocol == "few-shot" else (self.transfer_shots,)
+            if method == ZERO_SHOT:  # nothing is drawn and nothing is tuned: one seed, and no variants of tuning
+                if seed != self.seeds[0]:
+                    continue
+                shots = (0,)
+            for variant, changed in self.variants.items():
+                name = "" if method == ZERO_SHOT else variant
+                common = self._common(method, changed)
+                for count, (task, targets) in product(shots, self._places(protocol)):
+                    cell = Cell(
+                        self.suite.name, protocol, method, name, task, count, seed, targets=targets, **common
+                    )  # fmt: skip
+                    found[cell.key] = cell
+        return list(found.values())
+
+    def _places(self, protocol: str) -> list[tuple[str, tuple[Target, ...]]]:
+        """Returns what is tuned on under a protocol, each with what is measured."""
+        tasks, source = tuple(self.tasks or self.suite.tasks), self.suite.source
+        if protocol in TRANSFERS:
+            others = tasks if protocol == "cross-dataset" else self.suite.shifts
+            return [(source, (Target(source), *(Target(name) for name in others if name != source)))] if others else []
+        if protocol == "base-to-new":
+            whole = [name for name in tasks if name not in self.suite.few_classes]
+            return [(name, (Target(name, "base"), Target(name, "new"))) for name in whole]
+        return [(name, (Target(name),)) for name in tasks]
 
     def _unsuited(self, method: str) -> dict[str, str]:
         """Returns the settings for all methods that do not suit this one but another one of the plan, and why."""
@@ -233,66 +249,44 @@ class Plan:
             if any(setting not in conflicts(other, shared) for other in others)
         }
 
-    def _of(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Iterator[Cell]:
-        tasks = tuple(self.tasks or self.suite.tasks)
-        shots: Sequence[Shots] = self.shots if protocol == "few-shot" else (self.transfer_shots,)
-        if protocol == "shift" and not self.suite.shifts:
-            return
-        if protocol in ("cross-dataset", "shift"):
-            source = self.suite.source
-            others = [name for name in (tasks if protocol == "cross-dataset" else self.suite.shifts) if name != source]
-            chosen = [(source, (Target(source), *map(Target, others)))]
-        elif protocol == "base-to-new":
-            whole = [name for name in tasks if name not in self.suite.few_classes]
-            chosen = [(name, (Target(name, "base"), Target(name, "new"))) for name in whole]
-        else:
-            chosen = [(name, (Target(name),)) for name in tasks]
-        if method == ZERO_SHOT:  # nothing is drawn and nothing is tuned: one seed, and no variants of tuning
-            if seed != self.seeds[0]:
-                return
-            variant, shots = "", (0,)
-        blank = self._cell(protocol, method, variant, changed, seed)
-        for count in shots:
-            for task, targets in chosen:
-                yield replace(blank, task=task, shots=count, targets=targets)
-
-    def _cell(self, protocol: str, method: str, variant: str, changed: Mapping[str, Any], seed: int) -> Cell:
-        unsuited = self._unsuited(method)
+    def _common(self, method: str, changed: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the fields that all cells of a method and a variant have in common."""
+        unsuited, own = self._unsuited(method), {method_name(k): v for k, v in self.method_settings.items()}
         values = {
             **{name: value for name, value in self.suite.settings.items() if name not in unsuited},
             **self.suite.method_settings.get(method, {}),
             **{name: value for name, value in self.settings.items() if name not in unsuited},
-            **self._method_settings.get(method, {}),
+            **own.get(method, {}),
             **changed,
         }
         # YAML reads 1e-3 as a word
         values |= {name: float(value) for name, value in values.items() if name in _FLOATS and isinstance(value, str)}
         if method != ZERO_SHOT:
             values = method_settings(method, values)
-        epsilon, norm = str(values.pop("epsilon", "4/255")), str(values.pop("norm", "linf"))
-        step_size = values.pop("eval_step_size", None)
-        prompts = {name: value for name, value in values.items() if name in _PROMPTS}
-        settings = {name: value for name, value in values.items() if name not in _PROMPTS}
-        unknown = sorted(set(settings) - _TRAINING)
+        common = {
+            "split": self.split,
+            "model": self.model,
+            "epsilon": str(values.pop("epsilon", "4/255")),
+            "norm": str(values.pop("norm", "linf")),
+            "attacks": tuple(self.attacks or self.suite.attacks),
+            "eval_step_size": values.pop("eval_step_size", None),
+            "limit": self.suite.limit if self.limit is None else self.limit or None,
+        }
+        unknown = sorted(values.keys() - _PROMPTS - _TRAINING)
         if unknown:
             raise ValueError(
                 f"Unknown settings {', '.join(unknown)}: they are fields of neither CaptTrainingArguments nor CaptConfig."
             )
         if method == ZERO_SHOT:
-            prompts = settings = {}
-        attacks = tuple(self.attacks or self.suite.attacks)
-        limit = self.suite.limit if self.limit is None else self.limit or None
-        return Cell(
-            self.suite.name, protocol, method, variant, "", 0, seed, self.split, self.model, epsilon, norm, attacks,
-            step_size, limit, (), settings, prompts,
-        )  # fmt: skip
+            return common
+        prompts = {name: value for name, value in values.items() if name in _PROMPTS}
+        return common | {"settings": {k: v for k, v in values.items() if k not in _PROMPTS}, "prompts": prompts}
 
 
 _PROMPTS = PROMPT_FIELDS - {"class_names", "template_token_ids"}
 _FLOATS = {f.name for kind in (CaptTrainingArguments, CaptConfig) for f in fields(kind) if f.type in (float, "float")}
-_TRAINING = {f.name for f in fields(CaptTrainingArguments)} - {"output_dir", "seed", "eval_attack", "hub_token"} | {
-    "teacher"
-}
+_OF_A_RUN = {"output_dir", "seed", "eval_attack", "hub_token"}
+_TRAINING = {f.name for f in fields(CaptTrainingArguments)} - _OF_A_RUN | {"teacher"}
 
 
 def _hash(content: Mapping[str, Any]) -> str:

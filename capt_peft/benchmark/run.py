@@ -9,7 +9,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ from transformers import PrinterCallback, set_seed
 
 from ..attacks import PGD, Attack, parse_attack
 from ..clip.classifier import ZeroShotClassifier
-from ..evaluation import Evaluation, evaluate
+from ..evaluation import evaluate
 from ..methods import make_trainer
+from ..results.accuracy import Accuracy
 from ..results.run import count_parameters
 from ..training import CaptTrainingArguments
 from ..tuner.fingerprint import adapter_fingerprint
@@ -152,16 +153,9 @@ def _tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[Peft
 
 def _training_arguments(cell: Cell, output: str) -> CaptTrainingArguments:
     settings = {name: value for name, value in cell.settings.items() if name != "teacher"}
-    own = {
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": PartialState().device.type == "cpu",
-        # a constant model is a result, and leaving it out would favour the method that made it
-        "stop_on_collapse": False,
-    }
-    return CaptTrainingArguments(
-        output_dir=output, seed=cell.seed, epsilon=cell.epsilon, norm=cell.norm, **{**own, **settings}
-    )
+    own = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": PartialState().device.type == "cpu"}
+    own["stop_on_collapse"] = False  # a constant model is a result, and leaving it out would favour its method
+    return CaptTrainingArguments(output, seed=cell.seed, epsilon=cell.epsilon, norm=cell.norm, **{**own, **settings})
 
 
 def non_default(args: CaptTrainingArguments) -> dict[str, Any]:
@@ -184,7 +178,18 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     attacks = [_with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
     data = drawn(task[cell.split], cell.limit)
     evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, progress=False)
-    return {"task": target.task, "classes": target.classes, "template": template, **_counts(evaluation)}
+    return {
+        "task": target.task,
+        "classes": target.classes,
+        "template": template,
+        "clean": _count(evaluation.clean),
+        "attacks": {outcome.name: _count(outcome.accuracy) for outcome in evaluation.attacks},
+        "worst_case": _count(evaluation.robust),
+    }
+
+
+def _count(accuracy: Accuracy) -> dict[str, int]:
+    return {"correct": accuracy.correct, "n": accuracy.n}
 
 
 def _with_step_size(attack: Attack, step_size: float | str | None) -> Attack:
@@ -192,17 +197,6 @@ def _with_step_size(attack: Attack, step_size: float | str | None) -> Attack:
     if step_size is None or not isinstance(attack, PGD) or not attack.random_start:
         return attack
     return replace(attack, step_size=step_size)
-
-
-def _counts(evaluation: Evaluation) -> dict[str, Any]:
-    def count(accuracy: Any) -> dict[str, int]:
-        return {"correct": accuracy.correct, "n": accuracy.n}
-
-    return {
-        "clean": count(evaluation.clean),
-        "attacks": {outcome.name: count(outcome.accuracy) for outcome in evaluation.attacks},
-        "worst_case": count(evaluation.robust),
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------ one plan
@@ -258,7 +252,11 @@ def run_cells(
             total=len(todo), desc="benchmark", unit="cell", disable=not (progress and state.is_main_process)
         ) as bar:
             if here:
-                ended = [_shown(run, one, bar) for one in todo]
+                ended = []
+                for one in todo:
+                    bar.set_postfix_str(str(one[0]))
+                    ended.append(run(one))
+                    bar.update()
             else:
                 died = partial(_died, output=lines.path.absolute())
                 ended = run_in_workers(run, died, todo, backend, workers, lambda count: bar.update(count - bar.n))
@@ -270,18 +268,10 @@ def run_cells(
     return {cell.key: found[cell.key] for cell in cells if cell.key in found}
 
 
-def _shown(run: Callable[[Any], str], one: tuple[Cell, Any], bar: Any) -> str:
-    bar.set_postfix_str(str(one[0]))
-    status = run(one)
-    bar.update()
-    return status
-
-
 def _run_claimed(one: tuple[Cell, Any], output: Path, root: Root) -> str:
-    """Runs a cell and appends its line, unless another process does, or has since the line was read that is given with it.
+    """Runs a cell and appends its line, unless another process does, or has since the line that is given with it was read.
 
-    Returns:
-        The status of the line, or `TAKEN`.
+    Returns the status of the line, or `TAKEN`.
     """
     (cell, before), lines, claims = one, Lines(output), []
 
@@ -290,12 +280,12 @@ def _run_claimed(one: tuple[Cell, Any], output: Path, root: Root) -> str:
         if claims[0] is None:
             return TAKEN
         line = lines.read().get(cell.key)
-        return None if line == before else str(line and line["status"])
+        return None if line is None or line == before else str(line["status"])
 
     try:
         status: str | None = main_process_says(ended)
         if status is None:
-            line = run_cell(cell, adapters=adapters_of(output), root=root)
+            line = run_cell(cell, adapters=output.with_suffix(".adapters"), root=root)
             if PartialState().is_main_process:
                 lines.append(line)
             status = str(line["status"])
@@ -318,33 +308,15 @@ def _all_taken(todo: Sequence[tuple[Cell, Any]], output: Path) -> bool:
 
 def _died(one: tuple[Cell, Any], output: Path) -> str:
     """Appends the line of a cell whose process was killed."""
-    cell, why = one[0], "Its process was killed, perhaps because memory ran out. The next call runs it again."
-    line = {
-        "key": cell.key,
-        "status": "failed",
-        "cell": cell.to_dict(),
-        "error": {"type": "WorkerDied", "message": why},
-    }
-    Lines(output).append(line | {"seconds": 0.0, "versions": versions(), "machine": "unknown"})
+    cell = one[0]
+    why = "Its process was killed, perhaps because memory ran out. The next call runs it again."
+    error = {"status": "failed", "cell": cell.to_dict(), "error": {"type": "WorkerDied", "message": why}}
+    Lines(output).append({"key": cell.key, **error, "seconds": 0.0, "versions": versions(), "machine": "unknown"})
     return "failed"
 
 
-def adapters_of(output: Path) -> Path:
-    """Returns the folder of adapters beside a file of lines."""
-    return output.with_suffix(".adapters")
-
-
-def is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inputs) -> bool:
-    """Returns whether the lines have the figures of a cell: whole, and of the same images and weights as there are now.
-
-    Args:
-        lines: The lines by key.
-        cell: The cell.
-        inputs: Reads the images and weights.
-
-    Raises:
-        ValueError: There are figures, but the images or weights that they should belong to cannot be read.
-    """
+def _is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inputs) -> bool:
+    """Returns whether the lines have the figures of a cell: whole, and of the same images and weights as there are now."""
     line = lines.get(cell.key, {})
     if not is_whole(line, cell) or "measured_data" not in line:
         return False
@@ -361,17 +333,15 @@ def is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inpu
 def _unfinished(
     cells: Sequence[Cell], lines: Mapping[str, dict[str, Any]], root: Root
 ) -> list[tuple[Cell, dict[str, Any] | None]]:
-    """Returns the cells that have to run, each with its line so far, and says how many finished ones have to run again."""
+    """Returns the cells that have to run, each with its line so far."""
     inputs = Inputs(root)
-    todo = [(cell, lines.get(cell.key)) for cell in cells if not is_finished(lines, cell, inputs)]
+    todo = [(cell, lines.get(cell.key)) for cell in cells if not _is_finished(lines, cell, inputs)]
     again = [cell for cell, line in todo if line is not None and line.get("status") == "finished"]
     if again:
         logger.warning(
             "%d finished lines are damaged, of other images or weights than there are now, or do not say of which; their "
-            "cells run again, the first of them %s.",
-            len(again),
-            again[0],
-        )
+            "cells run again, the first of them %s.", len(again), again[0],
+        )  # fmt: skip
     return todo
 
 
@@ -392,7 +362,7 @@ def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root
     rows, left, finished = [], 0.0, 0
     for cell in cells:
         status = str(lines.get(cell.key, {}).get("status", "to run"))
-        if status == "finished" and not is_finished(lines, cell, inputs):
+        if status == "finished" and not _is_finished(lines, cell, inputs):
             status = "changed"
         finished += status == "finished"
         seconds = pace * passes(cell)
@@ -409,11 +379,15 @@ def passes(cell: Cell) -> float:
     measured = (cell.limit or _TEST_IMAGES) * len(cell.targets) * (1 + sum(attack.passes for attack in attacks))
     if not cell.tuned:
         return measured
-    args = vars(CaptTrainingArguments) | cell.settings
+
+    def setting(name: str) -> float:
+        return float(cell.settings.get(name, getattr(CaptTrainingArguments, name)))
+
     images = _CLASSES * (_ALL_SHOTS if cell.shots == "all" else int(cell.shots))
-    steps = int(args["max_steps"]) if "max_steps" in cell.settings else -1
-    seen = steps * min(args["per_device_train_batch_size"], images) if steps > 0 else images * args["num_train_epochs"]
-    return measured + float(seen * (2 * args["attack_steps"] + 4))
+    steps = setting("max_steps")
+    batch = min(setting("per_device_train_batch_size"), images)
+    seen = steps * batch if steps > 0 else images * setting("num_train_epochs")
+    return measured + seen * (2 * setting("attack_steps") + 4)
 
 
 def _duration(seconds: float) -> str:
