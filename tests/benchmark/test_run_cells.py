@@ -325,11 +325,18 @@ def kept(output):
     return list(output.with_suffix(".adapters").glob("[!.]*/training.json"))
 
 
-@pytest.mark.timeout(600)  # four starts, on a machine that may be busy
-def test_a_run_that_is_killed_ends_as_one_that_is_not_and_runs_nothing_twice(tmp_path, capsys):
-    whole, killed = tmp_path / "whole" / "lines.jsonl", tmp_path / "killed" / "lines.jsonl"
-    main([*KILLED, "--output", str(whole)])
-    assert len(figures(whole)) == 5
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The lines of a run that nobody killed."""
+    output = tmp_path_factory.mktemp("whole") / "lines.jsonl"
+    main([*KILLED, "--output", str(output)])
+    assert len(figures(output)) == 5
+    return output
+
+
+@pytest.mark.timeout(600)  # three starts, on a machine that may be busy
+def test_a_run_that_is_killed_ends_as_one_that_is_not_and_runs_nothing_twice(whole, tmp_path):
+    killed = tmp_path / "killed" / "lines.jsonl"
 
     def count():
         return killed.read_bytes().count(b"\n") if killed.exists() else 0
@@ -390,22 +397,20 @@ def test_a_cell_of_another_call_is_waited_for_and_run_only_if_that_call_is_kille
 
 
 @pytest.mark.timeout(600)
-def test_two_copies_of_a_command_share_its_cells_and_two_workers_give_the_same_lines(tmp_path):
-    def start(output, *more):
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *KILLED, "--output", str(output), *more],
+def test_two_copies_of_a_command_one_of_them_with_workers_share_its_cells(whole, tmp_path):
+    shared = tmp_path / "shared.jsonl"
+    copies = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *KILLED, "--output", str(shared), "--workers", workers],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])},
-        )  # fmt: skip
-
-    shared, workers = tmp_path / "shared.jsonl", tmp_path / "workers.jsonl"
-    copies = [start(shared), start(shared)]
+        )
+        for workers in "12"
+    ]  # fmt: skip
     shown = [copy.communicate(timeout=280)[0] for copy in copies]
     assert all("5 of 5 cells are finished" in text for text in shown), shown
-    assert shared.read_bytes().count(b"\n") == 5
-    shown = start(workers, "--workers", "2").communicate(timeout=280)[0]
-    assert "5 of 5 cells are finished" in shown, shown
-    assert figures(workers) == figures(shared)
+    assert shared.read_bytes().count(b"\n") == 5  # none was run twice
+    assert figures(shared) == figures(whole)
 
 
 def test_workers_that_cannot_be_are_refused_before_anything_is_written(output):

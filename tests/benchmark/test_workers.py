@@ -58,11 +58,17 @@ def test_an_interrupt_does_not_wait_for_what_runs():
 
         time.sleep(seconds)
 
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        run_in_workers(
-            run, pytest.fail, [0, 3000], "loky", 2, lambda count: os.kill(os.getpid(), signal.SIGINT) if count else 0
-        )
+    def interrupt(count):
+        if count == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    start, handler = time.monotonic(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_in_workers(run, pytest.fail, [0, 3000], "loky", 2, interrupt)
+            pytest.fail("It was not interrupted.")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert time.monotonic() - start < 200
     wait_for(lambda: not processes())
 
