@@ -281,7 +281,7 @@ def test_there_are_ablations():
         ({"split": "holdout"}, "Unknown splits holdout. Allowed: train, validation, test"),
         ({"limit": -1}, "limit=-1"),
         ({"settings": {"consistency": "high"}}, "'high'"),
-        ({"attacks": ["pdg-20"]}, "unknown attack 'pdg-20'. Known: "),
+        ({"attacks": ["pdg-20"]}, "unknown attack 'pdg-20'. Did you mean pgd-20"),
         ({"seeds": []}, "no seeds"),
         ({"seeds": [0, "x"]}, "seed='x' must be a whole number of at least 0"),
         ({"seeds": [-1]}, "seed=-1"),
