@@ -22,10 +22,10 @@ def write_report(
     """Writes the tables and pictures of a benchmark: all of them, or none.
 
     Args:
-        lines_path: A file of benchmark lines, or several.
+        lines_path: As for `read_sections`.
         folder: Where to write tables.md, tables.tex, and shots, scatter and differences as PNG and SVG. A picture with nothing to
             draw is left out. With several few-shot sections, the names of shots and scatter say which one they are of.
-        attack: The attack that robust accuracy is of; by default the one that most cells have.
+        attack: As for `read_sections`.
 
     Returns:
         The paths of the files.
@@ -35,11 +35,10 @@ def write_report(
         ValueError: As of `read_sections`.
     """
     import_figure()  # before any long work
-    folder = Path(folder)
     sections = read_sections(lines_path, attack)
     parts = [(section, tables) for section in sections if (tables := section_tables(section))]
-    drawn = [s for s in sections if s.protocol == "few-shot" and s.runs.robust.notna().any()]
     figures: dict[str, Any] = {}
+    drawn = [s for s in sections if s.protocol == "few-shot" and s.runs.robust.notna().any()]
     for section, suffix in zip(drawn, _suffixes(drawn), strict=True):
         figures |= {f"shots{suffix}": shots_figure(section), f"scatter{suffix}": scatter_figure(section)}
     figures["differences"] = differences_figure(sections)
@@ -52,12 +51,11 @@ def write_report(
                 files = [f"{name}.png", f"{name}.svg"]
                 save_figure(figure, *(temporary / file for file in files), dpi=130)
                 names += files
-    return [folder / name for name in names]
+    return [Path(folder, name) for name in names]
 
 
-def _suffixes(drawn: Sequence[Section]) -> list[str]:
+def _suffixes(sections: Sequence[Section]) -> list[str]:
     """Returns for each section the values of what tells it from the others, as the end of a file name."""
-    fields = [[s.suite for s in drawn], [s.split for s in drawn], [s.model for s in drawn], [s.threat for s in drawn]]
+    fields = zip(*((s.suite, s.split, s.model, s.threat) for s in sections), strict=True)
     telling = [values for values in fields if len(set(values)) > 1]
-    words = ["-".join(["", *values]) for values in zip(*telling, strict=True)] or [""] * len(drawn)
-    return [re.sub(r"[^A-Za-z0-9.-]+", "-", word) for word in words]
+    return [re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(["", *(f[i] for f in telling)])) for i in range(len(sections))]

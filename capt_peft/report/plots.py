@@ -14,7 +14,6 @@ from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Difference, Rows, compare
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 LINES = ((CLEAN, "-"), (ROBUST, "--"))
-AVERAGE = "average"
 ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
 PREFERRED_SHOTS = 16
@@ -22,27 +21,23 @@ Styles = dict[str, tuple[str, str]]
 
 
 def shots_figure(section: Section) -> Any:
-    """Draws clean and robust accuracy of a few-shot section against shots, one panel a task and one for their average.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draws clean and robust accuracy of a few-shot section against shots, one panel a task and one for their average."""
     rows = {shots: rows_of(section, shots) for shots in section.shots}
     tasks = list(dict.fromkeys(task for of in rows.values() for task in of.tasks))
-    panels = [AVERAGE, *tasks] if len(tasks) > 1 else tasks
+    counts = sorted({len(of.common.tasks) for of in rows.values()})
+    average = f"average of {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} tasks"
+    panels = {average: rows} if len(tasks) > 1 else {}
+    panels |= {task: {shots: of.of_tasks([task]) for shots, of in rows.items()} for task in tasks}
+    styles = row_styles(rows_of(section))
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    styles = row_styles(rows_of(section))
     figure = new_figure(max(2.9 * columns + 0.6, 5.5), 2.5 * lines + 1.2)
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, {s: of if panel == AVERAGE else of.of_tasks([panel]) for s, of in rows.items()}, styles)
-        axis.set_title(_averaged(rows) if panel == AVERAGE else panel, fontsize=11)
-    for i, axis in enumerate(axes):
-        axis.set_visible(i < len(panels))
-        if i + columns >= len(panels):  # also above a place that is empty
-            axis.tick_params(labelbottom=True)
-            axis.set_xlabel("shots", fontsize=11)
+    axes = _axes(figure, len(panels), columns, sharey=True)
+    for axis, (title, of) in zip(axes, panels.items(), strict=True):
+        _draw_panel(axis, of, styles)
+        axis.set_title(title, fontsize=11)
+    for axis in axes[-columns:]:
+        axis.set_xlabel("shots", fontsize=11)
     figure.supylabel("accuracy (%)", fontsize=11)
     _legend(figure, styles)
     figure.suptitle(_heading(section), fontsize=11)
@@ -50,38 +45,20 @@ def shots_figure(section: Section) -> Any:
 
 
 def scatter_figure(section: Section) -> Any | None:
-    """Draws robust against clean accuracy, averaged over tasks, with lines of equal harmonic mean.
-
-    Args:
-        section: A few-shot section; of its numbers of shots, 16 is drawn, or else the largest.
-
-    Returns:
-        The figure; None where the rows have no runs in common.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draws robust against clean accuracy at 16 shots or else the most, averaged over tasks; None without common runs."""
     shots = PREFERRED_SHOTS if PREFERRED_SHOTS in section.shots else section.shots[-1]
     mean, spread = rows_of(section, shots).averages
     mean = mean.dropna()
     if mean.empty:
         return None
-    styles = row_styles(rows_of(section))
     figure = new_figure(7.2, 4.6)
     axis = figure.subplots()
-    for label, (clean, robust) in zip(mean.index, mean[[CLEAN, ROBUST]].to_numpy(), strict=True):
-        colour, marker = styles[label]
-        bars = [np.nan_to_num(of) or None for of in spread.loc[label, [CLEAN, ROBUST]]]
-        style = {
-            "color": colour,
-            "marker": marker,
-            "markersize": 8,
-            "ls": "",
-            "capsize": 3,
-            "label": label,
-            "zorder": 3,
-        }
-        axis.errorbar(clean, robust, xerr=bars[0], yerr=bars[1], **style)
+    for label, (colour, marker) in row_styles(rows_of(section)).items():
+        if label in mean.index:
+            xerr, yerr = (np.nan_to_num(spread.at[label, measure]) or None for measure in (CLEAN, ROBUST))
+            style = {"color": colour, "marker": marker, "markersize": 8, "ls": "", "label": label}
+            place = mean.loc[label, [CLEAN, ROBUST]]
+            axis.errorbar(*place, xerr=xerr, yerr=yerr, capsize=3, zorder=3, **style)
     for values, set_limits in ((mean[CLEAN], axis.set_xlim), (mean[ROBUST], axis.set_ylim)):
         pad = max(4.0, 0.15 * (values.max() - values.min()))
         set_limits(max(0, values.min() - pad), min(100, values.max() + pad))
@@ -95,14 +72,7 @@ def scatter_figure(section: Section) -> Any | None:
 
 
 def differences_figure(sections: Sequence[Section]) -> Any | None:
-    """Draws how far CAPT is above each baseline in H, with 95% intervals, one panel a section and number of shots.
-
-    Returns:
-        The figure; None where there is nothing to compare.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draws how far CAPT is above each baseline in H, one panel a section and number of shots; None without any."""
     panels = [(f"{s.title}\n{shots_name(shots)}", _compared(s, shots)) for s in sections for shots in s.shots]
     panels = [(title, found) for title, found in panels if found]
     if not panels:
@@ -111,23 +81,26 @@ def differences_figure(sections: Sequence[Section]) -> Any | None:
     lines = -(-len(panels) // columns)
     tallest = max(len(found) for _, found in panels)
     figure = new_figure(3.6 * columns + 1.0, (0.36 * tallest + 1.1) * lines + 0.8)
-    axes = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
-    for i, (axis, (title, found)) in enumerate(zip(axes, panels, strict=False)):
+    for axis, (title, found) in zip(_axes(figure, len(panels), columns), panels, strict=True):
         _bars(axis, found)
         axis.set_title(title, fontsize=10)
-        axis.tick_params(labelbottom=i + columns >= len(panels))
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
     figure.supxlabel("points of H (95% interval; pale where it contains 0 or there is none)", fontsize=10)
     figure.suptitle(f"{OURS} minus each baseline, robust under {sections[0].attack}", fontsize=11)
     return figure
 
 
+def _axes(figure: Any, count: int, columns: int, **shared: bool) -> list[Any]:
+    """Adds lines of panels; only the last one of a column has numbers below, also above a place that is empty."""
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=True, **shared).ravel()
+    for i, axis in enumerate(axes):
+        axis.set_visible(i < count)
+        axis.tick_params(labelbottom=i + columns >= count)
+    return list(axes[:count])
+
+
 def row_styles(rows: Rows) -> Styles:
     """Returns the colour and the marker of each label, the same in every picture of a section."""
-    trained = sorted(
-        (label for label in rows.labels if label not in rows.once), key=lambda label: label not in rows.ours
-    )
+    trained = sorted((of for of in rows.labels if of not in rows.once), key=lambda label: label not in rows.ours)
     places = {label: i for i, label in enumerate(trained)}  # CAPT first
     cycled = {label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for label, i in places.items()}
     return {label: cycled.get(label, (GREY, "*")) for label in rows.labels}
@@ -156,25 +129,15 @@ def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:
     open_axis(axis)
 
 
-def _averaged(rows: Mapping[Shots, Rows]) -> str:
-    counts = sorted({len(of.common.tasks) for of in rows.values()})
-    return f"average of {counts[0]} tasks" if len(counts) == 1 else f"average of {counts[0]} to {counts[-1]} tasks"
-
-
 def _legend(figure: Any, styles: Styles) -> None:
     from matplotlib.lines import Line2D
 
-    names = [
-        Line2D([], [], color=c, marker="" if c == GREY else m, markersize=6, lw=1.6, label=label)
-        for label, (c, m) in styles.items()
-    ]
-    kinds = [Line2D([], [], color="black", ls=line, lw=1.4, label=measure) for measure, line in LINES]
-    handles = [*names, *kinds]
+    lines = {label: Line2D([], [], color=c, marker="" if c == GREY else m, lw=1.6) for label, (c, m) in styles.items()}
+    lines |= {measure: Line2D([], [], color="black", ls=line, lw=1.4) for measure, line in LINES}
     widest = 0.9 + 0.08 * max(len(label) for label in styles)  # inches
     fitting = max(1, int(figure.get_figwidth() / widest))
-    lines = -(-len(handles) // fitting)
-    columns = -(-len(handles) // lines)  # lines of equal length
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
+    columns = -(-len(lines) // -(-len(lines) // fitting))  # lines of equal length
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=10)
 
 
 def _iso_lines(axis: Any) -> None:
@@ -194,16 +157,15 @@ def _iso_lines(axis: Any) -> None:
 
 def _bars(axis: Any, found: Sequence[Difference]) -> None:
     for place, one in enumerate(found):
-        value, low, high = one.measures[HARMONIC]
-        interval = [] if low is None or high is None else [low, high]
-        sure = bool(interval) and not interval[0] <= 0 <= interval[1]
-        axis.barh(place, value, height=0.6, color=COLOURS[0], alpha=0.85 if sure else 0.3)
-        if interval:
-            axis.plot(interval, [place, place], color="black", lw=1.3, marker="|", markersize=6)
+        value, ends = one.measures[HARMONIC]
+        alpha = 0.3 if ends is None or ends[0] <= 0 <= ends[1] else 0.85
+        axis.barh(place, value, height=0.6, color=COLOURS[0], alpha=alpha)
+        if ends:
+            axis.plot(ends, [place, place], color="black", lw=1.3, marker="|", markersize=6)
         # the figure stands beyond the bar and its interval, which may be too small to read
         side, end = (1, max) if value >= 0 else (-1, min)
         style = {"fontsize": 9, "va": "center", "ha": "left" if side > 0 else "right"}
-        where = (end([value, 0.0, *interval]), place)
+        where = (end([value, 0.0, *(ends or ())]), place)
         axis.annotate(f"{value:+.1f}", where, xytext=(4 * side, 0), textcoords="offset points", **style)
     axis.margins(x=0.16)
     axis.set_yticks(range(len(found)), [one.baseline for one in found], fontsize=10)

@@ -17,8 +17,7 @@ from ..utils.text import differences
 
 WORST = "worst of "  # the share of images that none of several attacks broke
 COLUMNS = [
-    "name", "label", "method", "variant", "trained", "shots", "seed", "task", "classes", "clean", "robust", "n_clean", "n",
-    "collapsed", "failure",
+    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "n_clean", "n", "collapsed", "failure"
 ]  # fmt: skip
 Place = tuple[str, str, str, str, str, str]  # of a section: suite to source
 Figures = dict[tuple[str, str], dict[str, Accuracy]]  # by task and classes, and by attack; "" for clean images
@@ -29,10 +28,7 @@ class Section:
     """The runs that may stand in one table, since only method, task, shots and seed differ.
 
     Attributes:
-        suite: Name of the suite.
-        protocol: The protocol.
-        split: The split that was measured.
-        model: Name of the base model.
+        suite, protocol, split, model: What they have in common, as in a `Cell`.
         threat: The threat model of the attacks, as in "L-inf 10/255".
         source: For cross-dataset and shift, the task that was trained on; otherwise "".
         attack: The attack that robust accuracy is of.
@@ -49,6 +45,9 @@ class Section:
     source: str
     attack: str
     runs: pd.DataFrame = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.title} ({self.split} split, {self.threat}, {self.model})"
 
     @property
     def title(self) -> str:
@@ -133,9 +132,9 @@ def _choose_attack(figures: Iterable[Figures], attack: str | None) -> str:
 def _rows(lines: Sequence[Line], figures: Figures, attack: str) -> list[dict[str, Any]]:
     """Returns what a data frame says of a run."""
     cell = lines[0].cell
-    run = {name: getattr(cell, name) for name in ("label", "method", "variant", "shots", "seed")}
-    run |= {"name": _name(cell), "trained": cell.task}
-    run["collapsed"] = next((line.collapsed for line in lines if line.collapsed), None)
+    collapsed = next((line.collapsed for line in lines if line.collapsed), None)
+    run = {name: getattr(cell, name) for name in ("label", "method", "shots", "seed")}
+    run |= {"name": _name(cell), "collapsed": collapsed}
     measured = [
         {**run, "task": task, "classes": classes}
         | {"clean": 100 * of[""].value, "n_clean": of[""].n, "robust": 100 * of[attack].value, "n": of[attack].n}
@@ -153,7 +152,10 @@ def _check_settings(lines: Sequence[Line]) -> None:
     cells = [line.cell for line in lines if not line.error]
     for cell in cells[1:]:
         one, other = ({**c.settings, "prompts": c.prompts} for c in (cells[0], cell))
-        differing = [f"{'.'.join(map(str, path))} ({a!r} and {b!r})" for path, a, b in differences(one, other)]
+        differing = [
+            f"{'.'.join(map(str, path))} ({a!r} and {b!r})"
+            for path, a, b in differences(one, other, missing="not given")
+        ]
         if differing:
             raise ValueError(
                 f"{_name(cell)} ({cell.suite}, {cell.protocol}, {cell.split}) was run with different settings, which are: "
@@ -178,15 +180,16 @@ def _check_inputs(lines: Iterable[Line]) -> None:
 
 def _inputs(line: Line) -> dict[tuple[Any, ...], str]:
     """Returns the digests of a line, each under what all lines of a section with the same one of it have in common."""
-    cell, inputs = line.cell, {}
+    cell = line.cell
+    inputs: dict[tuple[Any, ...], str] = {}
     trained = ("training_images", cell.task, cell.shots, cell.seed)
     template = line.results[0].template if line.results else None
     places = {"training_images": trained, "training_data": (*trained, template), "teacher_fingerprint": (cell.label,)}
     for name, digest in line.digests.items():
-        if not name.startswith("measured"):
+        if name.startswith("measured"):
+            for result, of in zip(line.results, digest, strict=False):
+                texts = (result.template,) if name == "measured_data" else ()
+                inputs[name, (result.task, result.classes, cell.limit, *texts)] = of
+        else:
             inputs[name, places.get(name)] = digest
-            continue
-        for result, of in zip(line.results, digest, strict=False):
-            texts = (result.template,) if name == "measured_data" else ()
-            inputs[name, (result.task, result.classes, cell.limit, *texts)] = of
     return {key: digest for key, digest in inputs.items() if digest}

@@ -20,13 +20,7 @@ DRAWS = 10_000
 
 
 class Common(NamedTuple):
-    """The tasks and seeds that all rows have.
-
-    Attributes:
-        tasks: Tasks, in the order of the rows.
-        seeds: Seeds; every row has each of them on each of the tasks.
-        left_out: (task, seed) that some row has and another has not, or that had to go with those.
-    """
+    """Tasks and seeds, each of them on each of the tasks, that all rows have; `left_out` is what else some of them have."""
 
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -41,8 +35,8 @@ class Rows:
         labels: Names of the rows, also of those that have no scores.
         once: Those that were run once and stand for every seed.
         ours: CAPT and its variants, which are no baselines.
-        scores: Percent, by label, task and seed: clean, robust and H; for base-to-new also "base clean", "base robust", "new
-            clean" and "new robust": clean is then the harmonic mean of base and new clean, and robust likewise.
+        scores: Percent, by label, task and seed: clean, robust and H; for base-to-new also of base and new, whose harmonic mean
+            clean and robust then are.
     """
 
     labels: list[str]
@@ -73,13 +67,10 @@ class Rows:
         candidates: set[frozenset[int]] = set()
         for seeds in map(frozenset, seeds_of.values()):
             candidates |= {seeds & other for other in candidates} | {seeds}
-        sets = [
-            (tuple(task for task, of in seeds_of.items() if seeds <= of), tuple(sorted(seeds)))
-            for seeds in sorted(candidates, key=sorted)
-        ]
-        tasks, chosen = max(sets, key=lambda of: (len(of[0]) * len(of[1]), len(of[0])), default=((), ()))
-        left_out = tuple((task, seed) for task, seed in counts.index if task not in tasks or seed not in chosen)
-        return Common(tasks, chosen, left_out)
+        ordered = sorted(candidates, key=sorted)
+        sets = [(tuple(t for t, of in seeds_of.items() if seeds <= of), tuple(sorted(seeds))) for seeds in ordered]
+        tasks, shared = max(sets, key=lambda of: (len(of[0]) * len(of[1]), len(of[0])), default=((), ()))
+        return Common(tasks, shared, tuple((t, s) for t, s in counts.index if t not in tasks or s not in shared))
 
     @cached_property
     def averages(self) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -131,19 +122,15 @@ class Interval(NamedTuple):
     """A difference in points, and the ends of its 95% interval: None where there is one pair of runs only."""
 
     value: float
-    low: float | None
-    high: float | None
+    ends: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f}" + ("" if self.ends is None else " ({:.1f} to {:.1f})".format(*self.ends))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far CAPT is above a baseline, on the runs that both have.
-
-    Attributes:
-        baseline: Label of the baseline.
-        measures: The difference in clean, robust and H.
-        pairs: How many tasks and seeds, in words.
-    """
+    """How far CAPT is above a baseline in clean, robust and H, on the runs that both have; `pairs` says how many, in words."""
 
     baseline: str
     measures: Mapping[str, Interval]
@@ -151,27 +138,22 @@ class Difference:
 
     def sentence(self) -> str:
         """Returns what the difference in H says, if the baseline is the best."""
-        value, low, high = self.measures[HARMONIC]
-        points = f"{abs(value):.1f} points {'above' if value > 0 else 'below'}"
-        where = "level with" if f"{abs(value):.1f}" == "0.0" else points
+        value, ends = self.measures[HARMONIC]
+        points = f"{abs(value):.1f}"
+        level = points == "0.0"
+        where = "level with" if level else f"{points} points {'above' if value > 0 else 'below'}"
         start = f"{OURS} is {where} {self.baseline}, the best baseline"
-        if low is None or high is None:
+        if ends is None:
             return f"{start} ({self.pairs}: too few for an interval)."
         # above, the interval is of the points that are named; otherwise it is said whose difference it is
-        name = "95% interval" if where == points and value > 0 else "95% interval of the difference"
-        text = f"{start} ({name} {low:.1f} to {high:.1f}, {self.pairs})"
-        return (
-            f"{text}; the interval contains 0: the runs do not show a difference." if low <= 0 <= high else f"{text}."
-        )
+        whose = "" if value > 0 and not level else " of the difference"
+        text = f"{start} (95% interval{whose} {ends[0]:.1f} to {ends[1]:.1f}, {self.pairs})"
+        within = "; the interval contains 0: the runs do not show a difference" if ends[0] <= 0 <= ends[1] else ""
+        return f"{text}{within}."
 
 
 def compare(rows: Rows) -> tuple[list[Difference], Difference | None]:
-    """Compares CAPT with every baseline.
-
-    Returns:
-        The differences to the baselines that have runs in common with it, and the one to the best of them: of the highest mean
-        H on what all rows have, or None where that is nothing.
-    """
+    """Returns CAPT's differences to the baselines, and the one to the best of them: of the highest mean H on common runs."""
     scores = {label: of.droplevel("label") for label, of in rows.scores.groupby("label", sort=False)}
     ours = scores.get(OURS, pd.DataFrame())
     baselines = [label for label in rows.labels if label in scores and label not in rows.ours]
@@ -180,30 +162,18 @@ def compare(rows: Rows) -> tuple[list[Difference], Difference | None]:
     return list(found.values()), found[means.idxmax()] if len(means) else None
 
 
-def difference(
-    first: pd.DataFrame, second: pd.DataFrame, baseline: str, *, draws: int = DRAWS, seed: int = 0
-) -> Difference | None:
+def difference(first: pd.DataFrame, second: pd.DataFrame, baseline: str) -> Difference | None:
     """Returns how far one row is above another, with 95% percentile bootstrap intervals.
 
-    The runs are paired by task and seed. A draw takes tasks with replacement and, for each of them, seeds with replacement; a
-    task counts as much as any other, however many seeds it has.
-
-    Args:
-        first: Scores of the one, by task and seed.
-        second: Scores of the other.
-        baseline: Label of the other.
-        draws: Number of draws.
-        seed: Seed of the random numbers.
-
-    Returns:
-        None where they have no task and seed in common.
+    A draw takes tasks with replacement and, for each of them, seeds with replacement; a task counts as much as any other,
+    however many seeds it has. None where the rows have no task and seed in common.
     """
     both = first.index[first.index.isin(second.index)]
     if both.empty:
         return None
     by_task = (first - second).loc[both, list(MEASURES)].groupby("task", sort=False)
-    ends = _bootstrap([of.to_numpy().T for _, of in by_task], draws, seed)
-    measures = {m: Interval(v, *of) for (m, v), of in zip(by_task.agg(fmean).agg(fmean).items(), ends, strict=True)}
+    ends = _bootstrap([of.to_numpy().T for _, of in by_task])
+    measures = {m: Interval(v, of) for (m, v), of in zip(by_task.agg(fmean).agg(fmean).items(), ends, strict=True)}
     seeds = [tuple(sorted(of.index.unique("seed"))) for _, of in by_task]
     tasks = f"{len(seeds)} task{'s' * (len(seeds) > 1)}"
     pairs = f"{sum(map(len, seeds))} pairs of runs on {tasks}"
@@ -212,16 +182,16 @@ def difference(
     return Difference(baseline, measures, pairs)
 
 
-def _bootstrap(tasks: list[np.ndarray], draws: int, seed: int) -> list[tuple[float | None, float | None]]:
+def _bootstrap(tasks: list[np.ndarray]) -> list[tuple[float, float] | None]:
     """Returns the interval of each measure, from its differences by task and seed; all measures are of the same draws."""
     counts = np.array([values.shape[1] for values in tasks])
     if counts.sum() < 2:
-        return [(None, None) for _ in MEASURES]  # the interval of a single pair would be a point, and look certain
+        return [None] * len(MEASURES)  # the interval of a single pair would be a point, and look certain
     padded = np.zeros((len(MEASURES), len(tasks), counts.max()))
     for i, values in enumerate(tasks):
         padded[:, i, : counts[i]] = values
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(len(counts), size=(draws, len(counts)))
+    generator = np.random.default_rng(0)
+    chosen = generator.integers(len(counts), size=(DRAWS, len(counts)))
     places = np.floor(generator.random((*chosen.shape, counts.max())) * counts[chosen][..., None]).astype(int)
     drawn = padded[:, chosen[..., None], places]
     real = np.arange(counts.max()) < counts[chosen][..., None]  # a task of fewer seeds has fewer draws

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import pandas as pd
 
@@ -13,7 +12,7 @@ from ..benchmark.plan import Shots, shots_name
 from ..utils.markup import Markdown, escape, table_row
 from ..utils.text import some
 from .sections import Section
-from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Common, Rows, compare, rows_of
+from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Rows, compare, rows_of
 
 PREAMBLE = "% needs \\usepackage{booktabs,adjustbox}"
 BOOTSTRAP = (
@@ -55,46 +54,25 @@ class Table:
 
     def latex(self) -> str:
         """Returns the table as LaTeX with booktabs; `PREAMBLE` says which packages it needs."""
-        names, rules, start = [""], "", 2
-        for group, columns in groupby(group for group, _ in self.entries):
-            end = start + len(list(columns))
-            names.append(f"\\multicolumn{{{end - start}}}{{c}}{{{escape_latex(group)}}}")
-            rules += f"\\cmidrule(lr){{{start}-{end - 1}}}"
-            start = end
-        groups = [_latex_row(names), rules] if any(group for group, _ in self.entries) else []
-        rows = [
-            _latex_row([escape_latex(label), *(_BOLD.sub(r"\\textbf{\1}", escape_latex(entry)) for entry in row)])
-            for label, *row in self.entries.itertuples(name=None)
-        ]
-        about = escape_latex(" ".join(self.notes))
-        return "\n".join(
-            [
-                r"\begin{table*}[t]",
-                r"\centering",
-                f"\\caption{{{escape_latex(self.title)}}}",
-                r"\begin{adjustbox}{max width=\textwidth}",
-                f"\\begin{{tabular}}{{l{'c' * self.entries.shape[1]}}}",
-                r"\toprule",
-                *groups,
-                _latex_row(["", *(escape_latex(name) for _, name in self.entries)]),
-                r"\midrule",
-                *rows,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{adjustbox}",
-                *([r"\par\smallskip", f"{{\\footnotesize {about}\\par}}"] if about else []),
-                r"\end{table*}",
-                "",
-            ]
-        )
+        shown = self.entries.map(lambda entry: _BOLD.sub(r"\\textbf{\1}", escape_latex(entry)))
+        shown = shown.rename(index=escape_latex, columns=escape_latex).rename_axis(None)
+        groups, width = {group for group, _ in shown}, shown.shape[1]
+        if groups <= {""}:
+            shown.columns = [name for _, name in shown]
+        tabular = shown.style.to_latex(hrules=True, column_format="l" + "c" * width, multicol_align="c")
+        if not groups <= {""}:  # rules under the groups, which are equally wide
+            ends = [(i + 2, i + 1 + width // len(groups)) for i in range(0, width, width // len(groups))]
+            rules = "".join(f"\\cmidrule(lr){{{first}-{last}}}" for first, last in ends)
+            tabular = tabular.replace("\\\\\n", f"\\\\\n{rules}\n", 1)
+        lines = [r"\begin{table*}[t]", r"\centering", f"\\caption{{{escape_latex(self.title)}}}"]
+        lines += [r"\begin{adjustbox}{max width=\textwidth}", tabular + r"\end{adjustbox}"]
+        if self.notes:
+            lines += [r"\par\smallskip", f"{{\\footnotesize {escape_latex(' '.join(self.notes))}\\par}}"]
+        return "\n".join([*lines, r"\end{table*}", ""])
 
 
 def section_tables(section: Section) -> list[Table]:
-    """Returns the tables of one section.
-
-    Returns:
-        Averages with the differences under them, then every task by itself. None where no cell has the attack.
-    """
+    """Returns averages with the differences under them, then every task by itself; nothing where no cell has the attack."""
     if section.runs.robust.isna().all() and section.runs.failure.isna().all():
         return []
     if section.protocol == "few-shot":
@@ -105,18 +83,14 @@ def section_tables(section: Section) -> list[Table]:
 
 def to_markdown(parts: Sequence[tuple[Section, Sequence[Table]]]) -> str:
     """Returns the tables of several sections as one Markdown document."""
-    lines = ["# Results", ""]
-    for section, tables in parts:
-        lines += [f"## {_heading(section)}", "", *(table.markdown() for table in tables)]
-    return "\n".join(lines).rstrip() + "\n"
+    texts = [f"## {section}\n\n" + "\n".join(table.markdown() for table in tables) for section, tables in parts]
+    return "\n".join(["# Results\n", *texts]).rstrip() + "\n"
 
 
 def to_latex(parts: Sequence[tuple[Section, Sequence[Table]]]) -> str:
     """Returns the tables of several sections as LaTeX, to be read by `input`."""
-    lines = [PREAMBLE, ""]
-    for section, tables in parts:
-        lines += [f"% {escape_latex(_heading(section))}", "", *(table.latex() for table in tables)]
-    return "\n".join(lines).rstrip() + "\n"
+    texts = [f"% {escape_latex(str(section))}\n\n" + "\n".join(t.latex() for t in tables) for section, tables in parts]
+    return "\n".join([PREAMBLE + "\n", *texts]).rstrip() + "\n"
 
 
 def escape_latex(text: str) -> str:
@@ -140,30 +114,34 @@ def numbers(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
 def _few_shot_tables(section: Section) -> list[Table]:
     """Returns the averages over tasks against shots, the differences at each number of shots, and every task."""
     rows = {shots: rows_of(section, shots) for shots in section.shots}
+    named = {shots_name(shots): of for shots, of in rows.items()}
     labels = rows_of(section).labels
-    columns = {
-        shots_name(shots): numbers(*of.averages).reindex(labels, fill_value=MISSING) for shots, of in rows.items()
-    }
-    about = [*_about(section, section.runs, harmonic=True), *_coverage({shots_name(s): of for s, of in rows.items()})]
-    average = Table(f"{section.title}, average over tasks", pd.concat(columns, axis=1), about)
-    compared = [table for shots, of in rows.items() for table in _differences(section, of, shots)]
-    return [average, *compared, *(_tasks_table(section, of, shots) for shots, of in rows.items())]
+    shown = {name: numbers(*of.averages).reindex(labels, fill_value=MISSING) for name, of in named.items()}
+    notes = [*_about(section, section.runs, harmonic=True), *_coverage(named)]
+    tables = [Table(f"{section.title}, average over tasks", pd.concat(shown, axis=1), notes)]
+    tables += [table for shots, of in rows.items() for table in _differences(section, of, shots)]
+    for shots, of in rows.items():
+        columns, partial = _task_columns(of, {task: task for task in of.tasks})
+        title = f"{section.title}, every task{_at(shots)} (clean / robust)"
+        notes = [*_about(section, section.at(shots)), *partial]
+        tables.append(Table(title, pd.DataFrame(columns, index=of.labels), notes))
+    return tables
 
 
 def _base_to_new_tables(section: Section, shots: Shots) -> list[Table]:
     """Returns the averages over tasks, the differences, and a table for every task."""
     rows = rows_of(section, shots)
-    meaning = "Both: the harmonic mean of base and new classes, of every run before it is averaged."
     groups = {"base classes": "base ", "new classes": "new ", "both": ""}
 
-    def table(name: str, of: Rows, about: Sequence[str] = ()) -> Table:
+    def table(name: str, of: Rows, notes: Sequence[str]) -> Table:
         shown = numbers(*of.averages)
         entries = {(group, m): shown[f"{half}{m}"] for group, half in groups.items() for m in (CLEAN, ROBUST)}
         title = f"{section.title}{_at(shots)}, {name}"
-        return Table(title, pd.DataFrame(entries), [*about, *_coverage({"": of})])
+        return Table(title, pd.DataFrame(entries), [*notes, *_coverage({"": of})])
 
+    meaning = "Both: the harmonic mean of base and new classes, of every run before it is averaged."
     average = table("average over tasks", rows, [*_about(section, section.at(shots)), meaning])
-    each = [table(task, rows.of_tasks([task])) for task in rows.tasks]
+    each = [table(task, rows.of_tasks([task]), []) for task in rows.tasks]
     return [average, *_differences(section, rows, shots), *(each if len(each) > 1 else [])]
 
 
@@ -171,18 +149,12 @@ def _transfer_tables(section: Section, shots: Shots) -> list[Table]:
     """Returns source, targets and the average over targets, and the differences on the targets."""
     rows = rows_of(section, shots)
     targets = rows.of_tasks([task for task in rows.tasks if task != section.source])
-    tasks = {f"{task} (source)": task for task in rows.tasks if task not in targets.tasks}
+    tasks = {f"{task} (source)": task for task in rows.tasks if task == section.source}
     columns, partial = _task_columns(rows, tasks | {task: task for task in targets.tasks})
     columns["", "average of targets"] = _clean_and_robust(targets)
-    about = [*_about(section, section.at(shots)), *partial, *_coverage({"": targets})]
-    table = Table(f"{section.title}{_at(shots)} (clean / robust)", pd.DataFrame(columns), about)
+    notes = [*_about(section, section.at(shots)), *partial, *_coverage({"": targets})]
+    table = Table(f"{section.title}{_at(shots)} (clean / robust)", pd.DataFrame(columns), notes)
     return [table, *_differences(section, targets, shots)]
-
-
-def _tasks_table(section: Section, rows: Rows, shots: Shots) -> Table:
-    columns, partial = _task_columns(rows, {task: task for task in rows.tasks})
-    title = f"{section.title}, every task{_at(shots)} (clean / robust)"
-    return Table(title, pd.DataFrame(columns, index=rows.labels), [*_about(section, section.at(shots)), *partial])
 
 
 def _task_columns(rows: Rows, tasks: Mapping[str, str]) -> tuple[dict[tuple[str, str], pd.Series], list[str]]:
@@ -204,103 +176,80 @@ def _clean_and_robust(rows: Rows) -> pd.Series:
 
 def _differences(section: Section, rows: Rows, shots: Shots) -> list[Table]:
     found, best = compare(rows)
-    entries = {}
-    for of in found:
-        ends = {m: "" if i.low is None else f" ({i.low:.1f} to {i.high:.1f})" for m, i in of.measures.items()}
-        shown = {("", m): f"{of.measures[m].value:+.1f}{ends[m]}" for m in (HARMONIC, CLEAN, ROBUST)}
-        entries[of.baseline] = {**shown, ("", "pairs"): of.pairs}
-    halves = "Clean and robust are harmonic means of base and new classes, H that of both."
-    about = [*([best.sentence()] if best else []), *([halves] if section.protocol == "base-to-new" else []), BOOTSTRAP]
+    if not found:
+        return []
+    entries = {
+        of.baseline: {**{("", m): str(of.measures[m]) for m in (HARMONIC, CLEAN, ROBUST)}, ("", "pairs"): of.pairs}
+        for of in found
+    }
+    notes = [best.sentence()] if best else []
+    if section.protocol == "base-to-new":
+        notes.append("Clean and robust are harmonic means of base and new classes, H that of both.")
     title = f"{section.title}{_at(shots)}, {OURS} minus each baseline (95% interval)"
-    return [Table(title, pd.DataFrame(entries).T, about)] if found else []
+    return [Table(title, pd.DataFrame(entries).T, [*notes, BOOTSTRAP])]
 
 
 def _about(section: Section, runs: pd.DataFrame, harmonic: bool = False) -> list[str]:
     """Returns what the figures of a table are of, and what is missing."""
     measured = runs.dropna(subset="robust")
-    return [
-        *([_described(section, measured, harmonic)] if len(measured) else []),
-        *_unequal(measured),
-        *_troubles(runs, measured.drop_duplicates("name")),
-    ]
+    described = [_described(section, measured, harmonic)] if len(measured) else []
+    return [*described, *_unequal(measured), *_troubles(runs, measured.drop_duplicates("name"))]
 
 
 def _described(section: Section, measured: pd.DataFrame, harmonic: bool) -> str:
     clean, robust = set(measured.n_clean), set(measured.n)
     n = _range(robust) if clean == robust else f"{_range(robust)} under the attack, {_range(clean)} clean"
-    several = measured.seed[measured.shots != 0].nunique() > 1
+    parts = ["Accuracy in percent"]
+    if measured.seed[measured.shots != 0].nunique() > 1:
+        parts.append("mean ± sample standard deviation over seeds")
+    parts.append(f"robust: under {section.attack}, {section.threat}")
+    if harmonic:
+        parts.append("H: harmonic mean of clean and robust, of every run before it is averaged")
     each = "half of a task" if section.protocol == "base-to-new" else "task"
-    return "; ".join(
-        [
-            "Accuracy in percent",
-            *(["mean ± sample standard deviation over seeds"] if several else []),
-            f"robust: under {section.attack}, {section.threat}",
-            *(["H: harmonic mean of clean and robust, of every run before it is averaged"] if harmonic else []),
-            f"{section.split} split, n = {n} images for each {each}",
-            f"model {section.model}.",
-        ]
-    )
+    return "; ".join([*parts, f"{section.split} split, n = {n} images for each {each}", f"model {section.model}."])
 
 
 def _unequal(measured: pd.DataFrame) -> list[str]:
     """Returns which tasks were not measured on the same number of images in all rows."""
-    sizes = measured.groupby(["task", "classes"], sort=False).n.unique()
-    tasks = [
-        f"{task if classes == 'all' else f'{task} ({classes} classes)'} (n = {some(sorted(map(int, of)), LISTED)})"
-        for (task, classes), of in sizes.items()
-        if len(of) > 1
-    ]
+    tasks = []
+    for (task, classes), of in measured.groupby(["task", "classes"], sort=False):
+        sizes = sorted({*of.n.astype(int)})
+        if len(sizes) > 1:
+            tasks.append(f"{task}{'' if classes == 'all' else f' ({classes} classes)'} (n = {some(sizes, LISTED)})")
     return [f"Rows were not attacked on the same number of images of {some(tasks, LISTED)}."] if tasks else []
 
 
 def _troubles(runs: pd.DataFrame, counted: pd.DataFrame) -> list[str]:
     """Returns which runs failed and which collapsed, of how many."""
-    failed, collapsed = (
-        [f"{name} ({_short(why)})" for name, why in zip(of.name, of[column], strict=True)]
-        for of, column in (
-            (runs.dropna(subset="failure"), "failure"),
-            (counted.dropna(subset="collapsed"), "collapsed"),
-        )
-    )
-    notes = {
-        f"Failed, and so missing: {len(failed)} of {len(counted) + len(failed)} runs": failed,
-        f"Collapsed, and counted with their accuracies: {len(collapsed)} of {len(counted)} runs": collapsed,
-    }
-    return [f"{start}: {some(of, LISTED, separator='; ')}." for start, of in notes.items() if of]
+    failed, collapsed = runs.dropna(subset="failure"), counted.dropna(subset="collapsed")
+    notes = []
+    for start, of, why, total in (
+        ("Failed, and so missing", failed, failed.failure, len(counted) + len(failed)),
+        ("Collapsed, and counted with their accuracies", collapsed, collapsed.collapsed, len(counted)),
+    ):
+        texts = [f"{name} ({_short(text)})" for name, text in zip(of.name, why, strict=True)]
+        notes += [f"{start}: {len(of)} of {total} runs: {some(texts, LISTED, separator='; ')}."] if texts else []
+    return notes
 
 
 def _coverage(rows: Mapping[str, Rows]) -> list[str]:
-    """Returns how much of the runs averages are over, where it is not all of them.
-
-    Args:
-        rows: By where their averages stand, as in "4 shots"; those with the same to say share a sentence.
-    """
+    """Returns how much of the runs averages are over, by where they stand, as in "4 shots", where it is not all of them."""
     said: dict[str, list[str]] = {}
     for where, of in rows.items():
-        if of.common.left_out:
-            said.setdefault(_covered(of.common, of.scores.index), []).append(where)
+        tasks, seeds, left_out = of.common
+        if not left_out:
+            continue
+        missing = [task for task in of.tasks if task not in tasks]
+        text = (
+            f" are over {len(tasks)} of {len(of.tasks)} tasks x {len(seeds)} of {len(of.scores.index.unique('seed'))} seeds, "
+            f"those that all rows have{f'; left out: {some(missing, LISTED)}' if missing else ''}."
+        )
+        said.setdefault(text if tasks else ": none, as the rows have no runs in common.", []).append(where)
     return [f"Averages{' at ' * any(where)}{', '.join(where)}{text}" for text, where in said.items()]
-
-
-def _covered(common: Common, places: pd.MultiIndex) -> str:
-    if not common.tasks:
-        return ": none, as the rows have no runs in common."
-    (tasks, seeds), (all_tasks, all_seeds) = common[:2], (places.unique(level) for level in ("task", "seed"))
-    text = f"{len(tasks)} of {len(all_tasks)} tasks x {len(seeds)} of {len(all_seeds)} seeds, those that all rows have"
-    missing = [task for task in all_tasks if task not in tasks]
-    return f" are over {text}; left out: {some(missing, LISTED)}." if missing else f" are over {text}."
-
-
-def _heading(section: Section) -> str:
-    return f"{section.title} ({section.split} split, {section.threat}, {section.model})"
 
 
 def _at(shots: Shots) -> str:
     return f" at {shots_name(shots)}" if shots != 0 else ""
-
-
-def _latex_row(texts: Sequence[str]) -> str:
-    return " & ".join(texts) + r" \\"
 
 
 def _range(counts: set[float]) -> str:

@@ -21,8 +21,8 @@ def test_a_line_becomes_a_run_with_its_figures(tmp_path):
     (section,) = report(tmp_path, line("capt", "shapes", 1, 85, 45))
     (found,) = section.runs.to_dict("records")
     assert (section.threat, section.attack, section.model) == ("L-inf 10/255", "pgd-20", "tiny-clip")
-    assert [found[name] for name in ("name", "label", "trained", "task", "shots", "seed")] == [
-        "capt on shapes, 16 shots, seed 1", "capt", "shapes", "shapes", 16, 1,
+    assert [found[name] for name in ("name", "label", "task", "shots", "seed")] == [
+        "capt on shapes, 16 shots, seed 1", "capt", "shapes", 16, 1,
     ]  # fmt: skip
     assert [found[name] for name in ("clean", "robust", "n_clean", "n")] == [85, 45, 200, 200]
 
