@@ -36,11 +36,7 @@ class Target(NamedTuple):
 
 
 def openai_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors by the names of OpenAI's CLIP: without wrappers, the image tower under `visual.`, the text tower bare.
-
-    Raises:
-        ValueError: The tensors are those of another kind of model.
-    """
+    """Returns tensors by OpenAI's names, without wrappers, or raises a ValueError that says what other model they are of."""
     names = {name: name for name in tensors}
     while prefix := next((w for w in WRAPPERS if all(n.startswith(w) for n in names)), None):
         names = {name.removeprefix(prefix): original for name, original in names.items()}
@@ -155,11 +151,7 @@ def targets(tower: Sizes) -> dict[str, Target]:
 
 
 def take_constants(tensors: dict[str, Tensor], vision: Sizes, text: Sizes | None) -> None:
-    """Takes out what is no weight, having checked it: the causal mask, and the numbers in OpenAI's archives.
-
-    Raises:
-        ValueError: A constant that is not what the model's shapes say: a text tower without causal mask, or another size.
-    """
+    """Takes out what is no weight, having checked it: the causal mask, and the numbers in OpenAI's archives."""
     known: dict[str, int | None] = {
         "input_resolution": vision["image_size"],
         "context_length": None,

@@ -55,11 +55,7 @@ class Settings:
 
 
 def open_clip_settings(checkpoint: Path) -> Settings | None:
-    """Reads the `open_clip_config.json` that open_clip's repositories keep beside the weights; None if there is none.
-
-    Raises:
-        ValueError: It is not readable, or describes a model that CLIPModel cannot be.
-    """
+    """Reads the `open_clip_config.json` that open_clip's repositories keep beside the weights; None if there is none."""
     path = checkpoint.parent / CONFIG_NAME
     if not path.is_file():
         return None
@@ -160,11 +156,7 @@ def pixel_statistics(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def load_tokenizer(source: str | None, required: bool) -> Any:
-    """Loads a tokenizer from a folder or the Hub; None if there is none and none is required.
-
-    Raises:
-        ValueError: It is required and cannot be loaded.
-    """
+    """Loads a tokenizer from a folder or the Hub; None if there is none and none is required."""
     try:
         return load_pretrained(AutoTokenizer, source) if source else None
     except (OSError, ValueError, KeyError) as error:

@@ -33,16 +33,7 @@ MAX_CHARACTERS = 10_000  # of a text; no model reads a hundredth of it
 def tokenize_classes(
     model: nn.Module, tokenizer: Any, class_names: Sequence[str], texts: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Tokenizes class texts as the model reads them, having made sure that it can tell the classes apart.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        class_names: The N class names.
-        texts: The N texts.
-
-    Returns:
-        `input_ids` and perhaps `attention_mask`, (N, L).
+    """Tokenizes the N class texts as the model reads them, having made sure that it can tell the classes apart.
 
     Raises:
         ValueError: A text with more tokens than the model takes; the tokenizer of another model; a name that holds a start or
@@ -107,13 +98,7 @@ def tokens_before_name(tokenizer: Any, template: str, input_ids: Tensor) -> int:
 
 
 def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: str, before_name: int) -> None:
-    """Makes sure that the adapter in use can take these texts; switched off or inactive ones do not count.
-
-    Args:
-        model: The model, with or without adapters.
-        class_names: The N class names.
-        template: The text of a class, for messages.
-        before_name: Number of tokens before the class name; see `tokens_before_name`.
+    """Makes sure that the adapter in use can take these texts, by their `tokens_before_name`; inactive ones do not count.
 
     Raises:
         ValueError: The adapter's n text prompts, which replace the n tokens after the start token, would overwrite the class
@@ -181,7 +166,7 @@ class TextParts:
 
 
 def split_texts(inputs: dict[str, Tensor], size: int | None, *, cut: bool = True) -> TextParts | None:
-    """Splits class texts into parts of equal size, each cut at the end of its longest text.
+    """Splits class texts (N, L) into parts of equal size, each cut at the end of its longest text; None if one part holds all.
 
     The texts are sorted by length first, which saves what short ones would be padded with. To make the parts equal, some texts
     may appear twice; the second time counts for nothing.
@@ -190,9 +175,6 @@ def split_texts(inputs: dict[str, Tensor], size: int | None, *, cut: bool = True
         inputs: `input_ids` and perhaps `attention_mask`, (N, L).
         size: Texts of a part; None: all at once up to 256, 64 above that.
         cut: False leaves all parts at the length L, for code that is compiled for one shape.
-
-    Returns:
-        The parts; None if one part holds all.
     """
     count = len(inputs["input_ids"])
     if count <= (size or WHOLE):

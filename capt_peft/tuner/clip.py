@@ -97,11 +97,7 @@ class Site:
 
 
 def find_towers(model: nn.Module) -> dict[str, Tower]:
-    """Finds the text and the vision tower: `embeddings` next to an `encoder` with a list of `layers`.
-
-    Raises:
-        ValueError: Two towers of a kind, or none at all.
-    """
+    """Finds the text and the vision tower, at most one of each: `embeddings` next to an `encoder` with a list of `layers`."""
     kinds = {"text": "token_embedding", "vision": "patch_embedding"}
     towers: dict[str, Tower] = {}
     for name, module in model.named_modules():

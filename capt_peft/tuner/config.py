@@ -216,12 +216,7 @@ class CaptConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> CaptConfig:
-        """Loads the configuration of an adapter, and makes sure that its weights file can be read.
-
-        Args:
-            pretrained_model_name_or_path: Folder or Hub id of the adapter.
-            subfolder: Folder inside it.
-            kwargs: Further arguments of `peft.PeftConfig.from_pretrained` (`revision`, `token`, `cache_dir`, ...).
+        """Loads the configuration of an adapter as PEFT does, and makes sure that its weights file can be read.
 
         Raises:
             ValueError: There is no configuration; it is damaged, of another method, or a field of it is out of range or of
@@ -245,11 +240,7 @@ class CaptConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Reads a configuration file as PEFT does; `from_pretrained` calls it.
-
-        Raises:
-            ValueError: It is not a JSON object, larger than 16 MB, or of another method than CAPT.
-        """
+        """Reads a configuration file for `from_pretrained`; a ValueError unless it is a JSON object up to 16 MB, CAPT's."""
         if os.path.getsize(path_json_file) > MAX_BYTES:
             raise ValueError(f"it has {os.path.getsize(path_json_file):,} bytes; up to {MAX_BYTES:,} are read.")
         try:

@@ -27,13 +27,9 @@ AGAIN = "Save the adapter again or download it again; nothing of it was loaded."
 def check_adapter_files(
     name_or_path: str, subfolder: str | None, kwargs: Mapping[str, Any]
 ) -> tuple[str, dict[str, tuple[int, ...]] | None]:
-    """Makes sure that an adapter's weights, in a folder or on the Hub, are a whole safetensors file.
+    """Makes sure that an adapter's weights, in a folder or on the Hub, are a whole safetensors file, or raises a ValueError.
 
-    Returns:
-        A name of the weights for messages, and the shapes of the file's tensors by name (None: there is no file yet).
-
-    Raises:
-        ValueError: The weights are a pickle, or a file that is cut short or damaged.
+    Returns a name of the weights for messages, and the shapes of the file's tensors by name (None: there is no file yet).
     """
     folder = os.path.join(name_or_path, subfolder or "")
     if os.path.isdir(folder):
@@ -130,11 +126,7 @@ def check_size(config: Any, needed: int) -> None:
 
 
 def check_saved_modules(config: Any, model: nn.Module, sites: Iterable[str]) -> None:
-    """Makes sure that `modules_to_save` of a `CaptConfig` can be saved beside the prompts, and that an adapter's file has them.
-
-    Raises:
-        ValueError: No module, a module that holds prompts (`sites`), or one whose parameters the file lacks.
-    """
+    """Raises a ValueError for `modules_to_save` that are none, hold prompts (`sites`), or are not in the adapter's file."""
     names = [name for name, _ in base_parameters(model)] if config.modules_to_save else []
     shapes = getattr(config, "_weights_shapes", None)
     held = {name.replace(".base_layer.", ".") for name in shapes or ()}
