@@ -24,7 +24,7 @@ EXPERIMENTAL = tuple("siglip" + tower for tower in TOWER_TYPES)
 OTHER_TOWER = {"text": "vision", "vision": "text"}
 # how the names of a tower's weights begin, its projection's included
 TOWER_NAMES = {"text": ("text_model.", "text_projection."), "vision": ("vision_model.", "visual_projection.")}
-TEXT_INPUTS = ("input_ids", "attention_mask")
+TEXT_INPUTS: tuple[str, ...] = ("input_ids", "attention_mask")
 HIGHEST = "highest"  # CLIP's legacy rule: a text ends at its highest token id
 
 
@@ -50,6 +50,10 @@ def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
             "pool over the prompts too.",
             name,
         )
+
+
+def _is_siglip(config: Any) -> bool:
+    return config.model_type in EXPERIMENTAL
 
 
 # ------------------------------------------------------------------------------------------------ towers and their places
@@ -116,7 +120,7 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
         first = f"{path}embeddings.token_embedding" if kind == "text" else f"{path}embeddings"
         deeper = [f"{path}encoder.layers.{i}" for i in range(1, len(layers))]
         config: Any = module.config
-        siglip = config.model_type in EXPERIMENTAL
+        siglip = _is_siglip(config)
         towers[kind] = Tower(name, config.hidden_size, (first, *deeper), start=0 if siglip else 1, causal=not siglip)
     if not towers:
         raise ValueError(
@@ -183,7 +187,7 @@ def vocabulary_size(model: Any) -> int:
 def end_token(model: Any) -> int | str | None:
     """Returns how a model (or its configuration) finds the end of a text: a token id, `HIGHEST`, or None (SigLIP)."""
     config = _text_config(model)
-    if _reads_whole_texts(config):
+    if _is_siglip(config):
         return None
     # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
     legacy = config.eos_token_id == 2 and config.model_type.startswith("clip")
@@ -196,22 +200,18 @@ def is_end(input_ids: Tensor, end: int | str) -> Tensor:
     return torch.eq(input_ids, last)
 
 
-def _reads_whole_texts(model: Any) -> bool:
-    """SigLIP was trained on texts padded to its full length, without a mask, and reads their last token, whatever it is."""
-    return bool(_text_config(model).model_type.startswith("siglip"))
-
-
 def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     """Tokenizes N texts as a model reads them: `input_ids` and perhaps `attention_mask`, (N, L), padded on the right.
 
-    CLIP sees nothing behind a text's end, so that it is given no more than the longest text needs; SigLIP its full length.
+    CLIP sees nothing behind a text's end, so that it is given no more than the longest text needs. SigLIP was trained on texts
+    padded to its full length, without a mask, and reads their last token, whatever it is.
     """
-    whole = _reads_whole_texts(model)
-    options: dict[str, Any] = (
-        {"padding": "max_length", "max_length": max_text_length(model)} if whole else {"padding": True}
-    )
+    names = TEXT_INPUTS
+    options: dict[str, Any] = {"padding": True}
+    if _is_siglip(_text_config(model)):
+        names, options = TEXT_INPUTS[:1], {"padding": "max_length", "max_length": max_text_length(model)}
     inputs = tokenizer(list(texts), return_tensors="pt", padding_side="right", **options)
-    return {name: inputs[name] for name in TEXT_INPUTS[: 1 if whole else 2] if name in inputs}
+    return {name: inputs[name] for name in names if name in inputs}
 
 
 def check_tokenizer(tokenizer: Any, model: Any, source: str) -> None:
