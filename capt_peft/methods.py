@@ -49,11 +49,6 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
 
-    @property
-    def prompts(self) -> dict[str, Any]:
-        """The fields of `CaptConfig` that the recipe sets."""
-        return {name: value for name, value in {**self.defaults, **self.fixed}.items() if name in PROMPT_FIELDS}
-
 
 PROMPT_FIELDS = frozenset(f.name for f in fields(CaptConfig))
 _PLAIN = {f.name: f.default for kind in (CaptConfig, CaptTrainingArguments) for f in fields(kind)}

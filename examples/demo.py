@@ -53,11 +53,11 @@ def demo(argv: list[str] | None = None) -> None:
     results = main(["--config", DIGITS, "--output_dir", str(FOLDER), *argv])
 
     task = load_task("digits")
-    name = results["configuration"]["script"]["model_name_or_path"]
+    name = results.configuration["script"]["model_name_or_path"]
     processor = load_pretrained(AutoProcessor, name)
     base = load_pretrained(AutoModel, name, dtype=torch.float32).eval()
     shown = shown_images()
-    attack = parse_attack("pgd-20", ThreatModel(**results["evaluation"]["attack"]["threat_model"]))
+    attack = parse_attack("pgd-20", ThreatModel(**results.evaluation.attack["threat_model"]))
     picture = attack_picture(
         {
             "zero-shot": ZeroShotClassifier(base, processor, task.class_names, task.template),
@@ -68,10 +68,11 @@ def demo(argv: list[str] | None = None) -> None:
         attack,
         FOLDER / "attack.png",
     )
-    adapter = results["adapter"]
+    adapter = results.adapter
+    assert adapter is not None and adapter.bytes is not None  # they were saved
     print(
-        f"\nThe adapter: {adapter['parameters']['trainable']:,} parameters, {adapter['bytes'] / 1000:.0f} kB, tuned in "
-        f"{results['training']['seconds']:.0f} s.\nThe picture: {picture}"
+        f"\nThe adapter: {adapter.parameters['trainable']:,} parameters, {adapter.bytes / 1000:.0f} kB, tuned in "
+        f"{results.training.seconds:.0f} s.\nThe picture: {picture}"
     )
     here = answers(str(FOLDER))
     # the last bits of a sum depend on how many threads share it

@@ -13,6 +13,7 @@ from helpers import shake
 from training_helpers import make_model, make_task, make_trainer
 
 from capt_peft import CaptTrainingArguments, get_method
+from capt_peft.methods import PROMPT_FIELDS
 from capt_peft.training.frozen import embed
 from capt_peft.tuner import PromptLayer
 from capt_peft.tuner.clip import max_text_length
@@ -35,9 +36,11 @@ def steps_of(folder, processor, method="capt", prepare=None, **arguments):
         arguments: Of `CaptTrainingArguments`, in place of `RUN`.
     """
     recipe = get_method(method)
-    model = make_model(**recipe.prompts)
+    settings = {**recipe.defaults, **recipe.fixed}
+    model = make_model(**{name: value for name, value in settings.items() if name in PROMPT_FIELDS})
     shake(model)
-    settings = {**RUN, **recipe.attack, **arguments}
+    attack = {name: value for name, value in settings.items() if name.startswith("attack_")}
+    settings = {**RUN, **attack, **arguments}
     trainer = make_trainer(folder, processor, task=TASK, model=model, **settings)
     trainer.objective = recipe.objective(trainer.args)
     if prepare is not None:
