@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attacks import Attack, AttackResult, LogitsFn
 from ..attacks.base import Guarded, Report
+from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
 from ..randomness import example_generators
 from ..tuner import adapters_in_use
@@ -179,37 +180,23 @@ def lowest(dtypes: Iterable[torch.dtype]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRecord:
-    """What became of a batch, or of several: a line of each list is an image, where nothing else is said.
+    """What became of the images of a batch, or of several; lists have an entry per image, where nothing else is said."""
 
-    Attributes:
-        index: The images' places in their dataset.
-        label: Their classes.
-        clean: The predicted classes before the attack.
-        prediction: The predicted classes; after the attack, where there was one.
-        norm: The length of the perturbation, in the norm of the threat model.
-        broken_by: The attack, of an ensemble the part, that turned a right answer; else None.
-        zero_gradients: Shares of pixel gradients that were zero at the first step, of the images that had gradients.
-        parts: Of an ensemble, how many images each attack was given and broke.
-        notes: What had to be changed for the model.
-        attacked: Number of images that were attacked: those that were right before.
-        forwards: Number of images that the attack ran the model on.
-        gradients: Number of those with a gradient.
-        changed: Number of images on which the attack's precision and float32 disagree about right or wrong.
-    """
-
-    index: list[int]
+    index: list[int]  # their places in the dataset
     label: list[int]
-    clean: list[int] = field(default_factory=list)
-    prediction: list[int]
-    norm: list[float] = field(default_factory=list)
-    broken_by: list[str | None] = field(default_factory=list)
-    zero_gradients: list[float] = field(default_factory=list)
-    parts: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    attacked: int = 0
-    forwards: int = 0
-    gradients: int = 0
-    changed: int = 0
+    clean: list[int] = field(default_factory=list)  # the predicted classes before the attack
+    prediction: list[int]  # and after it, where there was one
+    norm: list[float] = field(default_factory=list)  # the length of the perturbation
+    broken_by: list[str | None] = field(default_factory=list)  # the attack, or part of one, that turned a right answer
+    zero_gradients: list[float] = field(default_factory=list)  # shares at the first step, of images that had gradients
+    parts: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # how many images each attack of an ensemble got and broke
+    notes: list[str] = field(default_factory=list)  # what had to be changed for the model
+    attacked: int = 0  # images that were right before
+    forwards: int = 0  # images that the attack ran the model on
+    gradients: int = 0  # those of them with a gradient
+    changed: int = 0  # images on which the attack's precision and float32 disagree about right or wrong
 
     def right(self) -> int:
         """Returns the number of images whose prediction is right."""
@@ -254,6 +241,13 @@ class _Counted(Guarded):
         self.forwards += len(images)
         self.gradients += len(images) if images.requires_grad else 0
         return super().__call__(images)
+
+
+def score_batch(subject: Subject, pixels: Tensor, labels: Tensor, indices: list[int]) -> BatchRecord:
+    """Records the predictions on a batch without an attack; arguments as for `attack_batch`."""
+    check_images(pixels, labels)
+    prediction = subject.scored(pixels).argmax(1)
+    return BatchRecord(index=indices, label=labels.tolist(), prediction=prediction.tolist())
 
 
 def attack_batch(

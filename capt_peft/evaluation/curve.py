@@ -18,7 +18,6 @@ from ..attacks.threat import format_fraction
 from ..clip.classifier import ZeroShotClassifier
 from ..plotting import COLOURS, GREY, import_figure, new_figure, open_axis, save_figure
 from ..results.accuracy import Accuracy
-from ..results.evaluation import Evaluation
 from ..tuner import adapters_in_use
 from ..utils.files import make_writable, write_json, written_whole
 from ..utils.outputs import main_process_says
@@ -73,11 +72,7 @@ def robustness_curves(
     path: str | Path,
     *,
     steps: int = 20,
-    batch_size: int = 128,
-    seed: int = 0,
-    overwrite: bool = False,
-    details: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    **settings: Any,
 ) -> dict[str, Curve]:
     """Measures accuracy under PGD against epsilon and against its steps, and draws both, zero-shot and with the adapter.
 
@@ -87,58 +82,38 @@ def robustness_curves(
         threat_model: Its norm, and the epsilon at which the steps are swept.
         path: Where to write, without suffix: NAME.json, .png and .svg, and an evaluation for each classifier.
         steps: Steps of the attack while epsilon is swept.
-        batch_size: As for `evaluate`.
-        seed: As for `evaluate`.
-        overwrite: As for `evaluate`.
-        details: As for `evaluate`.
-        progress: As for `evaluate`.
+        settings: `batch_size`, `seed`, `overwrite`, `details` and `progress` of `evaluate`.
 
     Returns:
         The curves by name: "zero-shot", and "CAPT" with an adapter.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: As of `evaluate`.
+        ValueError: As for `evaluate`.
     """
     import_figure()
     path = Path(path)
     main_process_says(lambda: make_writable(path.parent, *(f"{path.name}.{kind}" for kind in ("json", "png", "svg"))))
     scale = 1.0 if threat_model.norm == "linf" else threat_model.epsilon / (4 / 255)
-    threats = [ThreatModel(threat_model.norm, scale * level / 255) for level in EPSILONS]
-    attacks = [PGD(threat, steps=steps) for threat in threats]
-    attacks += [PGD(threat_model, steps=s) for s in STEPS]
-    attacks = list({(attack.name, attack.threat_model): attack for attack in attacks}.values())
+    by_epsilon = [PGD(ThreatModel(threat_model.norm, scale * level / 255), steps=steps) for level in EPSILONS]
+    by_steps = [PGD(threat_model, steps=s) for s in STEPS]
     curves = {}
     for name in (ZERO_SHOT, ADAPTER) if adapters_in_use(classifier.model) else (ZERO_SHOT,):
+        output = path.with_name(f"{path.name}.{name}.json")
+        attacks = list(dict.fromkeys([*by_epsilon, *by_steps]))
         with classifier.frozen() if name == ZERO_SHOT else nullcontext():
-            evaluation = evaluate(
-                classifier,
-                data,
-                attacks,
-                batch_size=batch_size,
-                seed=seed,
-                signs=False,
-                output=path.with_name(f"{path.name}.{name}.json"),
-                overwrite=overwrite,
-                details=details,
-                progress=progress,
-            )
-        curves[name] = _curve(evaluation, threats, threat_model, steps)
+            evaluation = evaluate(classifier, data, attacks, signs=False, output=output, **settings)
+        accuracy = {attack: outcome.accuracy for attack, outcome in zip(attacks, evaluation.attacks, strict=True)}
+        curves[name] = Curve(
+            epsilon=tuple((attack.threat_model.epsilon, accuracy[attack]) for attack in by_epsilon),
+            steps=((0, evaluation.clean), *((attack.steps, accuracy[attack]) for attack in by_steps)),
+        )
         for sentence in curves[name].rises():
             logger.warning("%s: %s.", name, sentence)
     if PartialState().is_main_process:
         write_json(path.with_name(f"{path.name}.json"), {name: curve.to_dict() for name, curve in curves.items()})
         draw_curves(curves, threat_model, steps, path)
     return curves
-
-
-def _curve(evaluation: Evaluation, threats: Sequence[ThreatModel], threat_model: ThreatModel, steps: int) -> Curve:
-    found = {(outcome.name, outcome.threat_model): outcome.accuracy for outcome in evaluation.attacks}
-    by_steps = [(s, found[PGD(threat_model, steps=s).name, threat_model]) for s in STEPS]
-    return Curve(
-        epsilon=tuple((t.epsilon, found[PGD(t, steps=steps).name, t]) for t in threats),
-        steps=((0, evaluation.clean), *by_steps),
-    )
 
 
 def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: int, path: Path) -> list[Path]:

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
-from ..attacks.threat import check_images
 from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.text import some
 from ..utils.versions import versions
-from .batch import Attacked, BatchRecord, Subject, attack_batch, subject_of
+from .batch import Attacked, BatchRecord, Subject, attack_batch, score_batch, subject_of
 from .images import Examples
 from .merge import merge
 from .resume import Jobs, finished, sample_logits
@@ -220,9 +219,7 @@ class _Work:
     def _record(self, piece: str, indices: list[int], attack: Attack | None, bar: tqdm[Any]) -> BatchRecord:
         pixels, labels = self.examples.batch(indices, self.subject.device)
         if attack is None:
-            check_images(pixels, labels)
-            prediction = self.subject.scored(pixels).argmax(1)
-            return BatchRecord(index=indices, label=labels.tolist(), prediction=prediction.tolist())
+            return score_batch(self.subject, pixels, labels, indices)
 
         def report(name: str, left: int, standing: int) -> None:
             bar.set_postfix_str(f"{name}: {left} images left, {standing} of {len(indices)} robust so far")
