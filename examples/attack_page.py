@@ -23,6 +23,7 @@ from capt_peft.attacks import PGD
 from capt_peft.clip.loading import load_model
 from capt_peft.data.images import load_image
 from capt_peft.randomness import example_generators
+from capt_peft.tuner.config import check_template
 
 TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
@@ -297,8 +298,10 @@ def read_template(text: Any) -> str:
     """Returns a template that is short, can be shown and has one place for a class name."""
     if not isinstance(text, str) or len(text) > MAX_TEMPLATE or not text.isprintable():
         raise Refused(f"The template must be one line of up to {MAX_TEMPLATE} characters.")
-    if text.count("{}") != 1 or text.count("{") > 1 or text.count("}") > 1:
-        raise Refused("The template must hold {} once, the place of the class name, and no other braces.")
+    try:
+        check_template(text)
+    except ValueError:
+        raise Refused("The template must hold {} once, the place of the class name, and no other braces.") from None
     return text
 
 

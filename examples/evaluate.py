@@ -31,11 +31,11 @@ from peft import PeftModel
 
 from capt_peft import Evaluation, Task, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
 from capt_peft.attacks import Attack
-from capt_peft.data.task import check_template
 from capt_peft.evaluation.batch import TARGETS, describe
 from capt_peft.evaluation.curve import robustness_curves
 from capt_peft.results.card import is_capt
 from capt_peft.results.hub import check_update, update_card
+from capt_peft.tuner.config import check_template
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from capt_peft.utils.versions import versions
 

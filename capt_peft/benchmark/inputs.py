@@ -17,7 +17,6 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
-from ..data.halves import half
 from ..data.loading import list_tasks, load_task
 from ..data.pixels import digest_images
 from ..data.task import Task
@@ -133,7 +132,7 @@ def read_task(name: str, classes: str, root: Root) -> Task:
 
 @lru_cache(maxsize=128)
 def _load_task(name: str, root: str | None, classes: str) -> Task:
-    return load_task(name, root=root) if classes == "all" else half(_load_task(name, root, "all"), classes)
+    return load_task(name, root=root) if classes == "all" else _load_task(name, root, "all").half(classes)
 
 
 def training_task(cell: Cell, root: Root) -> Task:

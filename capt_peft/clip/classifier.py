@@ -11,9 +11,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.task import DEFAULT_TEMPLATE, check_class_names, check_template
+from ..data.names import check_class_names
 from ..data.transforms import PixelTransform
 from ..tuner import PromptLayer, adapters_off, clip
+from ..tuner.config import DEFAULT_TEMPLATE, check_template
 from ..utils.modules import eval_mode
 from ..utils.text import shown
 from .activations import lean_activations

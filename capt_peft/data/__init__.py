@@ -1,9 +1,8 @@
 """What is classified: tasks, their images and pixels, and which of them are trained on."""
 
-from .catalog import CATALOG
+from .catalog import CATALOG, Entry
 from .images import load_image
 from .loading import list_tasks, load_task
-from .published import Entry
 from .sampling import sample_shots, split_classes
 from .task import Task, describe_task
 from .transforms import PixelTransform

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value, concatenate_datasets
 
-from .names import ClassNames, check_apart, in_class_order, renamed
+from .names import ClassNames, check_apart, column_values, in_class_order, is_string, labels_by_name, renamed
 from .parts import Part, Splits, placed_images
-from .task import column_values, is_string, labels_by_name, task_features
+from .task import relabelled, task_features, with_labels
 
 
 def label_splits(
@@ -42,10 +42,12 @@ def label_splits(
     found = _classes(parts, label_column, class_names)
     check_apart(found, where=first.called(split))
     names = tuple(found if found is class_names else (name.replace("_", " ").strip() for name in found))
-    labelled = {}
+    labelled, feature = {}, task_features(names)["label"]
     for split, parts in splits.items():
         done = [_labelled(part, part.called(split), image_column, label_column, found, first) for part in parts]
-        labelled[split] = concatenate_datasets([_with_labels(images, labels, names) for images, labels in done])
+        labelled[split] = concatenate_datasets(
+            [images.add_column("label", labels, feature=feature) for images, labels in done]
+        )
     return labelled, names
 
 
@@ -66,10 +68,6 @@ def _labelled(
     return placed_images(part, image_column), labels
 
 
-def _with_labels(images: Dataset, labels: np.ndarray, class_names: tuple[str, ...]) -> Dataset:
-    return images.add_column("label", labels, feature=task_features(class_names)["label"])
-
-
 def named_as(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """Returns a split (`image`, `label`) whose labels count these class names, each image under the name that it had.
 
@@ -77,7 +75,7 @@ def named_as(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
         ValueError: The split has images of a class that `class_names` lacks.
     """
     labels = labels_by_name(dataset, class_names)
-    return _relabelled(dataset, labels, tuple(class_names))
+    return with_labels(dataset, labels, tuple(class_names))
 
 
 def rename_classes(
@@ -87,18 +85,6 @@ def rename_classes(
     names, places = renamed(found, given, ordered=ordered)
     lookup = np.array(places, dtype=np.int64)
     return {split: relabelled(dataset, lookup, names) for split, dataset in splits.items()}, names
-
-
-def relabelled(dataset: Dataset, lookup: np.ndarray, names: tuple[str, ...]) -> Dataset:
-    """Returns a dataset with `lookup[i]` for label i, of the classes `names`; images with the new label -1 are left out."""
-    return _relabelled(dataset, lookup[column_values(dataset, "label")], names)
-
-
-def _relabelled(dataset: Dataset, labels: np.ndarray, names: tuple[str, ...]) -> Dataset:
-    # Added before the old column goes: `datasets` cannot add to a table whose part in memory has lost all its columns.
-    dataset = dataset.add_column("relabelled", labels, feature=task_features(names)["label"])
-    dataset = dataset.select_columns(["image", "relabelled"]).rename_column("relabelled", "label")
-    return dataset if (labels >= 0).all() else dataset.select(np.flatnonzero(labels >= 0))
 
 
 def _find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable[[Any], bool]) -> str:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
 
+from ..utils.text import some
 from .images import IMAGE_SUFFIXES, looks_like_image
-from .names import check_apart, in_class_order
-from .parts import Opened, Part, check_path
-from .splits import split_of
-from .task import name_key
+from .names import check_apart, in_class_order, name_key
+from .parts import Opened, Part, check_path, split_of
 
 _SYSTEM_NAMES = frozenset((
     "#recycle", "$recycle.bin", "@eadir", "@recycle", "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "lost+found",
@@ -71,7 +70,7 @@ def open_folder(root: Path, chosen: Collection[str] = ()) -> Opened:
             f"The split folder {flat[0]} has no class folders, so its images have no labels. Move it away."
         )
     others = [folder for folder in folders if folder not in splits]
-    full = [folder for folder in others if _has_images_below(folder)]
+    full = [folder for folder in others if not all(map(is_hidden, _images_below(folder)))]
     if full and not chosen:
         raise ValueError(
             f"{root} has {splits[0].name!r}, called like a split, beside {_both(full)}, which have images too. Move away what "
@@ -134,7 +133,7 @@ class _Walk:
                 reason = "" if _is_folder(entry) and not is_hidden(entry.name) else _why_not(entry)
                 if reason:
                     hidden = reason == _HIDDEN and entry.is_dir(follow_symlinks=False)
-                    self.leave(reason, entry.path, _count_images(entry.path) if hidden else 1)
+                    self.leave(reason, entry.path, len(_images_below(entry.path)) if hidden else 1)
                 elif _is_folder(entry):
                     check_path(Path(entry.path))
                     folders.append(entry.path)
@@ -155,8 +154,7 @@ class _Walk:
         """Returns a sentence for each reason, with the number of files and examples."""
         return [
             f"{sum(counts.values()):,} {reason}: "
-            + ", ".join(f"{name} ({count:,})" if count > 1 else name for name, count in counts.most_common(3))
-            + (", ..." if len(counts) > 3 else "")
+            + some(f"{name} ({count:,})" if count > 1 else name for name, count in counts.most_common())
             for reason, counts in self.left_out.items()
         ]
 
@@ -258,16 +256,10 @@ def _is_hollow(folder: Path) -> bool:
     return any(map(_is_folder, seen)) and all(_is_folder(entry) or _why_not(entry) for entry in seen)
 
 
-def _has_images_below(folder: Path) -> bool:
-    return any(
-        splitext(file)[1].lower() in IMAGE_SUFFIXES and not is_hidden(file)
-        for _, _, files in os.walk(folder)
-        for file in files
-    )
-
-
-def _count_images(folder: str) -> int:
-    return sum(splitext(file)[1].lower() in IMAGE_SUFFIXES for _, _, files in os.walk(folder) for file in files)
+def _images_below(folder: Path | str) -> list[str]:
+    """Returns the names of the image files in and below a folder, hidden ones too."""
+    names = [name for _, _, files in os.walk(folder) for name in files]
+    return [name for name in names if splitext(name)[1].lower() in IMAGE_SUFFIXES]
 
 
 def _check_level(folders: Sequence[Path]) -> None:
@@ -282,7 +274,7 @@ def _check_level(folders: Sequence[Path]) -> None:
             "(`train_split`, `test_split`). If they are classes, move their images up."
         )
 
-    splits = {folder: [split_of(name) for name in _names(folder)] for folder in below}
+    splits = {folder: [split_of(child.name) for child in _folders(folder)] for folder in below}
     only = [folder for folder, found in splits.items() if all(found)]
     if len({split for folder in only for split in splits[folder]}) > 1:
         raise ValueError(_splits_inside([child for folder in only for child in _folders(folder)]))
@@ -300,9 +292,8 @@ def _check_not_annotations(folders: Sequence[Path]) -> None:
     pictures = [folder for folder in folders if name_key(folder.name) in _PICTURES]
     for other in (folder for folder in folders if name_key(folder.name) in _ANNOTATIONS):
         for one in pictures:
-            stems = [
-                {splitext(name)[0] for name in os.listdir(folder) if not is_hidden(name)} for folder in (one, other)
-            ]
+            names = [filter(lambda name: not is_hidden(name), os.listdir(folder)) for folder in (one, other)]
+            stems = [{splitext(name)[0] for name in found} for found in names]
             if 2 * len(stems[0] & stems[1]) > min(map(len, stems)):
                 raise ValueError(
                     f"{one} and {other} hold files of the same names, so they seem to be images and their annotations, not "
@@ -310,9 +301,5 @@ def _check_not_annotations(folders: Sequence[Path]) -> None:
                 )
 
 
-def _names(folder: Path) -> list[str]:
-    return [child.name for child in _folders(folder)]
-
-
 def _both(folders: Sequence[Path]) -> str:
-    return " and ".join(str(folder) for folder in folders[:2]) + (", ..." if len(folders) > 2 else "")
+    return some(folders, 2, separator=" and ")

@@ -14,17 +14,16 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from ..toy.tasks import load_procedural_task, procedural_tasks
-from .catalog import CATALOG, recognize
+from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..utils.text import some
+from .catalog import CATALOG, Entry, recognize, to_catalog
 from .columns import label_splits, rename_classes
 from .images import check_image
-from .names import ClassNames, check_given
-from .parts import Opened, Splits
-from .published import Entry, to_catalog
+from .names import ClassNames, check_given, column_values
+from .parts import Opened, Splits, choose_splits, first_part
 from .sampling import sample_shots, stratified_split
 from .sources import open_hub, open_local
-from .splits import choose_splits, first_part
-from .summary import one_line, without_images
-from .task import DEFAULT_TEMPLATE, SPLITS, Task, check_template, column_values, encoded_images
+from .task import SPLITS, Task, encoded_images, one_line, without_images
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +237,7 @@ def _in_number_order(class_names: ClassNames) -> tuple[str, ...]:
     if set(class_names) != set(numbers):
         raise ValueError(
             f"The labels are whole numbers, so `class_names` needs a name for each of 0 to {len(numbers) - 1}; it has "
-            f"{', '.join(map(repr, list(class_names)[:5]))}."
+            f"{some(class_names, 5, quote=True)}."
         )
     return tuple(class_names[number] for number in numbers)
 

@@ -1,12 +1,86 @@
-"""Class names: their order, and which of the given names is which of the data's."""
+"""Class names: which is which in another spelling or order, and labels that go by them."""
 
 from __future__ import annotations
 
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from .task import alike_names, check_class_names, name_places
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from ..utils.text import some
 
 ClassNames = Sequence[str] | Mapping[str, str]
+
+
+def name_places(names: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
+    """Returns for each name its place in `class_names`, None where none is the same name; see `labels_by_name`."""
+    exact = {name: place for place, name in enumerate(class_names)}
+    alike = Counter(map(name_key, class_names)), Counter(map(name_key, names))
+    loose = {name_key(name): place for place, name in enumerate(class_names) if alike[0][name_key(name)] == 1}
+    return [
+        exact[name] if name in exact else loose.get(name_key(name)) if alike[1][name_key(name)] == 1 else None
+        for name in names
+    ]
+
+
+def name_key(name: str) -> str:
+    """Returns what a class name has in common with its other spellings: case, underscores, white space, Unicode's form."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
+
+
+def alike_names(names: Sequence[str]) -> tuple[int, int] | None:
+    """Returns the places of the first two names that are the same by `name_key`, or None."""
+    seen: dict[str, int] = {}
+    for place, name in enumerate(names):
+        first = seen.setdefault(name_key(name), place)
+        if first != place:
+            return first, place
+    return None
+
+
+def check_ordered(class_names: Sequence[str]) -> None:
+    """Raises a ValueError unless class names have an order: a list, a tuple or the like; not a set, dict, generator or str."""
+    listed = isinstance(class_names, Sequence) or (isinstance(class_names, np.ndarray) and class_names.ndim == 1)
+    if isinstance(class_names, (str, bytes)) or not listed:
+        raise ValueError(
+            f"Class names must be a list in the order of the labels, not a {type(class_names).__name__}: "
+            f"{str(class_names)[:80]}. Give a list, as ['cat', 'dog']."
+        )
+
+
+def check_class_names(class_names: Sequence[str]) -> None:
+    """Raises a ValueError unless this is a list of at least two class names, none empty and no two alike (see `name_key`)."""
+    check_ordered(class_names)
+    if len(class_names) < 2:
+        raise ValueError(f"At least two class names are needed, got {class_names!r}.")
+    empty = [i for i, name in enumerate(class_names) if not isinstance(name, str) or not name.strip()]
+    if empty:
+        raise ValueError(
+            f"The class name of label {empty[0]} is {class_names[empty[0]]!r}; it must be a word or words."
+        )
+    alike = alike_names(class_names)
+    if alike is not None:
+        one, other = (class_names[place] for place in alike)
+        raise ValueError(
+            f"Class names must differ, but {one!r} stands for more than one label."
+            if one == other
+            else f"Class names must differ by more than case, underscores, white space and Unicode's form, but labels "
+            f"{alike[0]} and {alike[1]} are {one!r} and {other!r}. Rename one of them."
+        )
+
+
+def check_apart(names: Sequence[str], called: Sequence[str] | None = None, where: str = "The data") -> None:
+    """Raises a ValueError that names both, as they are `called`, if two names of the data `where` are one class name."""
+    alike = alike_names(names)
+    if alike is not None:
+        one, other = (called[i] if called is not None else repr(names[i]) for i in alike)
+        raise ValueError(
+            f"{where} has two classes of one name, {one} and {other} (case, underscores, white space and Unicode's form do not "
+            "count). Rename one, or put their images together."
+        )
 
 
 def in_class_order(names: Iterable[str]) -> list[str]:
@@ -21,11 +95,7 @@ def are_numbers(names: Sequence[str]) -> bool:
 
 
 def check_given(class_names: ClassNames) -> ClassNames:
-    """Returns class names as given to `load_task`, checked without the data.
-
-    Raises:
-        ValueError: Fewer than two, empty ones, some that are alike, or no order, as in a set.
-    """
+    """Returns class names as given to `load_task`; raises what `check_class_names` raises."""
     if not isinstance(class_names, Mapping):
         check_class_names(class_names)
         return tuple(class_names)
@@ -51,7 +121,7 @@ def renamed(found: Sequence[str], given: ClassNames, *, ordered: bool = False) -
     if len(given) != len(found):
         raise ValueError(
             f"The class names do not match the labels: {len(given)} names are given for {len(found)} classes "
-            f"({_listed(found)}). Give one name for each class."
+            f"({some(found, 5, quote=True)}). Give one name for each class."
         )
     old = tuple(given)
     places = name_places(found, old)
@@ -62,13 +132,15 @@ def renamed(found: Sequence[str], given: ClassNames, *, ordered: bool = False) -
         names = [given[old[place]] for place in places if place is not None]
         return tuple(names), list(range(len(found)))
     if isinstance(given, Mapping):
-        raise ValueError(f"`class_names` has no new name for {lost[0]!r}. The data's names: {_listed(found)}.")
+        raise ValueError(
+            f"`class_names` has no new name for {lost[0]!r}. The data's names: {some(found, 5, quote=True)}."
+        )
     order = _order(found) if are_numbers(found) else list(range(len(found))) if ordered else None
     if order is None or any(place is not None and place != i for place, i in zip(places, order, strict=True)):
         unknown = next(name for i, name in enumerate(old) if i not in places)
         raise ValueError(
-            f"`class_names` has other names than the data ({unknown!r} is none of {_listed(found)}), and a list does not say "
-            f"which is which. Give the old and new names: class_names={{{lost[0]!r}: {unknown!r}, ...}}."
+            f"`class_names` has other names than the data ({unknown!r} is none of {some(found, 5, quote=True)}), and a list does "
+            f"not say which is which. Give the old and new names: class_names={{{lost[0]!r}: {unknown!r}, ...}}."
         )
     return old, order
 
@@ -84,22 +156,68 @@ def _order(numbers: Sequence[str]) -> list[int] | None:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:40]) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+# -------------------------------------------------------------------------------------------------- labels
 
 
-def check_apart(names: Sequence[str], called: Sequence[str] | None = None, where: str = "The data") -> None:
-    """Raises a ValueError that names both, if two names of the data are one class name.
+def column_values(dataset: Dataset, column: str) -> np.ndarray:
+    """Returns the (n,) values of a column of numbers or words, without touching the other columns."""
+    values: np.ndarray = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_numpy()
+    return values
+
+
+def is_string(feature: Any) -> bool:
+    """Whether a column holds words."""
+    return isinstance(feature, Value) and "string" in feature.dtype
+
+
+def labels_by_name(
+    dataset: Dataset, class_names: Sequence[str], what: str = "The split", column: str = "label"
+) -> np.ndarray:
+    """Returns the (n,) labels of a split as places in `class_names`: matched by name where the split names its classes.
+
+    Names match if they are equal or, where that leaves no doubt, if they differ by case, underscores, white space or Unicode's
+    form alone. Labels of a plain integer column are places in `class_names` already.
 
     Args:
-        names: The class names as the data has them.
-        called: What to call each in the message; by default the name itself.
-        where: Where they come from.
+        dataset: A split with a column of labels: a `ClassLabel`, strings, or whole numbers.
+        class_names: The N class names that labels shall count.
+        what: What the split is, for messages.
+        column: The column of the labels.
+
+    Raises:
+        ValueError: The split has images of a class that `class_names` lacks, images without a label, or labels out of range.
     """
-    alike = alike_names(names)
-    if alike is not None:
-        one, other = (called[i] if called is not None else repr(names[i]) for i in alike)
+    check_ordered(class_names)
+    labels = column_values(dataset, column)
+    feature = dataset.features[column]
+    if not len(labels):
+        return np.empty(0, dtype=np.int64)
+    if is_string(feature) and None not in labels:
+        words = sorted(set(labels))
+        index = {word: label for label, word in enumerate(words)}
+        return _places(words, np.array([index[word] for word in labels]), class_names, what)
+    if labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{where} has two classes of one name, {one} and {other} (case, underscores, white space and Unicode's form do not "
-            "count). Rename one, or put their images together."
+            f"{what} has images without a label, or labels that are not whole numbers (column {column!r}: {feature}). Remove or "
+            "label them."
         )
+    names = feature.names if isinstance(feature, ClassLabel) else class_names
+    if not 0 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(
+            f"{what} has labels from {labels.min()} to {labels.max()}, but there are {len(names)} class names (labels 0 to "
+            f"{len(names) - 1}). Give one class name for each label."
+        )
+    return _places(names, labels.astype(np.int64), class_names, what)
+
+
+def _places(names: Sequence[str], labels: np.ndarray, class_names: Sequence[str], what: str) -> np.ndarray:
+    """Returns the place in `class_names` of each image, whose name is `names[label]`."""
+    places = name_places(names, class_names) if names is not class_names else list(range(len(names)))
+    lost = next((label for label in np.unique(labels).tolist() if places[label] is None), None)
+    if lost is not None:
+        here = f", whose label {lost} is {class_names[lost]!r}" if lost < len(class_names) else ""
+        raise ValueError(
+            f"{what} has images of the class {names[lost]!r} (label {lost}), which is none of the {len(class_names)} classes "
+            f"asked for{here}. Give the class names of this data, or data of these classes."
+        )
+    return np.array([-1 if place is None else place for place in places], dtype=np.int64)[labels]

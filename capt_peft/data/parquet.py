@@ -16,26 +16,20 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import hf_hub_download
 
+from ..utils.text import some
 from .folders import is_hidden
 from .images import IMAGE_SUFFIXES
-from .parts import Opened, Part, check_one_address, check_path
-from .splits import split_of
-from .task import name_key
+from .names import name_key
+from .parts import Opened, Part, check_one_address, check_path, split_of
 
 _HUB_FILE = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+\.parquet)")
 
 
 def parquet_files(path: Path) -> dict[str, list[Path]]:
-    """Finds parquet files and groups them by split.
+    """Finds the parquet file at a path, or those in and below it, by split; all under `train` when no name tells a split.
 
     The split is what the name of a file begins with (`train-00000.parquet`), or that of a folder around it
     (`default/train/0000.parquet`).
-
-    Args:
-        path: A parquet file, or a folder with some in it or below it.
-
-    Returns:
-        Files by split; all under `train` when no name tells a split. Empty if there are none.
 
     Raises:
         ValueError: Some names tell a split and others do not, or files of several configurations.
@@ -47,7 +41,7 @@ def parquet_files(path: Path) -> dict[str, list[Path]]:
     configs = sorted({config or "." for _, config in placed.values()})
     if len(configs) > 1:
         raise ValueError(
-            f"{path} has parquet files in several folders that are not splits: {', '.join(configs[:5])}. Give one of these."
+            f"{path} has parquet files in several folders that are not splits: {some(configs, 5)}. Give one of these."
         )
     unknown = [file for file, (word, _) in placed.items() if word is None]
     if unknown and len(unknown) < len(files):
@@ -164,13 +158,10 @@ def _read(files: list[Path]) -> Dataset:
 
 
 def check_hub_files(dataset: Dataset, addresses: Iterable[str]) -> None:
-    """Raises a ValueError if a parquet file that `datasets` read calls the labels something else than the dataset does.
+    """Raises a ValueError if a file that a split of the Hub was read from calls the labels something else than the split does.
 
-    `datasets` reads all files with the columns of the first.
-
-    Args:
-        dataset: A split that was loaded from the Hub.
-        addresses: The files that it was read from. Those that are not parquet, or not in the local cache, are not checked.
+    `datasets` reads all files with the columns of the first. Those that are not parquet, or not in the local cache, are not
+    checked.
     """
     for address in addresses:
         file = _cached(address)

@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from ..randomness import example_generator
 from ..utils.files import open_regular
-from .task import column_values, encoded_images
+from .names import column_values
+from .task import encoded_images
 from .transforms import PixelTransform
 
 logger = logging.getLogger(__name__)

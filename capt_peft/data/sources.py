@@ -6,22 +6,26 @@ the user's folders; what `datasets` converts goes into its own cache.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Collection, Sequence
+from os.path import isfile
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from .coop import find_split_file, open_coop
+from ..utils.text import some
 from .folders import open_folder
+from .names import check_apart
 from .parquet import check_hub_files, open_parquet, parquet_files
-from .parts import Opened, Part, check_one_address, check_path
-from .splits import split_of
+from .parts import Opened, Part, check_one_address, check_path, split_of
 
 logger = logging.getLogger(__name__)
 
+Entries = dict[str, list[tuple[str, int, str]]]  # of a split file of CoOp
+_PROBES = 20  # listed images that are looked for in each folder
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -52,13 +56,7 @@ def open_local(path: Path, chosen: Collection[str] = ()) -> Opened:
 
 
 def open_hub(name_or_path: str, name: str | None, revision: str | None, known: Sequence[str]) -> Opened:
-    """Loads a dataset of the Hugging Face Hub, from the local cache where it is there.
-
-    Args:
-        name_or_path: What the user gave, which is neither in the catalog nor a local path.
-        name: Configuration of the dataset.
-        revision: Branch, tag or commit.
-        known: The names of the catalog, for the error.
+    """Loads a dataset of the Hugging Face Hub, from the local cache where it is there; `known` are the names of the catalog.
 
     Raises:
         FileNotFoundError: No such dataset, or the Hub cannot be reached.
@@ -99,3 +97,102 @@ def open_saved(path: Path) -> dict[str, Dataset]:
         return dict(loaded)
     name = str(loaded.split)
     return {name if split_of(name) else "train": loaded}
+
+
+# ------------------------------------------------------------------------------------------ CoOp's layout
+
+
+def find_split_file(path: Path) -> Path | None:
+    """Returns the split file at `path`, or the only one in the folder `path`; None if there is none.
+
+    Raises:
+        ValueError: Several split files in the folder.
+    """
+    if path.is_file():
+        return path if path.suffix == ".json" else None
+    found = sorted(path.glob("split_zhou_*.json"))
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} has several split files: {some((file.name for file in found), 10)}. Give the path of one."
+        )
+    return found[0] if found else None
+
+
+def open_coop(split_file: Path) -> dict[str, Dataset]:
+    """Opens the images that a split file lists, by split; their folder lies beside it, under any name.
+
+    Args:
+        split_file: JSON with the keys `train`, `val` and `test`, lists of [relative path, label, class name].
+
+    Raises:
+        ValueError: A file of another form, or labels and class names that do not match.
+        FileNotFoundError: A listed image that does not exist.
+    """
+    splits = read_split_file(split_file)
+    class_names = _class_names(splits, split_file)
+    folder = _image_folder(split_file.parent, splits)
+    paths = {split: [str(folder / entry[0]) for entry in entries] for split, entries in splits.items()}
+    listed = [path for split in paths.values() for path in split]
+    missing = [path for path in listed if not isfile(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(listed)} images that {split_file} lists do not exist, the first is "
+            f"{missing[0]}. Extract the whole image archive beside the split file."
+        )
+    features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
+    return {
+        split: Dataset.from_dict({"image": paths[split], "label": [entry[1] for entry in entries]}, features=features)
+        for split, entries in splits.items()
+    }
+
+
+def read_split_file(split_file: Path) -> Entries:
+    """Reads and checks a split file; splits without entries are left out."""
+    try:
+        content = json.loads(split_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{split_file} is not valid JSON ({error}).") from error
+    lists = isinstance(content, dict) and all(isinstance(entries, list) for entries in content.values())
+    if not lists or not {"train", "test"} <= set(content):
+        raise ValueError(f"{split_file} is not a split file of CoOp: it must have the keys `train`, `val` and `test`.")
+    for split, entries in content.items():
+        for entry in entries:
+            if not isinstance(entry, list) or [type(value) for value in entry] != [str, int, str]:
+                raise ValueError(
+                    f"{split_file} has the entry {entry!r} in {split!r}; an entry is [relative path, label, class name]."
+                )
+    if not any(content.values()):
+        raise ValueError(f"{split_file} lists no images.")
+    return {split: [tuple(entry) for entry in entries] for split, entries in content.items() if entries}
+
+
+def _class_names(splits: Entries, split_file: Path) -> list[str]:
+    """Returns the class names in the order of the labels, which must be 0 to N - 1 with one name each."""
+    names: dict[int, str] = {}
+    for entries in splits.values():
+        for path, label, name in entries:
+            if names.setdefault(label, name) != name:
+                raise ValueError(
+                    f"{split_file} calls label {label} both {names[label]!r} and {name!r} (at {path}): its class names "
+                    "do not match its labels."
+                )
+    if set(names) != set(range(len(names))):
+        raise ValueError(f"{split_file} has the labels {some(sorted(names), 10)}; they must be 0 to {len(names) - 1}.")
+    ordered = [names[label] for label in range(len(names))]
+    check_apart(ordered, where=str(split_file))
+    return ordered
+
+
+def _image_folder(root: Path, splits: Entries) -> Path:
+    """Finds what the paths are relative to: `root` or one of its folders (`images`, `jpg`, `2750`, ...)."""
+    entries = [path for split in splits.values() for path, _, _ in split]
+    probes = entries[:: max(1, len(entries) // _PROBES)]
+    candidates = [root, *sorted(folder for folder in root.iterdir() if folder.is_dir())]
+    found = {folder: sum(isfile(folder / path) for path in probes) for folder in candidates}
+    best = max(candidates, key=lambda folder: found[folder])
+    if not found[best]:
+        raise FileNotFoundError(
+            f"The images of {root} are missing: the listed {probes[0]} is neither there nor in a folder of it "
+            f"({some((folder.name for folder in candidates[1:]), 10) or 'it has none'}). Extract the image archive there."
+        )
+    return best

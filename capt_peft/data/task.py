@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image
 
-from .sampling import sample_shots
-from .summary import markdown_table
+from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..utils.markup import Markdown, escape, table_row
+from ..utils.text import some
+from .names import check_class_names, column_values, name_key
+from .sampling import sample_shots, split_classes
 
 SPLITS = ("train", "validation", "test")
-DEFAULT_TEMPLATE = "a photo of a {}."
+HALVES = ("base", "new")
+MAX_CLASSES = 20  # rows of a table of a task
 
 
 def task_features(class_names: tuple[str, ...]) -> Features:
@@ -121,9 +122,58 @@ class Task:
         chosen = sample_shots(self.labels("train"), shots, seed, class_names=self.class_names, allow_fewer=allow_fewer)
         return replace(self, splits={**self.splits, "train": self["train"].select(chosen)})
 
+    def select_classes(self, labels: Sequence[int]) -> Task:
+        """Returns the task with only the classes of `labels`, renumbered from 0 in that order; splits without them are left out.
+
+        Args:
+            labels: At least two different labels.
+
+        Raises:
+            ValueError: Fewer than two labels, one that repeats, or one that the task does not have.
+        """
+        labels = list(labels)
+        if len(labels) < 2 or len(set(labels)) < len(labels) or not set(labels) <= set(range(self.num_classes)):
+            raise ValueError(
+                f"labels={labels} must be at least two different labels of task {self.name!r}, which has 0 to "
+                f"{self.num_classes - 1}."
+            )
+        names = tuple(self.class_names[label] for label in labels)
+        lookup = np.full(self.num_classes, -1)
+        lookup[labels] = np.arange(len(labels))
+        splits = {split: relabelled(dataset, lookup, names) for split, dataset in self.splits.items()}
+        return replace(self, class_names=names, splits={split: found for split, found in splits.items() if len(found)})
+
+    def half(self, which: str) -> Task:
+        """Returns the base or the new half of the classes, as CoCoOp's protocol has them (arXiv 2203.05557).
+
+        Args:
+            which: "base" (the first half of the labels, rounded up) or "new".
+
+        Raises:
+            ValueError: Another word, or fewer than 4 classes, so that a half could not be classified.
+        """
+        if which not in HALVES:
+            raise ValueError(f"{which!r} is no half of the classes. Allowed: {', '.join(HALVES)}.")
+        if self.num_classes < 4:
+            raise ValueError(
+                f"Task {self.name!r} has {self.num_classes} classes; base-to-new needs at least 4, two in each half."
+            )
+        return self.select_classes(split_classes(self.num_classes)[HALVES.index(which)])
+
     def summary(self) -> str:
         """Returns images by class and split as a Markdown table; below it classes without images, and what was left out."""
-        return markdown_table(self.class_names, self.counts(), self.left_out)
+        counts, n = self.counts(), self.num_classes
+        shown = n if n <= MAX_CLASSES else MAX_CLASSES - 1
+        rows: list[tuple[str, list[int]]] = [
+            (name, [numbers[i] for numbers in counts.values()]) for i, name in enumerate(self.class_names[:shown])
+        ]
+        if shown < n:
+            rows.append((f"{n - shown:,} more", [sum(numbers[shown:]) for numbers in counts.values()]))
+        rows.append((f"all {n:,}", [sum(numbers) for numbers in counts.values()]))
+        lines = [table_row(["class", *counts]), table_row([Markdown("---"), *(Markdown("---:") for _ in counts)])]
+        lines += [table_row([name, *(f"{number:,}" for number in numbers)]) for name, numbers in rows]
+        notes = [*without_images(self.class_names, counts), *(f"left out: {note}" for note in self.left_out)]
+        return "\n".join([*lines, *([""] if notes else []), *(f"- {escape(note)}" for note in notes)])
 
     def counts(self) -> dict[str, list[int]]:
         """Returns for each split the number of images of each of the N classes."""
@@ -135,133 +185,41 @@ def describe_task(task: Task) -> str:
     return task.summary()
 
 
-def column_values(dataset: Dataset, column: str) -> np.ndarray:
-    """Returns the (n,) values of a column of numbers or words, without touching the other columns."""
-    values: np.ndarray = dataset.select_columns([column]).with_format("arrow")[:].column(column).to_numpy()
-    return values
-
-
-def is_string(feature: Any) -> bool:
-    """Whether a column holds words."""
-    return isinstance(feature, Value) and "string" in feature.dtype
-
-
-def labels_by_name(
-    dataset: Dataset, class_names: Sequence[str], what: str = "The split", column: str = "label"
-) -> np.ndarray:
-    """Returns the (n,) labels of a split as places in `class_names`: matched by name where the split names its classes.
-
-    Names match if they are equal or, where that leaves no doubt, if they differ by case, underscores, white space or Unicode's
-    form alone. Labels of a plain integer column are places in `class_names` already.
-
-    Args:
-        dataset: A split with a column of labels: a `ClassLabel`, strings, or whole numbers.
-        class_names: The N class names that labels shall count.
-        what: What the split is, for messages.
-        column: The column of the labels.
-
-    Raises:
-        ValueError: The split has images of a class that `class_names` lacks, images without a label, or labels out of range.
-    """
-    check_ordered(class_names)
-    labels = column_values(dataset, column)
-    feature = dataset.features[column]
-    if not len(labels):
-        return np.empty(0, dtype=np.int64)
-    if is_string(feature) and None not in labels:
-        words = sorted(set(labels))
-        index = {word: label for label, word in enumerate(words)}
-        return _places(words, np.array([index[word] for word in labels]), class_names, what)
-    if labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{what} has images without a label, or labels that are not whole numbers (column {column!r}: {feature}). Remove or "
-            "label them."
-        )
-    names = feature.names if isinstance(feature, ClassLabel) else class_names
-    if not 0 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(
-            f"{what} has labels from {labels.min()} to {labels.max()}, but there are {len(names)} class names (labels 0 to "
-            f"{len(names) - 1}). Give one class name for each label."
-        )
-    return _places(names, labels.astype(np.int64), class_names, what)
-
-
-def _places(names: Sequence[str], labels: np.ndarray, class_names: Sequence[str], what: str) -> np.ndarray:
-    """Returns the place in `class_names` of each image, whose name is `names[label]`."""
-    places = name_places(names, class_names) if names is not class_names else list(range(len(names)))
-    lost = next((label for label in np.unique(labels).tolist() if places[label] is None), None)
-    if lost is not None:
-        here = f", whose label {lost} is {class_names[lost]!r}" if lost < len(class_names) else ""
-        raise ValueError(
-            f"{what} has images of the class {names[lost]!r} (label {lost}), which is none of the {len(class_names)} classes "
-            f"asked for{here}. Give the class names of this data, or data of these classes."
-        )
-    return np.array([-1 if place is None else place for place in places], dtype=np.int64)[labels]
-
-
-def name_places(names: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
-    """Returns for each name its place in `class_names`, None where none is the same name; see `labels_by_name`."""
-    exact = {name: place for place, name in enumerate(class_names)}
-    alike = Counter(map(name_key, class_names)), Counter(map(name_key, names))
-    loose = {name_key(name): place for place, name in enumerate(class_names) if alike[0][name_key(name)] == 1}
-    return [
-        exact[name] if name in exact else loose.get(name_key(name)) if alike[1][name_key(name)] == 1 else None
-        for name in names
-    ]
-
-
-def name_key(name: str) -> str:
-    """Returns what a class name has in common with its other spellings: case, underscores, white space, Unicode's form."""
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").casefold().split())
-
-
-def alike_names(names: Sequence[str]) -> tuple[int, int] | None:
-    """Returns the places of the first two names that are the same by `name_key`, or None."""
-    seen: dict[str, int] = {}
-    for place, name in enumerate(names):
-        first = seen.setdefault(name_key(name), place)
-        if first != place:
-            return first, place
-    return None
-
-
 def encoded_images(dataset: Dataset) -> Dataset:
     """Returns the dataset with its images not yet decoded, as `load_image` takes them to name a damaged file."""
     return dataset.cast_column("image", Image(decode=False))
 
 
-def check_template(template: str) -> None:
-    """Raises a ValueError unless `template` has exactly one place for the class name, `{}`."""
-    if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
-        raise ValueError(f"The template {template!r} must hold exactly one {{}}, the place of the class name.")
+def relabelled(dataset: Dataset, lookup: np.ndarray, names: tuple[str, ...]) -> Dataset:
+    """Returns a dataset with `lookup[i]` for label i, of the classes `names`; images with the new label -1 are left out."""
+    return with_labels(dataset, lookup[column_values(dataset, "label")], names)
 
 
-def check_ordered(class_names: Sequence[str]) -> None:
-    """Raises a ValueError unless class names have an order: a list, a tuple or the like; not a set, dict, generator or str."""
-    listed = isinstance(class_names, Sequence) or (isinstance(class_names, np.ndarray) and class_names.ndim == 1)
-    if isinstance(class_names, (str, bytes)) or not listed:
-        raise ValueError(
-            f"Class names must be a list in the order of the labels, not a {type(class_names).__name__}: "
-            f"{str(class_names)[:80]}. Give a list, as ['cat', 'dog']."
-        )
+def with_labels(dataset: Dataset, labels: np.ndarray, names: tuple[str, ...]) -> Dataset:
+    """Returns a dataset with these labels (n,) in place of its own; images with the label -1 are left out."""
+    # Added before the old column goes: `datasets` cannot add to a table whose part in memory has lost all its columns.
+    dataset = dataset.add_column("relabelled", labels, feature=task_features(names)["label"])
+    dataset = dataset.select_columns(["image", "relabelled"]).rename_column("relabelled", "label")
+    return dataset if (labels >= 0).all() else dataset.select(np.flatnonzero(labels >= 0))
 
 
-def check_class_names(class_names: Sequence[str]) -> None:
-    """Raises a ValueError unless this is a list of at least two class names, none empty and no two alike (see `name_key`)."""
-    check_ordered(class_names)
-    if len(class_names) < 2:
-        raise ValueError(f"At least two class names are needed, got {class_names!r}.")
-    empty = [i for i, name in enumerate(class_names) if not isinstance(name, str) or not name.strip()]
-    if empty:
-        raise ValueError(
-            f"The class name of label {empty[0]} is {class_names[empty[0]]!r}; it must be a word or words."
-        )
-    alike = alike_names(class_names)
-    if alike is not None:
-        one, other = (class_names[place] for place in alike)
-        raise ValueError(
-            f"Class names must differ, but {one!r} stands for more than one label."
-            if one == other
-            else f"Class names must differ by more than case, underscores, white space and Unicode's form, but labels "
-            f"{alike[0]} and {alike[1]} are {one!r} and {other!r}. Rename one of them."
-        )
+def without_images(class_names: Sequence[str], counts: Mapping[str, Sequence[int]]) -> list[str]:
+    """Returns for each split that lacks images of some classes a sentence that names these, at most 5."""
+    notes = []
+    for split, numbers in counts.items():
+        names = [name for name, number in zip(class_names, numbers, strict=True) if not number]
+        if names:
+            notes.append(f"no {split} images of {some(map(repr, names), 5)}")
+    return notes
+
+
+def one_line(counts: Mapping[str, Sequence[int]]) -> str:
+    """Returns the images of each split and class in a line, for the log."""
+    classes = len(next(iter(counts.values()), ()))
+    parts = [f"{sum(numbers):,} {split} ({_range(numbers)} per class)" for split, numbers in counts.items()]
+    return f"{classes:,} classes; {', '.join(parts) or 'no'} images"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    lowest, highest = min(numbers), max(numbers)
+    return f"{lowest:,}" if lowest == highest else f"{lowest:,} to {highest:,}"

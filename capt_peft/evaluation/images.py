@@ -16,8 +16,8 @@ from torch import Tensor
 from ..attacks import Attack, LogitsFn
 from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
+from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, digest_images
-from ..data.task import labels_by_name
 
 logger = logging.getLogger(__name__)
 

@@ -1,117 +1,23 @@
-"""Letters and digits drawn by strokes, and in the two fonts that Pillow carries: masks for the procedural images.
-
-A glyph is written in a small notation: strokes separated by spaces, each a pen (`-` straight, `~` a smooth curve) and
-its points, two digits each: x from 0 (left) to 9 (right), y from 0 (top) to 9 (bottom). `-10 ...` would be two strokes,
-so points are joined without spaces: `-1080` is a bar at the top. Several spellings of a glyph are several hands.
-"""
+"""Letters and digits as masks for procedural images: drawn by strokes (`glyphs.yaml`), and in the fonts that Pillow carries."""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.resources import files
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 FONTS = ("sans", "bitmap", "plain", "hand", "scan")
 DIGITS = tuple("0123456789")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
-STROKES: dict[str, tuple[str, ...]] = {
-    "0": ("~5021141628497885837150", "~50301416285978847250", "~602105275978867260", "~401115285978735140"),
-    "1": ("-5059", "-235059", "-235059 -2989", "-6039", "-324059", "~325059 -5989", "-144059 -5979"),
-    "2": (
-        "~1231507182745519 -1989",
-        "~123071735528081638 -3889",
-        "~12307174371908 ~08276888",
-        "~225071735429 -2979",
-        "~13304060817355 -5519 -1999",
-    ),
-    "3": (
-        "~113070826444 ~447486784908",
-        "-108044 ~447587683908",
-        "~11407263447587583908",
-        "~204071725434 ~347477693919",
-        "~124071746535 ~5567684919",
-    ),
-    "4": (
-        "-69600696",
-        "-201585 -6259",
-        "-400686 -6359",
-        "~401306 -0686 -6259",
-        "-300585 -7249",
-        "-59500787",
-        "-500585 -6259",
-    ),
-    "5": (
-        "-802014 ~14437486683908",
-        "-702014 ~145485774918",
-        "~8030134475783908",
-        "-2014 ~145385783909 -2080",
-        "-903024 ~245475774818",
-        "-703024 -2464 ~647678491918",
-    ),
-    "6": (
-        "~70311417396987653517",
-        "~602205174978754516",
-        "-6015 ~15184978856415",
-        "~5033163859785534",
-        "~804116285877755426",
-    ),
-    "7": (
-        "-108039",
-        "-108039 -2575",
-        "-1080 ~805439",
-        "-12108049",
-        "-1080 ~805549 -1585",
-        "~02205080 -8039 -2585",
-        "~11307081 -8149 -3686",
-    ),
-    "8": (
-        "~703012447668391725548270",
-        "~40123464826040 ~4416285988865444",
-        "~502133638150 ~531639798553",
-        "~81502142677859282654736081",
-        "~704021355676694938365472",
-    ),
-    "9": (
-        "~82501214457482 -8279",
-        "~72502113356572 ~7286683918",
-        "~824012356582 -8249",
-        "~824012356582 ~8287684918",
-        "~81603012457481 ~8175593909",
-        "~71402124546371 -7169",
-        "~72402124546372 ~7265574818",
-    ),
-    "A": ("-094089 -1676", "-195089 -2676", "~0915408589 -1585"),
-    "B": ("-1019 ~1060826414 ~1474876919", "-2029 ~2060724424 ~2464776929"),
-    "C": ("~8260300306396987", "~8150212426385978"),
-    "D": ("-1019 ~106083866919", "-2029 ~205074755929"),
-    "E": ("-80101989 -1464", "-70202979 -2474"),
-    "F": ("-801019 -1464", "-702029 -2464"),
-    "G": ("~8260300306396986 -558589", "~715021242759787555"),
-    "H": ("-1019 -8089 -1484", "-2029 -7079 -2575"),
-    "I": ("-5059", "-2080 -5059 -2989", "-4049 -2060 -2969"),
-    "J": ("-7077 ~77592907", "-3080 -6067 ~67593917"),
-    "K": ("-1019 -801489", "-2029 -7025 -3579"),
-    "L": ("-101989", "-202979"),
-    "M": ("-0910458089", "-1910558099"),
-    "N": ("-19108980", "-29207970"),
-    "O": ("~401104184988948140", "~502114285978857350"),
-    "P": ("-1910 ~1060826414", "-2920 ~2060736525"),
-    "Q": ("~401104184988948140 -6699", "~502114285978857350 -5789"),
-    "R": ("-1910 ~1060826414 -4489", "-2920 ~2060736525 -4579"),
-    "S": ("~81502012447587592908", "~71503023547667493918"),
-    "T": ("-1070 -4049", "-1090 -5059"),
-    "U": ("-1016 ~16395986 -8680", "-2027 ~27395977 -7770"),
-    "V": ("-004980", "-105990"),
-    "W": ("-0029436990", "-1028546890"),
-    "X": ("-1089 -8019", "-2079 -7029"),
-    "Y": ("-104480 -4449", "-105490 -5459"),
-    "Z": ("-10801989", "-20702979 -3565"),
-}
-
-
 CANVAS = 64  # pixels a side in which glyphs are drawn, twice the size of the images
+_FILE = files(__package__) / "glyphs.yaml"  # which explains its notation
+STROKES: dict[str, tuple[str, ...]] = {
+    k: tuple(v) for k, v in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()
+}
 
 
 @cache
@@ -161,18 +67,10 @@ def hand_strokes(character: str, rng: np.random.Generator, jitter: float) -> lis
 def stroke_mask(
     lines: list[np.ndarray], box: tuple[float, float], pen: float, slant: float, angle: float, side: int = CANVAS
 ) -> Image.Image:
-    """Draws polylines, slanted and turned, fitted into the middle of a square.
+    """Draws polylines (P, 2), y downward, into the middle of a square; returns a mask, 255 where there is ink.
 
-    Args:
-        lines: Polylines (P, 2), y downward.
-        box: Width and height of the drawn glyph as fractions of the square; the width is an upper limit.
-        pen: Width of the pen in pixels.
-        slant: Shift to the right at the top, as a fraction of the height.
-        angle: Turn in radians.
-        side: Side of the square in pixels.
-
-    Returns:
-        A greyscale mask, 255 where there is ink.
+    `box` is the width (an upper limit) and height as fractions of the square, `pen` in pixels, `slant` the shift to the right
+    at the top as a fraction of the height, `angle` in radians.
     """
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shear = np.array([[1.0, -slant], [0.0, 1.0]])

@@ -26,6 +26,7 @@ class CaptPeftType(str, Enum):  # noqa: UP042  (PEFT's own PeftType is a (str, E
 # A PeftType.CAPT inside PEFT, should there ever be one, wins.
 CAPT: Any = getattr(PeftType, "CAPT", CaptPeftType.CAPT)
 COUPLINGS = ("none", "text_to_vision", "vision_to_text")
+DEFAULT_TEMPLATE = "a photo of a {}."
 INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
@@ -87,7 +88,7 @@ class CaptConfig(PeftConfig):
     text_depth: int = DEFAULT_DEPTH
     vision_depth: int = DEFAULT_DEPTH
     coupling: str = "none"
-    template: str = "a photo of a {}."
+    template: str = DEFAULT_TEMPLATE
     init: str = "template"
     init_std: float = 0.02
     template_token_ids: list[int] | None = None
@@ -140,10 +141,7 @@ class CaptConfig(PeftConfig):
                 raise ValueError(f"{name}={shown(getattr(self, name))} is unknown. Allowed: {words}.")
         if not 0 <= self.init_std <= sys.float_info.max:  # NaN fails too
             raise ValueError(f"init_std={shown(self.init_std)} must be a finite number, 0 or more.")
-        if self.template.count("{}") != 1:
-            raise ValueError(
-                f"template={shown(self.template)} must hold exactly one {{}}, the place of the class name."
-            )
+        check_template(self.template)
         for text in (self.template, *(self.class_names or [])):
             if not text.isascii() and text != text.encode(errors="replace").decode():
                 raise ValueError(f"{shown(text)} holds a half of a character (a lone surrogate); write the text again.")
@@ -271,3 +269,11 @@ class CaptConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if write_saved_card is not None:
             write_saved_card(Path(save_directory), self, after_weights)
+
+
+def check_template(template: str) -> None:
+    """Raises a ValueError unless `template` has exactly one place for the class name, `{}`, and no other braces."""
+    if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+        raise ValueError(
+            f"template={shown(template)} must hold exactly one {{}}, the place of the class name, and no other braces."
+        )

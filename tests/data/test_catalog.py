@@ -10,9 +10,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from capt_peft.data import CATALOG, Entry, list_tasks, load_task
-from capt_peft.data.catalog import recognize
-from capt_peft.data.published import read_classes, to_catalog
-from capt_peft.data.task import DEFAULT_TEMPLATE, check_class_names, check_template
+from capt_peft.data.catalog import read_classes, recognize, to_catalog
+from capt_peft.data.names import check_class_names
+from capt_peft.tuner.config import DEFAULT_TEMPLATE, check_template
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

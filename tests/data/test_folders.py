@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from capt_peft.data import load_task
-from capt_peft.data.splits import split_of
+from capt_peft.data.parts import split_of
 
 
 def picture(path, number=0, **settings):

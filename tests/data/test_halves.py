@@ -7,7 +7,6 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from capt_peft.data.halves import half, select_classes
 from capt_peft.data.task import Task, task_features
 
 NAMES = ("ant", "bee", "cat", "dog", "elk")
@@ -31,12 +30,12 @@ def colours(task, split="train"):
 def test_base_is_the_first_half_of_the_classes_rounded_up(classes, base):
     names = tuple(f"thing {i}" for i in range(classes))
     task = make_task(names, [1] * classes)
-    assert half(task, "base").class_names == names[:base]
-    assert half(task, "new").class_names == names[base:]
+    assert task.half("base").class_names == names[:base]
+    assert task.half("new").class_names == names[base:]
 
 
 def test_the_labels_of_a_half_start_at_0_and_name_the_classes_that_they_named():
-    new = half(make_task(), "new")
+    new = make_task().half("new")
     assert new.labels("train").tolist() == [int(red) - 3 for red, _, _ in colours(new)]
     assert set(new.labels("train").tolist()) == {0, 1}
     assert new["train"].features["label"].names == ["dog", "elk"] == list(new.class_names)
@@ -46,7 +45,7 @@ def test_the_labels_of_a_half_start_at_0_and_name_the_classes_that_they_named():
 def test_the_halves_share_no_image_and_hold_every_image_unchanged():
     task = make_task()
     for split in ("train", "test"):
-        base, new = (Counter(map(tuple, colours(half(task, which), split))) for which in ("base", "new"))
+        base, new = (Counter(map(tuple, colours(task.half(which), split))) for which in ("base", "new"))
         assert not base & new
         assert base + new == Counter(map(tuple, colours(task, split)))
         assert {red for red, _, _ in base} == {0, 1, 2} and {red for red, _, _ in new} == {3, 4}
@@ -54,14 +53,14 @@ def test_the_halves_share_no_image_and_hold_every_image_unchanged():
 
 def test_a_half_keeps_the_order_of_the_images_and_all_that_is_not_about_classes():
     task = make_task()
-    base = half(task, "base")
+    base = task.half("base")
     assert colours(base) == [colour for colour in colours(task) if colour[0] < 3]
     assert (base.name, base.template, base.source) == (task.name, task.template, task.source)
     assert task.num_classes == 5 and len(task["train"]) == 20  # the task itself is as it was
 
 
 def test_classes_are_numbered_in_the_order_in_which_they_are_given():
-    chosen = select_classes(make_task(), [4, 1])
+    chosen = make_task().select_classes([4, 1])
     assert chosen.class_names == ("elk", "bee")
     assert chosen.labels("train").tolist() == [{4: 0, 1: 1}[red] for red, _, _ in colours(chosen)]
 
@@ -69,28 +68,28 @@ def test_classes_are_numbered_in_the_order_in_which_they_are_given():
 def test_a_split_without_an_image_of_the_classes_is_left_out():
     task = make_task()
     few = Task(task.name, task.class_names, {"train": task["train"], "test": task["train"].select([0])}, task.template)
-    assert set(half(few, "new").splits) == {"train"}
-    assert set(half(few, "base").splits) == {"train", "test"}
+    assert set(few.half("new").splits) == {"train"}
+    assert set(few.half("base").splits) == {"train", "test"}
 
 
 def test_few_shots_of_a_half_are_those_of_its_classes_in_the_whole():
     """Each class is drawn on its own, so that base-to-new trains on images of the few-shot runs."""
     task = make_task()
     whole = [colour for colour in colours(task.few_shot(2, seed=3)) if colour[0] < 3]
-    assert colours(half(task, "base").few_shot(2, seed=3)) == whole
+    assert colours(task.half("base").few_shot(2, seed=3)) == whole
 
 
 def test_three_classes_have_no_two_halves():
     with pytest.raises(ValueError, match="'zoo' has 3 classes; base-to-new needs at least 4, two in each half"):
-        half(make_task(NAMES[:3], (1, 1, 1)), "base")
+        make_task(NAMES[:3], (1, 1, 1)).half("base")
 
 
 def test_another_word_than_base_and_new_is_refused():
     with pytest.raises(ValueError, match=r"'old' is no half of the classes. Allowed: base, new."):
-        half(make_task(), "old")
+        make_task().half("old")
 
 
 @pytest.mark.parametrize("labels", [[], [1], [1, 1], [0, 2, 0], [0, 5], [-1, 0]])
 def test_labels_must_be_different_ones_of_the_task(labels):
     with pytest.raises(ValueError, match="must be at least two different labels of task 'zoo', which has 0 to 4"):
-        select_classes(make_task(), labels)
+        make_task().select_classes(labels)

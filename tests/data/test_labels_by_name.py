@@ -17,7 +17,8 @@ from PIL import Image
 
 from capt_peft.data import Task, load_image, load_task
 from capt_peft.data.columns import named_as
-from capt_peft.data.task import encoded_images, labels_by_name, name_key
+from capt_peft.data.names import labels_by_name, name_key
+from capt_peft.data.task import encoded_images
 
 # Each class has spellings that are one name, and each number of a class colours its images.
 CLASSES = [

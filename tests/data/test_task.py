@@ -8,7 +8,8 @@ from PIL import Image
 from capt_peft import describe_task
 from capt_peft.data import Task, load_task
 from capt_peft.data.columns import named_as
-from capt_peft.data.task import labels_by_name, task_features
+from capt_peft.data.names import labels_by_name
+from capt_peft.data.task import task_features
 
 NAMES = ("cat", "owl", "eel")
 
