@@ -56,6 +56,7 @@ class APGD(SearchAttack):
 
     pattern = "apgd-(?P<loss>ce|dlr|t)" + size_pattern("steps")
     help: ClassVar[dict[str, str]] = {"apgd-ce, apgd-dlr, apgd-t": "100 steps; apgd-ce-50x5 has 50 and 5 restarts"}
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     loss: str = "ce"

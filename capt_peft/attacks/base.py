@@ -195,8 +195,6 @@ class SearchAttack(Attack):
     label's lead over the other classes was smallest. Images do not influence each other.
     """
 
-    strong: ClassVar[bool] = True
-
     @abstractmethod
     def attempts(self, num_classes: int) -> Iterator[Attempt]:
         """Yields the attempts in their order: (logits_fn, `Batch`, clean logits (A, N)) -> `AttackResult`."""

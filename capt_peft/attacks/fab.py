@@ -56,6 +56,7 @@ class FAB(SearchAttack):
 
     pattern = "fab(?P<targets>-t)?" + size_pattern("steps")
     help: ClassVar[dict[str, str]] = {"fab, fab-t": "100 steps; fab-t-50x5 as above"}
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     targets: int = 9

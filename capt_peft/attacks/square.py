@@ -46,6 +46,7 @@ class Square(SearchAttack):
     pattern = "square" + size_pattern("queries")
     help: ClassVar[dict[str, str]] = {"square": "5,000 queries; square-1000 has 1,000"}
     uses_gradients: ClassVar[bool] = False
+    strong: ClassVar[bool] = True
     threat_model: ThreatModel
     _: KW_ONLY
     queries: int = 5000
