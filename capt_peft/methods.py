@@ -176,7 +176,7 @@ def make_trainer(
     """
     method = get_method(name)
     if method.objective is None:
-        raise ValueError(f"{name} tunes nothing; python examples/evaluate.py --base measures it.")
+        raise ValueError(f"The method {name!r} tunes nothing.")
     config = CaptConfig(**{**prompts, "template": task.template, "class_names": list(task.class_names)})
     model = get_peft_model(base, config)
     objective = method.objective(args)

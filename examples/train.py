@@ -21,11 +21,10 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from peft import get_peft_model
 from transformers import AutoModel, AutoProcessor, set_seed
 
-from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, get_method, load_task
-from capt_peft.methods import method_settings
+from capt_peft import CaptTrainingArguments, Task, get_method, load_task
+from capt_peft.methods import make_trainer, method_settings
 from capt_peft.results.hub import save_run
 from capt_peft.results.run import RunResults
 from capt_peft.tuner.loading import load_pretrained
@@ -125,8 +124,7 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
 def main(argv: list[str] | None = None) -> RunResults:
     """Tunes, measures and saves; returns the results."""
     script, args = parse_args(sys.argv[1:] if argv is None else argv)
-    method = get_method(script.method)
-    if method.objective is None:
+    if get_method(script.method).objective is None:
         raise ValueError(f"{script.method} tunes nothing; python examples/evaluate.py --base measures it.")
     script.shots = str(script.shots)  # a number in a YAML file
     if script.shots != "all" and not script.shots.isdecimal():
@@ -157,11 +155,8 @@ def main(argv: list[str] | None = None) -> RunResults:
         processor = load_pretrained(AutoProcessor, script.model_name_or_path)
         # in float32, whatever precision it is stored in: pixel gradients vanish in less
         base = load_pretrained(AutoModel, script.model_name_or_path, dtype=torch.float32)
-    config = CaptConfig(**script.prompts(), template=task.template, class_names=list(task.class_names))
-    model = get_peft_model(base, config)
-    trainer = CaptTrainer(
-        model, args, task=task, processor=processor, objective=method.objective(args), teacher=script.teacher
-    )
+    prompts, teacher = script.prompts(), script.teacher
+    trainer = make_trainer(script.method, base, args, task=task, processor=processor, prompts=prompts, teacher=teacher)
     print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
     checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)
 
@@ -184,7 +179,7 @@ def main(argv: list[str] | None = None) -> RunResults:
     )
     if trainer.is_world_process_zero():
         name = trainer.hub_model_id if args.push_to_hub else args.output_dir
-        results = save_run(model, results, args.output_dir, name)
+        results = save_run(trainer.model, results, args.output_dir, name)
         trainer.unlock()
         print(f"\n{results.table()}\n\nSaved to {args.output_dir} after {seconds:.0f} s of tuning.")
         if args.push_to_hub:
