@@ -1,4 +1,4 @@
-"""The file of a benchmark: one JSON line a cell, written whole, in the order in which the cells ended."""
+"""The file of a benchmark: one JSON line per cell, written whole, in the order in which the cells ended."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Line:
         return cls(line["key"], cell, results, None, (line.get("training") or {}).get("collapsed"), digests)
 
 
-def read(*paths: str | Path) -> list[Line]:
+def read_lines(*paths: str | Path) -> list[Line]:
     """Reads the lines of one or several files, given in the order in which they were written.
 
     Returns:

@@ -23,7 +23,7 @@ class Suite:
             method, and cannot change what the method is.
         method_settings: The same, for one method.
         attacks: Names of the attacks that measure robust accuracy.
-        limit: Test images a data set, drawn by seed 0; None: all.
+        limit: Test images per data set, drawn by seed 0; None: all.
         few_classes: Data sets with fewer than 4 classes, which base-to-new leaves out.
     """
 

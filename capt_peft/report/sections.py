@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..benchmark.lines import Line, read
+from ..benchmark.lines import Line, read_lines
 from ..benchmark.plan import PROTOCOLS, TRANSFERS, Cell, Shots, shots_name
 from ..results.accuracy import Accuracy
 from ..utils.text import differences
@@ -79,7 +79,7 @@ def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None =
             cells of one section are of different images, base models or processors.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
-    lines = read(*files)
+    lines = read_lines(*files)
     if not lines:
         raise ValueError(f"There is no benchmark line in {', '.join(map(str, files)) or 'no file'}.")
     _check_inputs(lines)

@@ -9,8 +9,7 @@ import pytest
 from report.benchmark_lines import line as made
 from report.benchmark_lines import write
 
-from capt_peft.benchmark import Lines
-from capt_peft.benchmark.lines import read
+from capt_peft.benchmark import Lines, read_lines
 from capt_peft.results.accuracy import Accuracy
 
 PUBLISHED = sorted((Path(__file__).parents[2] / "docs" / "results").glob("*/lines.jsonl"))
@@ -144,14 +143,14 @@ def test_a_folder_is_no_file_of_lines(tmp_path):
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
 def test_published_lines_are_read_and_known_by_their_keys(path):
-    found = read(path)
+    found = read_lines(path)
     assert len(found) == len(Lines(path).read()) > 0
     assert all(line.key == line.cell.key and line.error is None for line in found)
 
 
 def test_a_typed_line_has_the_cell_and_its_counts_or_the_error(tmp_path):
     lines = [made(clean=85, robust=45) | {"training_data": "a"}, made(seed=1, error="out of memory")]
-    finished, failed = read(write(tmp_path / "a.jsonl", lines))
+    finished, failed = read_lines(write(tmp_path / "a.jsonl", lines))
     assert (finished.cell.label, finished.cell.tuned, finished.error) == ("capt", True, None)
     assert str(finished.cell.threat) == "L-inf 10/255"
     assert finished.results[0].clean == Accuracy(170, 200)
@@ -163,7 +162,7 @@ def test_a_typed_line_has_the_cell_and_its_counts_or_the_error(tmp_path):
 def test_of_several_files_the_later_line_of_a_key_counts_and_stands_last(tmp_path):
     first = write(tmp_path / "a.jsonl", [made(error="no"), made(seed=1)])
     second = write(tmp_path / "b.jsonl", [made()], end=json.dumps(made(seed=2))[:-5])
-    assert [(line.cell.seed, line.error) for line in read(first, second)] == [(1, None), (0, None)]
+    assert [(line.cell.seed, line.error) for line in read_lines(first, second)] == [(1, None), (0, None)]
 
 
 @pytest.mark.parametrize(
@@ -178,4 +177,4 @@ def test_of_several_files_the_later_line_of_a_key_counts_and_stands_last(tmp_pat
 def test_a_typed_line_that_says_what_cannot_be_is_refused(tmp_path, changes, why):
     path = write(tmp_path / "lines.jsonl", [made(), made(**changes)])
     with pytest.raises(ValueError, match=rf"Line 2 of .*lines\.jsonl is not a line of a benchmark \(.*{why}"):
-        read(path)
+        read_lines(path)
