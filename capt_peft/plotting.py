@@ -33,6 +33,15 @@ def import_figure() -> Any:
     return Figure
 
 
+def add_panels(figure: Any, count: int, columns: int, **shared: bool) -> list[Any]:
+    """Adds lines of panels; only the last one of a column has numbers below, also above a place that is empty."""
+    axes = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=True, **shared).ravel()
+    for i, axis in enumerate(axes):
+        axis.set_visible(i < count)
+        axis.tick_params(labelbottom=i + columns >= count)
+    return list(axes[:count])
+
+
 def open_axis(axis: Any) -> None:
     """Draws a pale grid, and no frame above and on the right."""
     axis.grid(alpha=0.25)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..benchmark.plan import TRANSFERS, Shots, shots_name
-from ..plotting import COLOURS, GREY, new_figure, open_axis
+from ..plotting import COLOURS, GREY, add_panels, new_figure, open_axis
 from .sections import Section
 from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Difference, Rows, compare, rows_of
 
@@ -29,10 +29,9 @@ def shots_figure(section: Section) -> Any:
     panels = {average: rows} if len(tasks) > 1 else {}
     panels |= {task: {shots: of.of_tasks([task]) for shots, of in rows.items()} for task in tasks}
     styles = row_styles(rows_of(section))
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
+    columns, lines = min(4, len(panels)), -(-len(panels) // 4)
     figure = new_figure(max(2.9 * columns + 0.6, 5.5), 2.5 * lines + 1.2)
-    axes = _axes(figure, len(panels), columns, sharey=True)
+    axes = add_panels(figure, len(panels), columns, sharey=True)
     for axis, (title, of) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, of, styles)
         axis.set_title(title, fontsize=11)
@@ -77,25 +76,15 @@ def differences_figure(sections: Sequence[Section]) -> Any | None:
     panels = [(title, found) for title, found in panels if found]
     if not panels:
         return None
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     tallest = max(len(found) for _, found in panels)
     figure = new_figure(3.6 * columns + 1.0, (0.36 * tallest + 1.1) * lines + 0.8)
-    for axis, (title, found) in zip(_axes(figure, len(panels), columns), panels, strict=True):
+    for axis, (title, found) in zip(add_panels(figure, len(panels), columns), panels, strict=True):
         _bars(axis, found)
         axis.set_title(title, fontsize=10)
     figure.supxlabel("points of H (95% interval; pale where it contains 0 or there is none)", fontsize=10)
     figure.suptitle(f"{OURS} minus each baseline, robust under {sections[0].attack}", fontsize=11)
     return figure
-
-
-def _axes(figure: Any, count: int, columns: int, **shared: bool) -> list[Any]:
-    """Adds lines of panels; only the last one of a column has numbers below, also above a place that is empty."""
-    axes = figure.subplots(-(-count // columns), columns, squeeze=False, sharex=True, **shared).ravel()
-    for i, axis in enumerate(axes):
-        axis.set_visible(i < count)
-        axis.tick_params(labelbottom=i + columns >= count)
-    return list(axes[:count])
 
 
 def row_styles(rows: Rows) -> Styles:

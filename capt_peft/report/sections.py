@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _name(cell: Cell) -> str:
 def _figures(lines: Iterable[Line]) -> Figures:
     """Returns the accuracies of a run: of several under one attack the one of most images, of equally many the last."""
     figures: Figures = {}
-    for result in (result for line in lines for result in line.results):
+    for result in chain.from_iterable(line.results for line in lines):
         measured = {"": result.clean, **result.attacks}
         if len(result.attacks) > 1 and result.worst_case is not None:
             measured[WORST + ", ".join(result.attacks)] = result.worst_case

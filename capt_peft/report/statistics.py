@@ -74,10 +74,9 @@ class Rows:
 
     @cached_property
     def averages(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The mean over seeds of each row's averages over tasks, and their sample standard deviation, by label and measure.
+        """The mean over seeds of the averages over tasks that all rows have, and its sample standard deviation.
 
-        Of the tasks and seeds that all rows have. The mean is missing where a row has no scores or no runs count; the spread
-        also with one seed, and where one run stands for all of them.
+        By label and measure. The spread is missing with one seed, and where one run stands for all of them.
         """
         places = self.scores.index
         counted = places.isin(self.common.tasks, level="task") & places.isin(self.common.seeds, level="seed")

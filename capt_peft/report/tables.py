@@ -22,13 +22,8 @@ BOOTSTRAP = (
 LISTED = 12  # longer lists are cut, with the number of what is left out
 MISSING = "-"
 _BOLD = re.compile(r"\*\*(.*?)\*\*")
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-}
+_WORDS = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_LATEX = str.maketrans(_WORDS | {letter: f"\\{letter}" for letter in "&%$#_{}"})
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,8 @@ def to_latex(parts: Sequence[tuple[Section, Sequence[Table]]]) -> str:
 
 def escape_latex(text: str) -> str:
     """Returns a text with everything escaped that means something to LaTeX."""
-    escaped = "".join(_LATEX.get(letter, letter) for letter in text)
-    return re.sub(r"(?<!\S)(\(?)-(?=\d)", r"\1$-$", escaped)  # the minus of a number is longer than a hyphen
+    # the minus of a number is longer than a hyphen
+    return re.sub(r"(?<!\S)(\(?)-(?=\d)", r"\1$-$", text.translate(_LATEX))
 
 
 def numbers(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
@@ -222,14 +217,13 @@ def _unequal(measured: pd.DataFrame) -> list[str]:
 def _troubles(runs: pd.DataFrame, counted: pd.DataFrame) -> list[str]:
     """Returns which runs failed and which collapsed, of how many."""
     failed, collapsed = runs.dropna(subset="failure"), counted.dropna(subset="collapsed")
-    notes = []
-    for start, of, why, total in (
-        ("Failed, and so missing", failed, failed.failure, len(counted) + len(failed)),
-        ("Collapsed, and counted with their accuracies", collapsed, collapsed.collapsed, len(counted)),
-    ):
-        texts = [f"{name} ({_short(text)})" for name, text in zip(of.name, why, strict=True)]
-        notes += [f"{start}: {len(of)} of {total} runs: {some(texts, LISTED, separator='; ')}."] if texts else []
-    return notes
+    failed = [f"{name} ({_short(why)})" for name, why in zip(failed.name, failed.failure, strict=True)]
+    collapsed = [f"{name} ({_short(why)})" for name, why in zip(collapsed.name, collapsed.collapsed, strict=True)]
+    notes = {
+        f"Failed, and so missing: {len(failed)} of {len(counted) + len(failed)} runs": failed,
+        f"Collapsed, and counted with their accuracies: {len(collapsed)} of {len(counted)} runs": collapsed,
+    }
+    return [f"{start}: {some(of, LISTED, separator='; ')}." for start, of in notes.items() if of]
 
 
 def _coverage(rows: Mapping[str, Rows]) -> list[str]:
