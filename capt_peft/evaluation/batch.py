@@ -259,7 +259,7 @@ def attack_batch(
     seed: int,
     report: Report | None = None,
 ) -> tuple[BatchRecord, Tensor]:
-    """Attacks the images of a batch that are classified correctly, and records what became of each.
+    """Attacks the images of a batch that are classified correctly; returns what became of all, and the adversarial images.
 
     Leaving out the others changes no accuracy: an image counts as robust only if it is right before and after the attack.
 
@@ -271,9 +271,6 @@ def attack_batch(
         indices: The B places of the images in their dataset.
         seed: Seed of the attack.
         report: Called as the attack goes on.
-
-    Returns:
-        The record, and the adversarial images (B, 3, H, W).
     """
     clean = subject.scored(pixels).argmax(1)  # (B,)
     right = (clean == labels).nonzero().squeeze(1)  # (A,)

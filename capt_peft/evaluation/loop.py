@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -85,7 +85,8 @@ def evaluate(
     attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
     output = None if output is None else Path(output)
     _check(attacks, batch_size, output, save_images)
-    with _lent(classifier):
+    mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
+    with mode, buffers_kept(modules_in(classifier)):
         subject = subject_of(classifier, attack_target, attack_template)
         examples = Examples(data, classifier)
         logits, classes = sample_logits(subject, examples, batch_size)
@@ -143,20 +144,8 @@ def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-@contextmanager
-def _lent(classifier: LogitsFn) -> Iterator[None]:
-    """Within it, the classifier is in eval mode and its parameters without gradients; afterwards it is as it was."""
-    mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
-    with mode, buffers_kept(modules_in(classifier)):
-        yield
-
-
 def _agreed(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the main process's configuration in JSON types: it has the same bits everywhere.
-
-    Raises:
-        ValueError: The processes measure different things.
-    """
+    """Returns the main process's configuration in JSON types, with the same bits everywhere, or refuses another one's."""
     first, *others = gather_object([json.loads(json.dumps(configuration))])
     for number, other in enumerate(others, 1):
         if found := changes(other, first):

@@ -18,15 +18,7 @@ from .signs import read_signs
 def merge(
     clean: BatchRecord, attacked: Attacked, probed: Mapping[str, Any], subject: Subject, configuration: dict[str, Any]
 ) -> Evaluation:
-    """Returns the figures of an evaluation.
-
-    Args:
-        clean: The record of all images without an attack.
-        attacked: The attacks in their order, each with the record of all images.
-        probed: What `probe` measured; empty if signs were not looked for.
-        subject: What was measured.
-        configuration: All that the figures depend on.
-    """
+    """Returns the figures of an evaluation by the records of all images, without an attack and under each."""
     n = len(clean.index)
     worst_case = {}
     for threat in dict.fromkeys(attack.threat_model for attack, _ in attacked if subject.white_box):

@@ -64,13 +64,10 @@ def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
 
 
 class Jobs:
-    """The results of finished pieces of work, by name, in memory and, with a folder, on disk.
+    """The results of finished pieces of work, by name, in memory and, with a folder, on disk until all of them are done.
 
-    Args:
-        folder: Where results are kept until all of the work is done; None keeps them in memory only.
-        configuration: What the results depend on; JSON types.
-        overwrite: Throw away results of another configuration instead of setting them aside.
-        stale: A folder that is removed when the work begins, and not when it goes on.
+    Results of another configuration are set aside, or thrown away with `overwrite`. What is `stale` is removed when the work
+    begins, and not when it goes on.
 
     Raises:
         ValueError: Nothing can be written there, or another evaluation does.
@@ -148,15 +145,9 @@ def _remove(path: Path) -> None:
 def sample_logits(subject: Subject, examples: Examples, batch_size: int) -> tuple[dict[str, Any], int]:
     """Runs the model on a few images, always the same and in the same batches, to tell it from others of the same name.
 
-    Args:
-        subject: What is measured.
-        examples: The images.
-        batch_size: Images at a time, at most.
-
     Returns:
-        For the record, the images' places and the logits on them: of what decides (`scored`), and of what attacks see where that
-        is another function (`attacked`). In place of logits that differ from call to call stands "random"; more than 32 logits
-        of an image are projected to 32 numbers. And the number of classes.
+        The number of classes is second. First, for the record, are the images' places and the logits on them: of what decides
+        (`scored`), and of what attacks see where that is another function (`attacked`); see `compared_logits`.
     """
     places = spread(range(len(examples)), SAMPLED)
     size = min(batch_size, SAMPLED)
@@ -179,7 +170,7 @@ def _logits(function: LogitsFn, batches: Sequence[Tensor], device: torch.device)
 
 
 def compared_logits(first: Tensor, second: Tensor) -> str | list[list[float]]:
-    """Returns "random" if two runs of a model differ in their logits (n, N); else at most 32 numbers per image."""
+    """Returns the logits (n, N) of two runs of a model, or "random" if they differ; more than 32 as 32 sums of them."""
     first, second = _projected(first), _projected(second)
     if logit_distance(first, second) > TOLERANCE / 2:
         return RANDOM

@@ -87,17 +87,9 @@ _FEW_QUERIES = _Rule(
 
 
 def probe(subject: Subject, examples: Examples, attacked: Attacked, seed: int, batch_size: int) -> dict[str, Any]:
-    """Measures what signs need, on images from all over the dataset that are classified correctly.
+    """Measures what signs need, on images from all over the dataset that are classified correctly, as numbers by name.
 
-    Args:
-        subject: What attacks see, and what decides.
-        examples: The images.
-        attacked: The attacks of the evaluation, each with the record of all images.
-        seed: Seed of the attacks.
-        batch_size: Images at a time, at most.
-
-    Returns:
-        Numbers by name, in JSON types; empty if there is nothing to measure.
+    Nothing is returned where there is nothing to measure.
     """
     candidates = spread(range(len(examples)), 4 * PROBES)
     pixels, labels = examples.batch(candidates, subject.device)
@@ -261,15 +253,9 @@ class _WatchedPrecision(TorchDispatchMode):
 
 
 def precision_of(logits_fn: LogitsFn, pixels: Tensor, *, backward: bool = False) -> str | None:
-    """Returns the lowest precision in which a model computes its logits, whatever it does inside.
+    """Returns the lowest precision in which a model computes its logits and, with `backward`, the gradient at the pixels.
 
-    Args:
-        logits_fn: The model.
-        pixels: (B, 3, H, W) in [0, 1].
-        backward: Look at the gradient at the pixels too.
-
-    Returns:
-        "float32", "bfloat16", ..., or None if it computes out of sight, as in NumPy, and its logits tell nothing.
+    It is "float32", "bfloat16", ..., or None if the model computes out of sight, as in NumPy, and its logits tell nothing.
     """
     with _WatchedPrecision() as watched, torch.set_grad_enabled(backward):
         images = pixels.clone().requires_grad_(backward)
