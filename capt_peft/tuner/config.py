@@ -196,11 +196,11 @@ class CaptConfig(PeftConfig):
         return depth if self.num_tokens(tower) else 0
 
     def num_tokens(self, tower: str) -> int:
-        """Returns the number of prompts a layer of `tower` ("text" or "vision")."""
+        """Returns the number of prompts per layer of `tower` ("text" or "vision")."""
         return self.num_text_tokens if tower == "text" else int(self.num_vision_tokens or 0)
 
     def prompt_shape(self, tower: str) -> tuple[int, ...]:
-        """Returns the shape of the prompts of a layer of `tower`, without its width: (n,), or (N, n) where class-specific."""
+        """Returns the shape of one layer's prompts of `tower`, without its width: (n,), or (N, n) where class-specific."""
         classes = (len(self.class_names or []),) if self.class_specific and tower == "text" else ()
         return (*classes, self.num_tokens(tower))
 
