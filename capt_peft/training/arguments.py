@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
@@ -343,3 +343,18 @@ def one_processor(processor: Any, processing_class: Any) -> Any:
             "AutoProcessor.from_pretrained(...), as one of them."
         )
     return processing_class if processor is None else processor
+
+
+def check_best_metric(args: CaptTrainingArguments, held_out: Any, from_test: bool) -> None:
+    """Raises if no evaluation has the metric that chooses the best checkpoint; warns if the test images choose it."""
+    metric = args.metric_for_best_model
+    if metric is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    prefixes = [f"eval_{name}" for name in held_out] if isinstance(held_out, dict) else ["eval"]
+    measured = [f"{name}_accuracy{end}" for name in ("clean", "robust") for end in ("", "_low", "_high")]
+    names = [*measured, "n", "runtime", "samples_per_second", "steps_per_second"]
+    if not {metric, f"eval_{metric}"} & {f"{prefix}_{name}" for prefix in prefixes for name in names}:
+        choice = ", ".join(f"{prefix}_robust_accuracy" for prefix in prefixes[:4])
+        raise ValueError(f"metric_for_best_model={metric[:80]!r} is not evaluated. Give {choice}, or another accuracy.")
+    if from_test:
+        logger.warning("The best checkpoint is chosen on the test images, whose accuracy it then overstates.")

@@ -11,12 +11,14 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from ..data.pixels import PixelDataset
 from ..data.task import Task
 from ..evaluation import Accuracy
 from ..tuner.switching import base_parameters
+from ..utils.modules import eval_mode
 from ..utils.text import some
 from .checkpoints import last_good
 
@@ -101,10 +103,6 @@ def collapse(history: Sequence[Mapping[str, Any]], num_classes: int) -> str | No
     """Returns a sentence if the last log line of a loss is that of a model that has become constant.
 
     A model whose first predictions are nearly uniform has a small consistency loss too; only its fall is a collapse.
-
-    Args:
-        history: The Trainer's log.
-        num_classes: Number of classes, N.
     """
     lines = [line for line in history if "consistency_tuned" in line]
     if not lines:
@@ -154,10 +152,7 @@ def overfitting(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Returns a sentence if robust accuracy has fallen in evaluation while it rose in training (Wong et al. 2020, section 5.4).
 
     It has fallen if its 95% interval lies below that of the best evaluation before; it has risen if its mean over the log lines
-    since the last evaluation is above that before the best one.
-
-    Args:
-        history: The Trainer's log, whose last entry is an evaluation.
+    since the last evaluation, the history's last entry, is above that before the best one.
     """
     evaluations = [i for i, entry in enumerate(history) if "eval_robust_accuracy" in entry]
     if len(evaluations) < 2:
@@ -207,10 +202,6 @@ def at_chance(accuracy: Accuracy, num_classes: int) -> str | None:
     """Returns a sentence if an accuracy is hardly that of guessing: its 95% interval reaches 1 / N, and it is below 2 / N itself.
 
     The second keeps a handful of images, whose interval is wide, from raising an alarm.
-
-    Args:
-        accuracy: Zero-shot accuracy on clean images.
-        num_classes: N.
     """
     if accuracy.interval[0] > 1 / num_classes or accuracy.value >= 2 / num_classes:
         return None
@@ -237,11 +228,7 @@ class WarnAtChance(TrainerCallback):
             return
         if any(p.requires_grad for _, p in base_parameters(trainer.classifier.model)):
             return  # switching the adapter off does not give the base model
-        self._say(self._accuracy(), state)
-
-    def _say(self, accuracy: Accuracy, state: Any) -> None:
-        trainer = self.trainer
-        trainer.at_chance = at_chance(accuracy, trainer.task.num_classes)
+        trainer.at_chance = at_chance(self._accuracy(), trainer.task.num_classes)
         if trainer.at_chance and state.is_world_process_zero:
             logger.warning(
                 "On %s, %s: the base model does not know these classes, or the names do not belong to the images. Prompts can "
@@ -253,20 +240,13 @@ class WarnAtChance(TrainerCallback):
 
     @torch.no_grad()
     def _accuracy(self) -> Accuracy:
-        trainer = self.trainer
-        classifier, device = trainer.classifier, trainer.args.device
-        training, right = classifier.model.training, []
-        classifier.eval()
-        try:
-            with classifier.frozen() as frozen, trainer._eager():
-                for data in _looked_at(trainer.task):
-                    images = trainer._pixels(data)
-                    for start in range(0, len(images), BATCH):
-                        batch = [images[i] for i in range(start, min(start + BATCH, len(images)))]
-                        predicted = frozen(torch.stack([one["pixels"] for one in batch]).to(device)).argmax(-1).tolist()
-                        right += [one["labels"] == label for one, label in zip(batch, predicted, strict=True)]
-        finally:
-            classifier.model.train(training)
+        trainer, right = self.trainer, []
+        with eval_mode(trainer.classifier), trainer.classifier.frozen() as frozen, trainer._eager():
+            for data in _looked_at(trainer.task):
+                # a generator of its own: the run's is not touched
+                for batch in DataLoader(trainer._pixels(data), BATCH, generator=torch.Generator()):
+                    predicted = frozen(batch["pixels"].to(trainer.args.device)).argmax(-1).cpu()
+                    right += (predicted == batch["labels"]).tolist()
         return Accuracy(sum(right), len(right))
 
 
@@ -289,3 +269,9 @@ class SetEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Sets the epoch that begins."""
         self.dataset.set_epoch(int(state.epoch or 0))
+
+
+def default_callbacks(trainer: Any) -> list[TrainerCallback]:
+    """Returns the callbacks of a `CaptTrainer`."""
+    watching = [CheckGradients(trainer), StopOnCollapse(trainer.task.num_classes), StopOnOverfitting()]
+    return [*watching, WarnOnVanishedGradients(), WarnAtChance(trainer), SetEpoch(trainer.train_dataset)]

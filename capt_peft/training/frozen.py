@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..clip.classifier import ZeroShotClassifier, normalize
 from ..data.pixels import PixelDataset
+from ..objectives import Objective
 from ..tuner.clip import image_features
+from ..tuner.switching import base_parameters
 from ..utils.modules import eval_mode
 
 BATCH = 64  # always the same batches, or the last bits of the features would depend on a step's
@@ -93,3 +96,47 @@ class FrozenOutputs:
 def embed(classifier: ZeroShotClassifier, pixels: Tensor) -> Tensor:
     """Returns the projected image features, not normalised: (B, 3, H, W) pixels in [0, 1] -> (B, D)."""
     return image_features(classifier.model, classifier.pixel_values(pixels))
+
+
+def load_teacher(teacher: ZeroShotClassifier | str | None, classifier: ZeroShotClassifier) -> ZeroShotClassifier | None:
+    """Returns the teacher of a classifier, loaded and frozen; a ValueError if it does not fit or would be tuned along."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, str):
+        teacher = ZeroShotClassifier.from_pretrained(
+            teacher, class_names=classifier.class_names, template=classifier.template
+        )
+    if teacher.class_names != classifier.class_names:
+        raise ValueError(
+            "The teacher classifies other classes than the task; give it the task's class names, in order."
+        )
+    if teacher.transform.size != classifier.transform.size:
+        raise ValueError(f"The teacher takes {teacher.transform.size} pixels, the model {classifier.transform.size}.")
+    tuned = {p.data_ptr() for p in classifier.model.parameters() if p.requires_grad and p.numel()}
+    if any(p.data_ptr() in tuned for p in teacher.parameters()):
+        raise ValueError(
+            "The teacher shares parameters with the model that is tuned (get_peft_model puts the adapter into the base that "
+            "it is given), and would move along. Load it again, or leave teacher= out: the frozen model is then the base."
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def check_frozen(classifier: ZeroShotClassifier, objective: Objective, teacher: ZeroShotClassifier | None) -> None:
+    """Raises if the objective compares with a frozen model that would be tuned itself, or has no use for a teacher."""
+    if not objective.needs_frozen and teacher is not None:
+        raise ValueError("teacher= has no effect: the objective has no use for a frozen model. Leave it out.")
+    if not objective.needs_frozen or teacher is not None:
+        return
+    moving = next((name for name, p in base_parameters(classifier.model) if p.requires_grad), None)
+    if moving is not None and not isinstance(classifier.model, PeftModel):
+        raise ValueError(
+            "The model has no adapter, so that tuning it would change the frozen model that the objective compares with. Put "
+            "one on it, get_peft_model(model, CaptConfig(...)), or give teacher= a model that stays."
+        )
+    if moving is not None:
+        raise ValueError(
+            f"The objective compares with the frozen base model, but the base is tuned itself ({moving}) and would take the "
+            "frozen model along. Freeze it, or give teacher= a model that stays."
+        )
+    with classifier.frozen():
+        pass  # it raises where switching the adapter off does not give the base model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,7 +23,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import (
     EvalPrediction,
-    IntervalStrategy,
     PredictionOutput,
 )
 
@@ -40,35 +39,19 @@ from ..randomness import example_generators
 from ..results.card import CardDetails, write_cards_for
 from ..results.hub import prepare_repo, push_adapter, saved_copy, write_model_card
 from ..tuner.clip import both_features, image_features
-from ..tuner.switching import base_parameters
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
 from ..utils.outputs import save_somewhere
-from .arguments import CaptTrainingArguments, check_arguments, one_processor
-from .callbacks import (
-    CheckGradients,
-    SetEpoch,
-    StopOnCollapse,
-    StopOnOverfitting,
-    TrainingStopped,
-    WarnAtChance,
-    WarnOnVanishedGradients,
-    advice,
-    where,
-)
+from .arguments import CaptTrainingArguments, check_arguments, check_best_metric, one_processor
+from .callbacks import StopOnCollapse, TrainingStopped, advice, default_callbacks, where
 from .checkpoints import Checkpoints, without_tokens
 from .chunks import COUNTED, Batch, split_batch, sum_of_losses, without_repeats
 from .compilation import compiled_towers, fill_batch
-from .frozen import FrozenOutputs
+from .frozen import FrozenOutputs, check_frozen, load_teacher
 
 logger = logging.getLogger(__name__)
 
 WARMUP_RATE = 1e-5  # of the whole first epoch, with lr_schedule="epoch"
-
-MEASURED = (
-    *(f"{name}{end}" for name in ("clean_accuracy", "robust_accuracy") for end in ("", "_low", "_high")),
-    "n", "runtime", "samples_per_second", "steps_per_second",
-)  # fmt: skip
 
 
 class CaptTrainer(Trainer):
@@ -128,9 +111,9 @@ class CaptTrainer(Trainer):
         self._text_parts = self.classifier.text_parts(cut=not args.torch_compile)
         self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
         self.attack = attack or args.train_attack
-        self.teacher = self._load_teacher(teacher)
+        self.teacher = load_teacher(teacher, self.classifier)
         transform = PixelTransform(processor, augment=args.augment, squash=args.squash)
-        self._check_frozen()
+        check_frozen(self.classifier, self.objective, self.teacher)
         labels = labels_by_name(task["train"], task.class_names, "The split 'train'")
         train = PixelDataset(task["train"], transform, args.seed, labels=labels)
         self.eval_dataset = None
@@ -153,16 +136,9 @@ class CaptTrainer(Trainer):
         if args.torch_compile:
             # Accelerate would compile the whole model, but the attack and the adversarial pass do not go through its `forward`
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-        self._check_best_metric(from_test=eval_dataset is None and "validation" not in task.splits)
+        check_best_metric(args, held_out, from_test=eval_dataset is None and "validation" not in task.splits)
         self.at_chance: str | None = None  # what WarnAtChance found
-        for callback in (
-            CheckGradients(self),
-            StopOnCollapse(task.num_classes),
-            StopOnOverfitting(),
-            WarnOnVanishedGradients(),
-            SetEpoch(train),
-            WarnAtChance(self),
-        ):
+        for callback in default_callbacks(self):
             self.add_callback(callback)
         # the loss is a sum over the step's images, whatever the batches they come in
         self.model_accepts_loss_kwargs = True
@@ -173,65 +149,6 @@ class CaptTrainer(Trainer):
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
-
-    def _check_frozen(self) -> None:
-        """Raises if the objective compares with a frozen model that would be tuned itself, or has no use for a teacher."""
-        if not self.objective.needs_frozen and self.teacher is not None:
-            raise ValueError("teacher= has no effect: the objective has no use for a frozen model. Leave it out.")
-        if not self.objective.needs_frozen or self.teacher is not None:
-            return
-        moving = next((name for name, p in base_parameters(self.classifier.model) if p.requires_grad), None)
-        if moving is not None and not isinstance(self.classifier.model, PeftModel):
-            raise ValueError(
-                "The model has no adapter, so that tuning it would change the frozen model that the objective compares with. Put "
-                "one on it, get_peft_model(model, CaptConfig(...)), or give teacher= a model that stays."
-            )
-        if moving is not None:
-            raise ValueError(
-                f"The objective compares with the frozen base model, but the base is tuned itself ({moving}) and would take the "
-                "frozen model along. Freeze it, or give teacher= a model that stays."
-            )
-        with self.classifier.frozen():
-            pass  # it raises where switching the adapter off does not give the base model
-
-    def _check_best_metric(self, from_test: bool) -> None:
-        """Raises if no evaluation has the metric that chooses the best checkpoint; warns if the test images choose it."""
-        args, splits = self.args, self.eval_dataset
-        metric = args.metric_for_best_model
-        if metric is None or args.eval_strategy == IntervalStrategy.NO:
-            return
-        prefixes = [f"eval_{name}" for name in splits] if isinstance(splits, dict) else ["eval"]
-        known = [f"{prefix}_{name}" for prefix in prefixes for name in MEASURED]
-        if metric not in known and f"eval_{metric}" not in known:
-            choice = ", ".join(f"{prefix}_robust_accuracy" for prefix in prefixes[:4])
-            raise ValueError(
-                f"metric_for_best_model={metric[:80]!r} is not evaluated. Give {choice}, or another accuracy."
-            )
-        if from_test:
-            logger.warning("The best checkpoint is chosen on the test images, whose accuracy it then overstates.")
-
-    def _load_teacher(self, teacher: ZeroShotClassifier | str | None) -> ZeroShotClassifier | None:
-        if teacher is None:
-            return None
-        if isinstance(teacher, str):
-            teacher = ZeroShotClassifier.from_pretrained(
-                teacher, class_names=self.task.class_names, template=self.task.template
-            )
-        if teacher.class_names != self.task.class_names:
-            raise ValueError(
-                "The teacher classifies other classes than the task; give it the task's class names, in order."
-            )
-        if teacher.transform.size != self.classifier.transform.size:
-            raise ValueError(
-                f"The teacher takes {teacher.transform.size} pixels, the model {self.classifier.transform.size}."
-            )
-        tuned = {p.data_ptr() for p in self.classifier.model.parameters() if p.requires_grad and p.numel()}
-        if any(p.data_ptr() in tuned for p in teacher.parameters()):
-            raise ValueError(
-                "The teacher shares parameters with the model that is tuned (get_peft_model puts the adapter into the base that "
-                "it is given), and would move along. Load it again, or leave teacher= out: the frozen model is then the base."
-            )
-        return teacher.eval().requires_grad_(False)
 
     def _make_trainable(self) -> None:
         """Makes the active adapter trainable if nothing is, as PEFT loads adapters without `is_trainable=True`."""
@@ -290,7 +207,7 @@ class CaptTrainer(Trainer):
         Raises:
             ValueError: As of `train`.
         """
-        self._check_frozen()
+        check_frozen(self.classifier, self.objective, self.teacher)
         self._make_trainable()
         self._found = self._checkpoints.find(resume_from_checkpoint)
         return self._found
@@ -333,13 +250,8 @@ class CaptTrainer(Trainer):
         """Fetches a step's batches and counts their images; of several processes, none trains on an image twice an epoch."""
         self.step_images = []
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        whole = self._drops_last(len(self.task["train"]))  # no batch is filled up with images that an earlier one had
-        if (
-            self.accelerator.num_processes > 1
-            and self.accelerator.gradient_state.end_of_dataloader
-            and batches
-            and not whole
-        ):
+        repeats = self.accelerator.num_processes > 1 and not self._drops_last(len(self.task["train"]))
+        if repeats and batches and self.accelerator.gradient_state.end_of_dataloader:
             batches[-1] = without_repeats(batches[-1], self.accelerator, len(self.task["train"]))
             own = sum(batch.get(COUNTED, len(batch["labels"])) for batch in batches)
             count = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
@@ -385,10 +297,8 @@ class CaptTrainer(Trainer):
         if not self.accelerator.reduce(failed.float(), "sum").item():
             return
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        words = f"{loss.item()} at {where(images, self.state)}" + (
-            f", on rank {rank} of {processes}" if processes > 1 else ""
-        )
-        found = gather_object([words] if failed else [])
+        place = where(images, self.state) + (f", on rank {rank} of {processes}" if processes > 1 else "")
+        found = gather_object([f"{loss.item()} at {place}"] if failed else [])
         raise TrainingStopped(f"The loss is {', '.join(found)}. {advice(self.args, self.state)}")
 
     def _losses(self, chunks: list[Batch], clean_features: Tensor, texts: Tensor) -> Iterator[Tensor]:
@@ -516,8 +426,7 @@ class CaptTrainer(Trainer):
             kwargs: As of `transformers.Trainer.evaluate`.
 
         Returns:
-            `eval_clean_accuracy`, `eval_robust_accuracy`, each with its 95% Wilson interval (`_low`, `_high`), `eval_n` and
-            `eval_attack`.
+            `eval_clean_accuracy`, `eval_robust_accuracy`, their 95% Wilson intervals (`_low`, `_high`), `eval_n`, `eval_attack`.
 
         Raises:
             ValueError: A split without images, or with classes that the task does not have.
@@ -606,9 +515,8 @@ class CaptTrainer(Trainer):
         if not len(split):
             raise ValueError(f"{what} has no images.")
         labels = labels_by_name(split, self.task.class_names, what)
-        return (
-            data if getattr(data, "labels", None) == labels.tolist() else PixelDataset(split, transform, labels=labels)
-        )
+        same = isinstance(data, PixelDataset) and data.labels == labels.tolist()
+        return data if same else PixelDataset(split, transform, labels=labels)
 
     # --------------------------------------------------------------------------------------------------- checkpoints
 
@@ -702,7 +610,7 @@ class CaptTrainer(Trainer):
         """Writes the adapter's card to `args.output_dir`, with the results there if they are of the weights there.
 
         Args:
-            args: As for `transformers.Trainer.create_model_card`: language, license, tags, model_name, ...
+            args: As for `transformers.Trainer.create_model_card`.
             kwargs: Fields of `CardDetails`.
 
         Raises:
@@ -710,9 +618,8 @@ class CaptTrainer(Trainer):
             ValueError: A record in the folder is damaged or of other weights.
         """
         details = CardDetails.of(kwargs, *args)
-        if not self.is_world_process_zero():
-            return
-        write_model_card(self.classifier.model, Path(str(self.args.output_dir)), self._repo_id(), details)
+        if self.is_world_process_zero():
+            write_model_card(self.classifier.model, Path(str(self.args.output_dir)), self._repo_id(), details)
 
     def _repo_id(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
@@ -733,10 +640,13 @@ def epoch_cosine(optimizer: Optimizer, steps: int, epochs: int) -> LambdaLR:
             WARMUP_RATE,
         )
 
-    def share(rate: float, step: int) -> float:
-        epoch = step // steps
-        if epoch < 1:
-            return WARMUP_RATE / rate if rate else 0.0
-        return (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+    def share(rate: float) -> Callable[[int], float]:
+        def at(step: int) -> float:  # a function, whose state no checkpoint holds
+            epoch = step // steps
+            if epoch < 1:
+                return WARMUP_RATE / rate if rate else 0.0
+            return (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
-    return LambdaLR(optimizer, [partial(share, group["lr"]) for group in optimizer.param_groups])
+        return at
+
+    return LambdaLR(optimizer, [share(group["lr"]) for group in optimizer.param_groups])

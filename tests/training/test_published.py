@@ -1,6 +1,5 @@
 """What the released trainers of FAP and APT do otherwise than ours: schedule, decay, last batch, start, pixels, attack."""
 
-import logging
 import math
 
 import numpy as np
@@ -10,13 +9,10 @@ from helpers import TEMPLATE_IDS, random_clip
 from peft import get_peft_model
 from PIL import Image
 from torch.nn import functional as F
-from training_helpers import make_model, make_task, make_trainer
+from training_helpers import make_model, make_trainer
 
-from capt_peft import PGD, CaptConfig, CaptObjective, CaptTrainingArguments, ThreatModel, load_task
+from capt_peft import PGD, CaptConfig, CaptTrainingArguments, ThreatModel
 from capt_peft.data.transforms import PixelTransform
-from capt_peft.evaluation import Accuracy
-from capt_peft.objectives import AdversarialCrossEntropy
-from capt_peft.training.callbacks import at_chance
 
 
 def rates_of(trainer):
@@ -138,44 +134,3 @@ def test_the_unclipped_attack_is_apts_loop():
     assert not torch.equal(found, clipped.run(model, images, labels, 0).images)
     assert attack.name == "pgd-3-unclipped" and attack.to_dict()["clip_each_step"] is False
     assert clipped.name == "pgd-3" and "clip_each_step" not in clipped.to_dict()
-
-
-# ------------------------------------------------------------------------------------------ a base that only guesses
-
-
-@pytest.mark.parametrize(
-    ("correct", "n", "classes", "guesses"),
-    [
-        (3, 40, 10, True),
-        (0, 40, 10, True),
-        (15, 100, 10, True),
-        (20, 100, 10, False),
-        (3, 4, 3, False),
-        (2, 100, 1000, False),
-    ],
-)
-def test_an_accuracy_is_at_chance_unless_its_interval_lies_above_guessing(correct, n, classes, guesses):
-    assert (at_chance(Accuracy(correct, n), classes) is not None) == guesses
-
-
-@pytest.mark.parametrize(
-    "objective", [CaptObjective(), AdversarialCrossEntropy()], ids=["frozen runs anyway", "or not"]
-)
-def test_a_base_that_only_guesses_is_said_early_and_once(tmp_path, processor, caplog, objective):
-    """Words that the base does not know, in place of the class names."""
-    task = make_task(names=("xyzzy", "plugh", "frotz"))
-    trainer = make_trainer(tmp_path, processor, task=task, objective=objective, num_train_epochs=2)
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    found = [r.getMessage() for r in caplog.records if "not clearly above guessing among 3 classes" in r.getMessage()]
-    assert len(found) == 1 and "On patches" in found[0] and trainer.at_chance in found[0]
-
-
-@pytest.mark.parametrize(
-    "objective", [CaptObjective(), AdversarialCrossEntropy()], ids=["frozen runs anyway", "or not"]
-)
-def test_a_base_that_knows_the_task_is_not_warned_of(tmp_path, processor, caplog, objective):
-    task = load_task("digits").few_shot(2, seed=0)
-    trainer = make_trainer(tmp_path, processor, task=task, objective=objective, num_train_epochs=1, attack_steps=1)
-    trainer.train()
-    assert trainer.at_chance is None and "guessing" not in caplog.text

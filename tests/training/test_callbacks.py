@@ -7,10 +7,11 @@ import torch
 from training_helpers import Scripted, adapter_of, make_task, make_trainer
 from transformers import TrainerCallback
 
-from capt_peft import PGD, AdversarialCrossEntropy, ThreatModel, TrainingStopped
+from capt_peft import PGD, AdversarialCrossEntropy, ThreatModel, TrainingStopped, load_task
 from capt_peft.attacks import Attack, AttackResult
+from capt_peft.evaluation import Accuracy
 from capt_peft.training import StopOnCollapse
-from capt_peft.training.callbacks import overfitting
+from capt_peft.training.callbacks import at_chance, overfitting
 
 
 class ExplodingGradient(torch.autograd.Function):
@@ -205,3 +206,38 @@ def test_what_watches_a_run_can_be_removed_and_replaced(tmp_path, processor):
     trainer.objective = Scripted(1.0, 1.0, 1e-4)
     with pytest.raises(TrainingStopped, match="has become constant at step 3"):
         trainer.train()
+
+
+# ------------------------------------------------------------------------------------------ a base that only guesses
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "classes", "guesses"),
+    [
+        (3, 40, 10, True),
+        (0, 40, 10, True),
+        (15, 100, 10, True),
+        (20, 100, 10, False),
+        (3, 4, 3, False),
+        (2, 100, 1000, False),
+    ],
+)
+def test_an_accuracy_is_at_chance_unless_its_interval_lies_above_guessing(correct, n, classes, guesses):
+    assert (at_chance(Accuracy(correct, n), classes) is not None) == guesses
+
+
+def test_a_base_that_only_guesses_is_said_early_and_once(tmp_path, processor, caplog):
+    """Words that the base does not know, in place of the class names."""
+    task = make_task(names=("xyzzy", "plugh", "frotz"))
+    trainer = make_trainer(tmp_path, processor, task=task, num_train_epochs=2)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    found = [r.getMessage() for r in caplog.records if "not clearly above guessing among 3 classes" in r.getMessage()]
+    assert len(found) == 1 and "On patches" in found[0] and trainer.at_chance in found[0]
+
+
+def test_a_base_that_knows_the_task_is_not_warned_of(tmp_path, processor, caplog):
+    task = load_task("digits").few_shot(2, seed=0)
+    trainer = make_trainer(tmp_path, processor, task=task, num_train_epochs=1, attack_steps=1)
+    trainer.train()
+    assert trainer.at_chance is None and "guessing" not in caplog.text
