@@ -1,4 +1,4 @@
-"""Pictures for people: images, their attacked twins, the noise, and what two classifiers say. Needs the extra `plot`."""
+"""Pictures for people: images, their adversarial examples, the noise, and what two classifiers say. Needs the extra `plot`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attack_picture(
     path: str | Path,
     seed: int = 0,
 ) -> Path:
-    """Draws images, the twins that an attack on each classifier makes of them, the noise, and the classifiers' answers.
+    """Draws images, their adversarial examples for each classifier, the noise, and the classifiers' answers.
 
     Each classifier is attacked itself (white box); the noise is scaled to fill the range.
 

@@ -11,7 +11,17 @@ from transformers import CLIPModel
 
 from capt_peft import CaptConfig, ThreatModel, ZeroShotClassifier, load_task
 from capt_peft.evaluation import Accuracy
-from capt_peft.evaluation.curve import EPSILONS, STEPS, Curve, robustness_curves
+from capt_peft.evaluation import curve as curve_module
+from capt_peft.evaluation.curve import EPSILONS, Curve, robustness_curves
+
+STEPS = (1, 5, 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curve_module, "STEPS", STEPS)
+        yield
 
 
 @pytest.fixture(scope="module")
