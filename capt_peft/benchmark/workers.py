@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import torch
+import transformers
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import ProcessPoolExecutor
 
@@ -54,8 +55,14 @@ def run_in_workers(
     # a cluster's machines have their own number of threads
     threads = max(1, (os.cpu_count() or 1) // workers) if backend == "loky" else None
     call = delayed(partial(_run_apart, partial(_run_there, run, os.getcwd(), threads), died))
-    with _BACKENDS[backend](workers) as options, parallel_config(**options):
-        return _Parallel(done)(map(call, cells))
+    try:
+        with _BACKENDS[backend](workers) as options, parallel_config(**options):
+            return _Parallel(done)(map(call, cells))
+    finally:  # after an interrupt, what runs is not waited for
+        left = _processes[:]
+        _processes.clear()
+        for process in left:
+            process.shutdown(kill_workers=True)
 
 
 class _Parallel(Parallel):
@@ -69,13 +76,7 @@ class _Parallel(Parallel):
 
 @contextmanager
 def _loky(workers: int) -> Iterator[dict[str, Any]]:
-    try:
-        yield {"backend": "threading", "n_jobs": workers}
-    finally:  # after an interrupt, what runs is not waited for
-        left = _processes[:]
-        _processes.clear()
-        for process in left:
-            process.shutdown(kill_workers=True)
+    yield {"backend": "threading", "n_jobs": workers}  # whose threads have a process each
 
 
 @contextmanager
@@ -97,6 +98,7 @@ def _ray(workers: int) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _dask(workers: int) -> Iterator[dict[str, Any]]:
     dask, distributed = _load("dask", "dask"), _load("distributed", "dask")
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     address = dask.config.get("scheduler-address", None)
     with dask.config.set({"distributed.worker.daemon": False}):  # a daemon could not start the process of its cells
         cluster = address or distributed.LocalCluster(workers, threads_per_worker=1, dashboard_address=None)
@@ -158,4 +160,5 @@ def _run_there(run: Call, folder: str, threads: int | None, cell: Any) -> Any:
     if threads is not None:
         torch.set_num_threads(threads)
     datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     return run(cell)
