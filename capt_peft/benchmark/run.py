@@ -315,9 +315,18 @@ def _died(one: tuple[Cell, Any], output: Path) -> str:
     return "failed"
 
 
-def _is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inputs) -> bool:
-    """Returns whether the lines have the figures of a cell: whole, and of the same images and weights as there are now."""
-    line = lines.get(cell.key, {})
+def _states(cells: Sequence[Cell], lines: Mapping[str, Mapping[str, Any]], root: Root) -> list[str]:
+    """Returns "finished", "failed" or "to run" for each cell, or "changed" for a finished line that does not hold any more."""
+    inputs, states = Inputs(root), []
+    for cell in cells:
+        line = lines.get(cell.key, {})
+        state = str(line.get("status", "to run"))
+        states.append("changed" if state == "finished" and not _holds(line, cell, inputs) else state)
+    return states
+
+
+def _holds(line: Mapping[str, Any], cell: Cell, inputs: Inputs) -> bool:
+    """Returns whether a line has all figures of a cell, of the same images and weights as there are now."""
     if not is_whole(line, cell) or "measured_data" not in line:
         return False
     try:
@@ -330,19 +339,16 @@ def _is_finished(lines: Mapping[str, Mapping[str, Any]], cell: Cell, inputs: Inp
     return all(line.get(name) == value for name, value in now.items())
 
 
-def _unfinished(
-    cells: Sequence[Cell], lines: Mapping[str, dict[str, Any]], root: Root
-) -> list[tuple[Cell, dict[str, Any] | None]]:
+def _unfinished(cells: Sequence[Cell], lines: Mapping[str, Any], root: Root) -> list[tuple[Cell, Any]]:
     """Returns the cells that have to run, each with its line so far."""
-    inputs = Inputs(root)
-    todo = [(cell, lines.get(cell.key)) for cell in cells if not _is_finished(lines, cell, inputs)]
-    again = [cell for cell, line in todo if line is not None and line.get("status") == "finished"]
+    states = _states(cells, lines, root)
+    again = [cell for cell, state in zip(cells, states, strict=True) if state == "changed"]
     if again:
         logger.warning(
             "%d finished lines are damaged, of other images or weights than there are now, or do not say of which; their "
             "cells run again, the first of them %s.", len(again), again[0],
         )  # fmt: skip
-    return todo
+    return [(cell, lines.get(cell.key)) for cell, state in zip(cells, states, strict=True) if state != "finished"]
 
 
 def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root: Root = None) -> str:
@@ -356,20 +362,18 @@ def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root
         workers: Cells at a time.
         root: See `run_cell`.
     """
-    lines, inputs = Lines(output).read(), Inputs(root)
-    ended = [cell for cell in cells if lines.get(cell.key, {}).get("status") == "finished"]
+    lines = Lines(output).read()
+    states = _states(cells, lines, root)
+    ended = [cell for cell, state in zip(cells, states, strict=True) if state in ("finished", "changed")]
     pace = sum(lines[cell.key]["seconds"] for cell in ended) / max(1, sum(map(passes, ended)))
-    rows, left, finished = [], 0.0, 0
-    for cell in cells:
-        status = str(lines.get(cell.key, {}).get("status", "to run"))
-        if status == "finished" and not _is_finished(lines, cell, inputs):
-            status = "changed"
-        finished += status == "finished"
-        seconds = pace * passes(cell)
-        left += 0 if status == "finished" else seconds
-        rows.append(f"{cell.key}  {status:8}  {_duration(seconds) if ended else '?':>7}  {cell}")
-    time_left = f"should take {_duration(left / workers)}" if ended else "take an unknown time, as none has run"
-    total = f"{len(cells)} cells, {finished} finished; the others {time_left}"
+    seconds = [pace * passes(cell) for cell in cells]
+    rows = [
+        f"{cell.key}  {state:8}  {_duration(length) if ended else '?':>7}  {cell}"
+        for cell, state, length in zip(cells, states, seconds, strict=True)
+    ]
+    left = sum(length for length, state in zip(seconds, states, strict=True) if state != "finished") / workers
+    time_left = f"should take {_duration(left)}" if ended else "take an unknown time, as none has run"
+    total = f"{len(cells)} cells, {states.count('finished')} finished; the others {time_left}"
     return "\n".join([*rows, f"{total}{f' with {workers} workers' if workers > 1 else ''}."])
 
 
