@@ -18,9 +18,8 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor
 
 from ..data.loading import list_tasks, load_task
-from ..data.pixels import digest_images
+from ..data.pixels import PixelTransform, digest_images
 from ..data.task import Task
-from ..data.transforms import PixelTransform
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, configuration_digest
 from ..tuner.loading import load_pretrained
 from .plan import Cell, Target

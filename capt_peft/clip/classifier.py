@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data.names import check_class_names
-from ..data.transforms import PixelTransform
+from ..data.pixels import PixelTransform
 from ..tuner import PromptLayer, adapters_off, clip
 from ..tuner.config import DEFAULT_TEMPLATE, check_template
 from ..utils.modules import eval_mode

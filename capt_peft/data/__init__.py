@@ -3,9 +3,9 @@
 from .catalog import CATALOG, Entry
 from .images import load_image
 from .loading import list_tasks, load_task
+from .pixels import PixelTransform
 from .sampling import sample_shots, split_classes
 from .task import Task, describe_task
-from .transforms import PixelTransform
 
 __all__ = [
     "CATALOG",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value, concatenate_datasets
 
-from .names import ClassNames, check_apart, column_values, in_class_order, is_string, labels_by_name, renamed
+from .names import ClassNames, check_apart, column_values, in_class_order, is_number, is_string, labels_by_name, renamed
 from .parts import Part, Splits, placed_images
 from .task import relabelled, task_features, with_labels
 
@@ -19,17 +19,10 @@ def label_splits(
     label_column: str | None = None,
     class_names: Sequence[str] | None = None,
 ) -> tuple[dict[str, Dataset], tuple[str, ...]]:
-    """Brings all splits to the columns of a task, each image under the name that its own part of the data gives it.
+    """Brings all splits to the columns `image` and `label`, each image under the name that its own part of the data gives it.
 
-    Args:
-        splits: Parts by split, with any columns; the first decides which are used, and over the order of the classes.
-        image_column: Column of the images; found by its type if there is only one.
-        label_column: Column of the labels: a `ClassLabel` (found by its type if there is only one), strings, or whole
-            numbers.
-        class_names: The names of whole numbers, in their order; not used for labels that have names.
-
-    Returns:
-        The splits with the columns `image` and `label`, and the N class names.
+    The first part decides over the columns, which are found by their types where they are not given, and over the order of the
+    classes. Returns the N class names too; `class_names` are those of whole numbers, in their order.
 
     Raises:
         ValueError: Columns that are missing, ambiguous or of another type; images without a label; classes that the first
@@ -58,7 +51,7 @@ def _labelled(
     for column, suits in ((image_column, _is_image), (label_column, _is_label)):
         feature = part.dataset.features.get(column)
         expected = first.dataset.features[column]
-        if not (suits(feature) or feature == expected) or _is_number(feature) != _is_number(expected):
+        if not (suits(feature) or feature == expected) or is_number(feature) != is_number(expected):
             raise ValueError(
                 f"Column {column!r} of {where[0].lower() + where[1:] if where.startswith('The ') else where} is {feature}, but "
                 f"elsewhere it is {expected}. All parts of the data need the same columns."
@@ -119,11 +112,7 @@ def _is_image(feature: Any) -> bool:
 
 
 def _is_label(feature: Any) -> bool:
-    return isinstance(feature, ClassLabel) or is_string(feature) or _is_number(feature)
-
-
-def _is_number(feature: Any) -> bool:
-    return isinstance(feature, Value) and "int" in feature.dtype
+    return isinstance(feature, ClassLabel) or is_string(feature) or is_number(feature)
 
 
 def _check_labelled(labels: np.ndarray, where: str) -> None:
@@ -145,7 +134,7 @@ def _classes(parts: Sequence[Part], column: str, class_names: Sequence[str] | No
     if is_string(feature):
         words = {word for part in parts for word in _words(part, column)}
         return in_class_order(words)
-    if not _is_number(feature):
+    if not is_number(feature):
         raise ValueError(
             f"Column {column!r} is {feature}; labels are a ClassLabel, strings or whole numbers. Choose another `label_column`, "
             "or cast this one (datasets: `cast_column`) to strings or whole numbers."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset
 
 from ..toy.tasks import load_procedural_task, procedural_tasks
 from ..tuner.config import DEFAULT_TEMPLATE, check_template
@@ -19,7 +19,7 @@ from ..utils.text import some
 from .catalog import CATALOG, Entry, recognize, to_catalog
 from .columns import label_splits, rename_classes
 from .images import check_image
-from .names import ClassNames, check_given, column_values
+from .names import ClassNames, check_given, column_values, is_number
 from .parts import Opened, Splits, choose_splits, first_part
 from .sampling import sample_shots, stratified_split
 from .sources import open_hub, open_local
@@ -209,7 +209,8 @@ def _labelled(
         columns, given = _entry_settings(entry, opened.splits, columns, given)
     chosen, unused = choose_splits(opened.splits, given)
     left_out = [*opened.left_out, *unused]
-    numbered = _has_numbers(chosen, columns["label_column"])
+    feature = first_part(chosen).dataset.features.get(columns["label_column"])
+    numbered = is_number(feature)
     if numbered and class_names is not None:
         return *label_splits(chosen, **columns, class_names=_in_number_order(class_names)), left_out
     if entry is None:
@@ -219,7 +220,7 @@ def _labelled(
         known = entry.class_names if numbered and entry.labels_in_order else None
         splits, names = label_splits(chosen, **columns, class_names=known)
         images = sum(map(len, splits.values()))
-        ordered = isinstance(first_part(chosen).dataset.features.get(columns["label_column"]), ClassLabel) or numbered
+        ordered = isinstance(feature, ClassLabel) or numbered
         splits, names = to_catalog(splits, names, entry, ordered=ordered)
         dropped = images - sum(map(len, splits.values()))
         left_out += [f"{dropped:,} images of {', '.join(entry.left_out)}, which CoOp leaves out"] if dropped else []
@@ -256,12 +257,6 @@ def _entry_settings(
     if entry.test_only and len(available) == 1:
         return chosen, {"test": next(iter(available))}
     return chosen, {split: name for split, name in entry.splits.items() if name in available}
-
-
-def _has_numbers(splits: Splits, label_column: str | None) -> bool:
-    """Whether the labels are numbers without names."""
-    feature = first_part(splits).dataset.features.get(label_column)
-    return isinstance(feature, Value) and "int" in feature.dtype
 
 
 def _task_name(source: str, path: Path | None, config: str | None) -> str:

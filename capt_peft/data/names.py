@@ -104,16 +104,13 @@ def check_given(class_names: ClassNames) -> ClassNames:
 
 
 def renamed(found: Sequence[str], given: ClassNames, *, ordered: bool = False) -> tuple[tuple[str, ...], list[int]]:
-    """Matches given class names with those of the data.
+    """Returns given class names in the order of the new labels, and for each label of the data its new label.
 
     Args:
         found: The N names of the data, in the order of its labels.
         given: A mapping from the data's names to others. Or a list: of the same names, in any order; or, where the data's
             names are the numbers 0 to N - 1 or 1 to N, or `ordered`, of other names in this order.
         ordered: Whether the order of the data's classes is published, so that a list of other names can follow it.
-
-    Returns:
-        The N names in the order of the new labels, and for each label of the data its new label.
 
     Raises:
         ValueError: Names that leave open which is which.
@@ -168,6 +165,11 @@ def column_values(dataset: Dataset, column: str) -> np.ndarray:
 def is_string(feature: Any) -> bool:
     """Whether a column holds words."""
     return isinstance(feature, Value) and "string" in feature.dtype
+
+
+def is_number(feature: Any) -> bool:
+    """Whether a column holds whole numbers."""
+    return isinstance(feature, Value) and "int" in feature.dtype
 
 
 def labels_by_name(

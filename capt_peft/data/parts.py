@@ -18,17 +18,11 @@ from .task import SPLITS, encoded_images
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a split, whose columns are what its own files say.
-
-    Args:
-        dataset: The images and labels, in any columns.
-        where: The file that it comes from, for messages; empty where the split's name says enough.
-        folder: What image paths are relative to; None if nothing says so.
-    """
+    """A part of a split: images and labels, in any columns, which are what its own files say."""
 
     dataset: Dataset
-    where: str = ""
-    folder: Path | None = None
+    where: str = ""  # the file that it comes from, for messages; empty where the split's name says enough
+    folder: Path | None = None  # what image paths are relative to, if anything says so
 
     def called(self, split: str) -> str:
         """Returns what to call this part in a message."""
@@ -40,17 +34,11 @@ Splits = Mapping[str, Sequence[Part]]
 
 @dataclass(frozen=True)
 class Opened:
-    """An opened source.
+    """An opened source: its parts by split, under the split names that it came with."""
 
-    Args:
-        kind: `hub`, `saved`, `coop`, `parquet` or `folder`.
-        splits: Its parts by split, under the split names that it came with.
-        left_out: A sentence for each kind of thing that was left out.
-    """
-
-    kind: str
+    kind: str  # "hub", "saved", "coop", "parquet" or "folder"
     splits: dict[str, list[Part]]
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # a sentence for each kind of thing
 
 
 def check_path(path: Path) -> None:

@@ -111,13 +111,10 @@ def font_mask(character: str, font: str, box: tuple[float, float], angle: float,
 
 
 def glyph_mask(character: str, font: str, rng: np.random.Generator) -> Image.Image:
-    """Returns a letter or digit as a mask of 64 x 64 pixels, nearly filling it; 255 where there is ink.
+    """Returns a letter A-Z or a digit as a mask of 64 x 64 pixels, nearly filling it; 255 where there is ink.
 
-    Args:
-        character: A letter A-Z or a digit.
-        font: One of `FONTS`: Pillow's `sans` and `bitmap`; `plain` strokes; `hand` strokes, uneven and slanted; `scan`,
-            the same at 8 x 8 pixels.
-        rng: Source of the hand's variety.
+    The `FONTS`: Pillow's `sans` and `bitmap`; `plain` strokes; `hand` strokes, uneven and slanted; `scan`, the same at 8 x 8
+    pixels.
     """
     if font == "scan":
         return scan_mask(character, rng)

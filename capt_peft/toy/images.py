@@ -71,12 +71,7 @@ def is_held_out(facts: Facts, pair: tuple[str, str]) -> bool:
 
 
 def sample_facts(rng: np.random.Generator, kind: str) -> Facts:
-    """Draws what an image shows, held-out pairs included.
-
-    Args:
-        rng: Source of chance.
-        kind: A key of `KINDS`: one `object`, several `objects`, a `texture`, a `letter` or a `digit`.
-    """
+    """Returns what an image of a kind (of `KINDS`) shows, held-out pairs included."""
 
     def pick(name: str) -> str:
         return FACTS[name][rng.integers(len(FACTS[name]))]
@@ -135,14 +130,7 @@ def _draw_shapes(facts: Facts, rng: np.random.Generator) -> Image.Image:
 
 
 def draw(rng: np.random.Generator) -> tuple[Image.Image, Facts]:
-    """Draws one image for pre-training; never with a held-out pair.
-
-    Args:
-        rng: Source of chance; the same state draws the same image.
-
-    Returns:
-        An RGB image of 32 x 32 pixels and its facts, from which `caption` makes captions.
-    """
+    """Returns an image (RGB, 32 x 32 pixels) for pre-training, never with a held-out pair, and its facts; see `caption`."""
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     facts = sample_facts(rng, kind)
     while any(is_held_out(facts, pair) for pair in HELD_OUT_PAIRS):
@@ -151,15 +139,7 @@ def draw(rng: np.random.Generator) -> tuple[Image.Image, Facts]:
 
 
 def caption(facts: Facts, rng: np.random.Generator) -> tuple[str, Facts]:
-    """Puts some of the facts into words.
-
-    Args:
-        facts: What the image shows.
-        rng: Source of chance.
-
-    Returns:
-        The caption, and the facts that it states: it is true of every image whose facts include these.
-    """
+    """Returns a caption of an image that shows `facts`, and those that it states: it is true of every image with these."""
     stated = {name: facts[name] for name, share in _STATED.items() if name in facts and rng.random() < share}
     if "shape" in facts:
         stated = (stated or {"shape": facts["shape"]}) | {"number": facts["number"]}

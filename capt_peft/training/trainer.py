@@ -30,9 +30,8 @@ from ..attacks import Attack, AttackResult
 from ..clip.activations import lean_activations
 from ..clip.classifier import ZeroShotClassifier, normalize
 from ..data.names import labels_by_name
-from ..data.pixels import PixelDataset
+from ..data.pixels import PixelDataset, PixelTransform
 from ..data.task import Task
-from ..data.transforms import PixelTransform
 from ..evaluation import Accuracy, outcomes
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from training_helpers import make_model, make_trainer
 
 from capt_peft import PGD, CaptConfig, CaptTrainingArguments, ThreatModel
-from capt_peft.data.transforms import PixelTransform
+from capt_peft.data.pixels import PixelTransform
 
 
 def rates_of(trainer):
