@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ from ..data.pixels import digest_images
 from ..results.hub import UPLOADED
 from ..tuner.fingerprint import configuration_digest, tensors_fingerprint
 from ..tuner.switching import base_parameters
-from ..utils.files import make_writable, sync
+from ..utils.files import DamagedFileError, make_writable, read_json, sync
 from ..utils.outputs import OutputLock, free_space, is_failed_write, main_process_says
 from ..utils.text import cut, differences, some
 
@@ -47,10 +46,6 @@ _SCHEDULE = (
 )  # fmt: skip
 
 
-class Damaged(ValueError):
-    """A folder is not a whole checkpoint; the message says what is wrong with it."""
-
-
 class Checkpoints:
     """Writes the checkpoints of a trainer, and finds the one to go on from.
 
@@ -63,7 +58,7 @@ class Checkpoints:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = weakref.proxy(trainer)  # a cycle would keep it, and the lock, alive
-        self._lock: OutputLock | None = None
+        self.lock: OutputLock | None = None  # of the folder, from `find` to `unlock`
         self._run: dict[str, Any] = {}
         self.staging: Path | None = None  # the Trainer's output folder during a save
         self.best_before: tuple[float | None, int | None] = (None, None)  # metric and step before the last evaluation
@@ -77,14 +72,9 @@ class Checkpoints:
 
     def unlock(self) -> None:
         """Lets other runs write into the folder."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    @property
-    def locked(self) -> bool:
-        """Whether the folder is kept for this run."""
-        return self._lock is not None
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
 
     @property
     def _saves(self) -> bool:
@@ -98,7 +88,7 @@ class Checkpoints:
                 "output_dir."
             )
         make_writable(home, *UPLOADED, given="output_dir")
-        self._lock = self._lock or OutputLock(home)
+        self.lock = self.lock or OutputLock(home)
         _clear_staging(home)
         words: dict[str, Any] = {"true": True, "false": None, "none": None}  # all that the command line knows
         resume = words.get(str(resume).lower(), resume)
@@ -187,15 +177,6 @@ def _in_every_process(function: Callable[[], None]) -> str | None:
     return told[0][0] if told else None
 
 
-def without_tokens(args: Any) -> Any:
-    """Returns the same arguments for the Trainer's pickle, which others may read."""
-    args = copy.copy(args)
-    for name in vars(args):
-        if name.endswith("_token"):
-            setattr(args, name, None)
-    return args
-
-
 # --------------------------------------------------------------------------------------------------- which run this is
 
 
@@ -218,7 +199,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "pixels": images.transform.to_dict(),
         "training attack": getattr(trainer.attack, "to_dict", partial(_settings, trainer.attack))(),
         "objective": _settings(trainer.objective),
-        "teacher": teacher and f"{tensors_fingerprint(teacher.named_parameters())} {configuration_digest(teacher)}",
+        "teacher": teacher and f"{tensors_fingerprint(teacher.named_parameters())}, {configuration_digest(teacher)}",
         "seed": args.seed,
         "data_seed": args.data_seed,
         "optimizer": args.optim,
@@ -279,37 +260,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of a checkpoint whose every file is as it was written.
 
     Raises:
-        Damaged: A file is missing, cut short or changed, or there is no manifest.
+        DamagedFileError: A file is missing, cut short or changed, or there is no manifest.
     """
     try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if content.pop("sha256") != _digest(content):
-            raise ValueError
+        content = read_json(folder / MANIFEST)
     except FileNotFoundError:
-        raise Damaged(f"it has no {MANIFEST}: it was not written to its end, or not by this version") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        raise Damaged(f"its {MANIFEST} is damaged") from None
+        raise DamagedFileError(f"it has no {MANIFEST}: it was not written to its end, or not by this version") from None
+    if content.pop("sha256", None) != _digest(content):
+        raise DamagedFileError(f"its {MANIFEST} is damaged")
     for name, written in content["files"].items():
         if not (folder / name).is_file():
-            raise Damaged(f"{name} is missing")
-        if _hash(folder / name) != written:
-            raise Damaged(f"{name} has other bytes than were written")
+            raise DamagedFileError(f"{name} is missing")
+        if _describe(folder / name) != written:
+            raise DamagedFileError(f"{name} has other bytes than were written")
     return content
 
 
 def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
     """Writes the manifest of a checkpoint, the last of its files, and waits until the disk holds all of them."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
-    content = {**facts, "files": {path.relative_to(folder).as_posix(): _hash(path) for path in paths}}
+    content = {**facts, "files": {path.relative_to(folder).as_posix(): _describe(path) for path in paths}}
     manifest = folder / MANIFEST
     manifest.write_text(_json({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
     for path in {*paths, *(path.parent for path in paths), manifest, folder}:
         sync(path)
 
 
-def _hash(path: Path) -> str:
+def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _digest(content: Any) -> str:
@@ -336,8 +315,8 @@ def _newest_whole(candidates: list[Path]) -> tuple[Path, dict[str, Any]]:
         try:
             manifest = read_manifest(folder)
             if OPTIMIZER_NAME not in manifest["files"]:
-                raise Damaged("it holds the weights alone (save_only_model)")
-        except (Damaged, OSError) as error:
+                raise DamagedFileError("it holds the weights alone (save_only_model)")
+        except (DamagedFileError, OSError) as error:
             faults.append(f"{folder}: {error}")
             continue
         if faults:
@@ -363,7 +342,7 @@ def _clear_staging(home: Path) -> None:
     for staged in checkpoints_in(home / STAGING):
         try:
             read_manifest(staged)
-        except (Damaged, OSError):
+        except (DamagedFileError, OSError):
             continue
         _put_in_place(staged, home)
     shutil.rmtree(home / STAGING, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections import defaultdict
@@ -43,7 +44,7 @@ from ..utils.modules import eval_mode
 from ..utils.outputs import save_somewhere
 from .arguments import CaptTrainingArguments, check_arguments, check_best_metric, one_processor
 from .callbacks import StopOnCollapse, TrainingStopped, advice, default_callbacks, where
-from .checkpoints import Checkpoints, without_tokens
+from .checkpoints import Checkpoints
 from .chunks import COUNTED, Batch, split_batch, sum_of_losses, without_repeats
 from .compilation import compiled_towers, fill_batch
 from .frozen import FrozenOutputs, check_frozen, load_teacher
@@ -179,7 +180,7 @@ class CaptTrainer(Trainer):
             # apart, without a word (transformers 5.23)
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
             self.accelerator._models.clear()
-        locked = self._checkpoints.locked  # by a call of find_checkpoint
+        locked = self._checkpoints.lock is not None  # by a call of find_checkpoint
         try:
             if resume_from_checkpoint is None or resume_from_checkpoint != self._found:
                 resume_from_checkpoint = self.find_checkpoint(resume_from_checkpoint)
@@ -542,7 +543,8 @@ class CaptTrainer(Trainer):
             save_somewhere(folder, lambda temporary: self._write_model(temporary, state_dict, Path(folder)))
 
     def _write_model(self, folder: Path, state_dict: dict[str, Any] | None, home: Path) -> None:
-        args, self.args = self.args, without_tokens(self.args)
+        args, self.args = self.args, copy.copy(self.args)  # which the Trainer pickles, and others may read
+        vars(self.args).update({name: None for name in vars(args) if name.endswith("_token")})
         try:
             super()._save(str(folder), state_dict)
             write_cards_for(folder, home)

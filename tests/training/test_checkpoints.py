@@ -19,7 +19,8 @@ from training_helpers import NAMES, Scripted, adapter_of, make_model, make_task,
 from capt_peft import PGD, CaptObjective, ThreatModel, TrainingStopped
 from capt_peft.clip.classifier import ZeroShotClassifier
 from capt_peft.objectives import AdversarialCrossEntropy
-from capt_peft.training.checkpoints import Damaged, checkpoints_in, read_manifest
+from capt_peft.training.checkpoints import checkpoints_in, read_manifest
+from capt_peft.utils.files import DamagedFileError
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
 FORKS = fork_server()
@@ -210,7 +211,7 @@ def test_damage_to_any_file_of_a_checkpoint_is_noticed(home, how):
     for name in names:
         whole = (home / "checkpoint-6" / name).read_bytes()
         damage(home / "checkpoint-6" / name, how)
-        with pytest.raises(Damaged, match=name):
+        with pytest.raises(DamagedFileError, match=name):
             read_manifest(home / "checkpoint-6")
         (home / "checkpoint-6" / name).write_bytes(whole)
     read_manifest(home / "checkpoint-6")
