@@ -42,7 +42,7 @@ class CaptTrainingArguments(TrainingArguments):
         augment: Crop and flip training images at random.
         squash: Resize training images to the model's size whatever their shape, instead of cropping, as in FAP's code.
         lr_schedule: "step": the learning rate follows `lr_scheduler_type` and `warmup_steps` step by step. "epoch": as in CoOp's
-            toolbox, which MaPLe, FAP and APT train with: the first epoch at 1e-5, then a cosine that changes once an epoch.
+            toolbox, which MaPLe, FAP and APT train with: the first epoch at 1e-5, then a cosine that changes once per epoch.
         decay_biases: Let `weight_decay` act on biases too, as in CoOp's toolbox; the Trainer leaves them out.
         text_chunk_size: Class texts that run at once; the activations of the others are not kept, which bounds the memory, but
             computed again in the backward pass. By default all texts up to 256 classes, and 64 above that.

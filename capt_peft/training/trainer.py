@@ -72,7 +72,7 @@ class CaptTrainer(Trainer):
         attack: The training attack: a `PGD`, or an object with its `run`; by default PGD with the arguments' settings.
         teacher: Another CLIP whose predictions on clean images guide the tuning: a classifier over the same class names, or the
             folder or Hub id of a model. By default the base model itself, with the adapter off.
-        eval_dataset: What `evaluate` measures, as of its own `eval_dataset`; by default the task's `validation` split, or `test`
+        eval_dataset: What `evaluate` measures, as its own `eval_dataset`; by default the task's `validation` split, or `test`
             if there is none.
         kwargs: Further arguments of `transformers.Trainer`: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`.
 
@@ -163,13 +163,13 @@ class CaptTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------ training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Tunes the adapter; other arguments and the result as of `transformers.Trainer.train`.
+        """Tunes the adapter; other arguments and the result are those of `transformers.Trainer.train`.
 
         Args:
             resume_from_checkpoint: True (or "true"): go on from the newest whole checkpoint in `args.output_dir`, or begin if
                 there is none yet. A path: go on from that checkpoint or, if it is damaged, from the whole one before it.
-            args: As of the Trainer.
-            kwargs: As of the Trainer.
+            args: See `transformers.Trainer.train`.
+            kwargs: See `transformers.Trainer.train`.
 
         Raises:
             ValueError: `args.output_dir` cannot be written into, or another run writes there; there are checkpoints, but none is
@@ -202,10 +202,10 @@ class CaptTrainer(Trainer):
         No other run writes into `args.output_dir` until `unlock` is called, this trainer goes away, or its process ends.
 
         Args:
-            resume_from_checkpoint: As of `train`.
+            resume_from_checkpoint: See `train`.
 
         Raises:
-            ValueError: As of `train`.
+            ValueError: See `train`.
         """
         check_frozen(self.classifier, self.objective, self.teacher)
         self._make_trainable()
@@ -247,7 +247,7 @@ class CaptTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Fetches a step's batches and counts their images; of several processes, none trains on an image twice an epoch."""
+        """Fetches a step's batches and counts their images; of several processes, none trains on an image twice in an epoch."""
         self.step_images = []
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         repeats = self.accelerator.num_processes > 1 and not self._drops_last(len(self.task["train"]))
@@ -421,9 +421,9 @@ class CaptTrainer(Trainer):
         Args:
             eval_dataset: A split (columns `image` and `label`), whose labels are matched to the task's class names by name; the
                 name of a split of the task; or a dict of splits, whose names then stand in the metrics (`eval_NAME_...`). By
-                default as of `CaptTrainer`.
-            args: As of `transformers.Trainer.evaluate`.
-            kwargs: As of `transformers.Trainer.evaluate`.
+                default that of `CaptTrainer`.
+            args: See `transformers.Trainer.evaluate`.
+            kwargs: See `transformers.Trainer.evaluate`.
 
         Returns:
             `eval_clean_accuracy`, `eval_robust_accuracy`, their 95% Wilson intervals (`_low`, `_high`), `eval_n`, `eval_attack`.
@@ -437,16 +437,16 @@ class CaptTrainer(Trainer):
         """Predicts the classes of clean images and of the same under `args.eval_attack`.
 
         Args:
-            test_dataset: A split, or the name of a split of the task, as of `evaluate`.
-            args: As of `transformers.Trainer.predict`.
-            kwargs: As of `transformers.Trainer.predict`.
+            test_dataset: A split, or the name of a split of the task; see `evaluate`.
+            args: See `transformers.Trainer.predict`.
+            kwargs: See `transformers.Trainer.predict`.
 
         Returns:
             `predictions`, the (n,) predicted classes of the clean images and the (n,) of the adversarial ones; `label_ids`, the
-            (n,) labels; and `metrics` as of `evaluate`, named `test_...`.
+            (n,) labels; and the `metrics` of `evaluate`, named `test_...`.
 
         Raises:
-            ValueError: As of `evaluate`.
+            ValueError: See `evaluate`.
         """
         return super().predict(self._pixels(test_dataset), *args, **kwargs)
 
