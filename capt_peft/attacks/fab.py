@@ -45,7 +45,7 @@ class FAB(SearchAttack):
     Args:
         threat_model: the ball to stay in.
         targets: FAB-T: look at the boundary to one class at a time, the `targets` classes that come next to the label (no more
-            than there are). 0: FAB, which at each step takes the nearest of all boundaries, N - 1 backwards a step.
+            than there are). 0: FAB, which at each step takes the nearest of all boundaries, N - 1 backwards per step.
         steps: steps of an attempt, at least 1.
         restarts: attempts from different points (the first starts at the image itself), at least 1.
 

@@ -29,7 +29,7 @@ class Entry:
         name: The name that `load_task` takes.
         title: The name in the literature.
         num_classes: The number of classes, N, as published.
-        classes: Name of the file in `classes/` with the class names in the order of the labels, one a line; behind a
+        classes: Name of the file in `classes/` with the class names in the order of the labels, one per line; behind a
             tab, what the data itself calls the class where that is another word (a WordNet id, a folder).
         template: The hand-written text of a class, CoOp's where CoOp has one.
         hub_id: Dataset on the Hugging Face Hub, or None where no source confirms one of use here.

@@ -270,7 +270,7 @@ def _check_level(folders: Sequence[Path]) -> None:
     if len(alike) > 1:
         raise ValueError(
             f"The folders {_both(alike)} hold no images themselves but folders of the same names "
-            f"({', '.join(sorted(below[alike[0]])[:3])}), so they seem to be no classes. Are they splits? Then name them "
+            f"({some(sorted(below[alike[0]]))}), so they do not seem to be classes. Are they splits? Then name them "
             "(`train_split`, `test_split`). If they are classes, move their images up."
         )
 

@@ -19,7 +19,7 @@ def sample_shots(
 
     Args:
         labels: (n,) integers from 0: a list, an array, or the column of a `datasets.Dataset`.
-        shots: Images a class, at least 1.
+        shots: Images per class, at least 1.
         seed: An integer of at least 0; the same seed draws the same images.
         class_names: The N class names in the order of the labels. A class without a single image counts as too small.
             Without them, the classes are the labels that occur.

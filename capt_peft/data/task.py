@@ -109,10 +109,10 @@ class Task:
         return column_values(self[split], "label")
 
     def few_shot(self, shots: int, seed: int, *, allow_fewer: bool = False) -> Task:
-        """Returns the same task with `shots` training images a class, drawn by `seed`.
+        """Returns the same task with `shots` training images per class, drawn by `seed`.
 
         Args:
-            shots: Training images a class, at least 1.
+            shots: Training images per class, at least 1.
             seed: An integer of at least 0; the same seed draws the same images.
             allow_fewer: Take all the images of a class that has fewer than `shots`, instead of raising.
 

@@ -13,7 +13,7 @@ FONTS = ("sans", "bitmap", "plain", "hand", "scan")
 DIGITS = tuple("0123456789")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
-CANVAS = 64  # pixels a side in which glyphs are drawn, twice the size of the images
+CANVAS = 64  # pixels per side in which glyphs are drawn, twice the size of the images
 _FILE = files(__package__) / "glyphs.yaml"  # which explains its notation
 STROKES: dict[str, tuple[str, ...]] = {
     k: tuple(v) for k, v in yaml.safe_load(_FILE.read_text(encoding="utf-8")).items()

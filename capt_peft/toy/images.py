@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from .glyphs import CANVAS, DIGITS, FONTS, LETTERS, glyph_mask
 
-SIDE = 32  # pixels a side of the finished image
+SIDE = 32  # pixels per side of the finished image
 COLORS = {
     "red": (215, 30, 35),
     "yellow": (245, 220, 40),

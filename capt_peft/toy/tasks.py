@@ -121,12 +121,12 @@ def load_toy_task(
     Args:
         name: A key of `TOY_TASKS`, or of `SHIFTS`, which have test images alone.
         seed: Any non-negative integer; the same seed draws the same task.
-        train_per_class: Images of a class in the training split, at least 1.
+        train_per_class: Images per class in the training split, at least 1.
         validation_per_class: The same for the validation split.
         test_per_class: The same for the test split.
 
     Raises:
-        ValueError: An unknown name, or less than one image a class.
+        ValueError: An unknown name, or less than one image per class.
     """
     if name not in TOY_TASKS and name not in SHIFTS:
         raise ValueError(f"Unknown procedural task {name!r}. Allowed: {', '.join([*TOY_TASKS, *SHIFTS])}.")
