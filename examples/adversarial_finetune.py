@@ -4,8 +4,8 @@ python examples/adversarial_finetune.py             # from tiny CLIP, with setti
 accelerate launch examples/adversarial_finetune.py --objective fare --model_name_or_path openai/clip-vit-base-patch32 \
         --dataset_name path/to/images --epsilon 4/255 --output_dir backbones/fare4
 
-TeCoA (Mao et al. 2023, arXiv 2212.07016): the cross-entropy of the attacked images over the class texts.
-FARE (Schlarmann et al. 2024, arXiv 2402.12336): attacked images keep the features that the clean ones had; without labels.
+TeCoA (Mao et al. 2023, arXiv 2212.07016): the cross-entropy of adversarial images over the class texts.
+FARE (Schlarmann et al. 2024, arXiv 2402.12336): adversarial images keep the features of the clean ones; without labels.
 """
 
 from __future__ import annotations

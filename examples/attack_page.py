@@ -49,9 +49,9 @@ class Outcome:
     Attributes:
         name: The model's name.
         true_class: The class that the attack leads away from.
-        images: The image as the model sees it, its attacked twin, and the noise, as PIL images of at least 256 pixels.
+        images: The image as the model sees it, the adversarial example, and the noise, as PIL images of at least 256 pixels.
         clean: Probability of each class for the image.
-        attacked: The same for its attacked twin.
+        attacked: The same for the adversarial example.
     """
 
     name: str

@@ -26,7 +26,7 @@ from capt_peft.tuner.loading import load_pretrained
 
 FOLDER = Path("outputs/demo")
 FIXED = ("output_dir", "config", "dataset_name", "dataset_config", "class_names", "template", "method")
-SHOWN = 10  # one image a class
+SHOWN = 10  # one image per class
 
 
 def answers(adapter: str) -> torch.Tensor:

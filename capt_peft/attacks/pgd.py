@@ -43,7 +43,7 @@ class PGD(Attack):
         random_start: start at a random point of the ball, not at the image.
         targeted: labels are the classes to reach.
         clip_each_step: cut every point to [0, 1]. With False only what the model sees is cut, and the result; the
-            perturbation goes on from beyond [0, 1], as in APT's code (arXiv 2403.01849).
+            perturbation continues from beyond [0, 1], as in APT's code (arXiv 2403.01849).
 
     Raises:
         TypeError: a setting has the wrong type.

@@ -227,7 +227,7 @@ def _contradiction(row: Mapping[str, Any]) -> str | None:
     counts = {"clean": clean, **attacks} | ({} if worst is None else {"the worst case": worst})
     for name, count in counts.items():
         if count["n"] < 1 or not 0 <= count["correct"] <= count["n"]:
-            return f"{name}: {_of(count)} is no accuracy"
+            return f"{name}: {_of(count)} is not an accuracy"
         if count["n"] != clean["n"] or count["correct"] > clean["correct"]:
             return f"{name}: {_of(count)} cannot be beside {_of(clean)} of clean images"
     for name, count in attacks.items():

@@ -62,7 +62,7 @@ def open_hub(name_or_path: str, name: str | None, revision: str | None, known: S
         FileNotFoundError: No such dataset, or the Hub cannot be reached.
         ValueError: The Hub has it but it cannot be loaded so, as without a configuration's name.
     """
-    tried = f"{name_or_path!r} is no task of the catalog ({', '.join(known)}) and no file or folder here"
+    tried = f"{name_or_path!r} is not a task of the catalog ({', '.join(known)}) and no file or folder here"
     if not _HUB_ID.fullmatch(name_or_path):
         raise FileNotFoundError(f"{tried}. Check the path.")
     try:

@@ -153,7 +153,7 @@ class Task:
             ValueError: Another word, or fewer than 4 classes, so that a half could not be classified.
         """
         if which not in HALVES:
-            raise ValueError(f"{which!r} is no half of the classes. Allowed: {', '.join(HALVES)}.")
+            raise ValueError(f"{which!r} is not a half of the classes. Allowed: {', '.join(HALVES)}.")
         if self.num_classes < 4:
             raise ValueError(
                 f"Task {self.name!r} has {self.num_classes} classes; base-to-new needs at least 4, two in each half."

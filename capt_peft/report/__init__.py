@@ -32,7 +32,7 @@ def write_report(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: As of `read_sections`.
+        ValueError: See `read_sections`.
     """
     import_figure()  # before any long work
     sections = read_sections(lines_path, attack)

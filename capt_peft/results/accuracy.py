@@ -118,7 +118,7 @@ def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple
         ValueError: `correct` or `n` out of range.
     """
     if n < 1 or not 0 <= correct <= n:
-        raise ValueError(f"{correct} of {n} is no share: n must be at least 1 and the count between 0 and n.")
+        raise ValueError(f"{correct} of {n} is not a share: n must be at least 1 and the count between 0 and n.")
     p, square = correct / n, z * z / n
     centre = (p + square / 2) / (1 + square)
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n)) / (1 + square)

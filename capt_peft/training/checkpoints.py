@@ -304,7 +304,7 @@ def _named(folder: Path) -> list[Path]:
     inside = checkpoints_in(folder)
     if inside or not folder.is_dir():
         others = ", ".join(map(str, inside or checkpoints_in(folder.parent))) or "none"
-        raise ValueError(f"{folder} is no checkpoint. There are: {others}. Name one, or let `true` find the newest.")
+        raise ValueError(f"{folder} is not a checkpoint. There are: {others}. Name one, or let `true` find the newest.")
     return [folder, *(path for path in checkpoints_in(folder.parent) if step_of(path) < step_of(folder))]
 
 

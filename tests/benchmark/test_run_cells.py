@@ -143,7 +143,7 @@ def test_a_line_of_other_images_weights_or_cells_is_not_reused(output, path, to)
 @pytest.mark.parametrize(
     ("path", "to", "why"),
     [
-        (("clean", "correct"), 5, "clean: 5 of 4 is no accuracy"),
+        (("clean", "correct"), 5, "clean: 5 of 4 is not an accuracy"),
         (("clean", "correct"), 0, "pgd-1: 1 of 4 cannot be beside 0 of 4 of clean images"),
         (("attacks", "pgd-1", "n"), 3, "pgd-1: 1 of 3 cannot be beside 1 of 4 of clean images"),
         (("attacks", "pgd-1", "correct"), 0, "the worst case: 1 of 4 cannot be beside 0 of 4 under pgd-1"),

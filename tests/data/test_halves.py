@@ -85,7 +85,7 @@ def test_three_classes_have_no_two_halves():
 
 
 def test_another_word_than_base_and_new_is_refused():
-    with pytest.raises(ValueError, match=r"'old' is no half of the classes. Allowed: base, new."):
+    with pytest.raises(ValueError, match=r"'old' is not a half of the classes. Allowed: base, new."):
         make_task().half("old")
 
 

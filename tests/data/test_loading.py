@@ -438,7 +438,7 @@ def test_bad_settings_are_refused_before_anything_is_opened(settings, message):
 def test_an_unknown_name_says_what_was_tried(name, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=rf"'{name}' is no task of the catalog \(digits, .*Hub failed"):
+    with pytest.raises(FileNotFoundError, match=rf"'{name}' is not a task of the catalog \(digits, .*Hub failed"):
         load_task(name)
 
 

@@ -188,7 +188,7 @@ def test_of_several_processes_the_first_one_tells_what_all_see(monkeypatch, caps
     ("message", "name"),
     [
         ("Unknown method 'cpat'. Allowed: zero-shot, capt.", "capt"),
-        ("'digit' is no task of the catalog (digits, shapes) and no file or folder here.", "digits"),
+        ("'digit' is not a task of the catalog (digits, shapes) and no file or folder here.", "digits"),
         ("Task 'digits' has no split 'tset'; it has train, validation, test.", "test"),
         ("Unknown protocols few-shots. Allowed: few-shot, base-to-new.", "few-shot"),
         ("Unknown method 'magic'. Allowed: zero-shot, capt.", None),
