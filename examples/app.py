@@ -1,4 +1,4 @@
-"""A page to try an adapter on: an image, an adversarial example made from it, the noise, and what CLIP and CLIP + CAPT say. Needs the extra `app`.
+"""A page to try an adapter on: an image, an adversarial example, the noise, what CLIP and CLIP + CAPT say. Needs the extra `app`.
 
 python examples/app.py                                  # the demo's adapter (make demo), or tiny CLIP alone
 python examples/app.py --adapter you/your-adapter       # any CAPT adapter, on its own base model
