@@ -1,5 +1,6 @@
 """capt-peft: small adapters that make CLIP robust to adversarial images. Importing it registers CAPT with PEFT."""
 
+from . import toy as _toy  # noqa: F401 (its tasks are among those of load_task)
 from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from .backbones import convert_backbone
 from .clip.classifier import ZeroShotClassifier
