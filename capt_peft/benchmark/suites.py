@@ -42,6 +42,11 @@ _COUPLED = {"num_text_tokens": 3, "num_vision_tokens": 3}
 # on some toy tasks the 40 steps of all methods are less than an epoch, so that a schedule by epoch would tune nothing
 _BY_STEP = {"lr_schedule": "step"}
 
+_PAPER = (
+    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd", "eurosat",
+    "ucf101",
+)  # fmt: skip
+
 SUITES = {
     "toy": Suite(
         "toy",
@@ -65,10 +70,7 @@ SUITES = {
     ),
     "paper": Suite(
         "paper",
-        tasks=(
-            "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd",
-            "eurosat", "ucf101",
-        ),  # fmt: skip
+        tasks=_PAPER,
         source="imagenet",
         shifts=("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
         # MaPLe and FAP tune with this text everywhere; zero-shot has the hand-written ones
