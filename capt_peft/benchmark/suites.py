@@ -43,8 +43,8 @@ _COUPLED = {"num_text_tokens": 3, "num_vision_tokens": 3}
 _BY_STEP = {"lr_schedule": "step"}
 
 _PAPER = (
-    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd", "eurosat",
-    "ucf101",
+    "imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101", "fgvc_aircraft", "sun397", "dtd",
+    "eurosat", "ucf101",
 )  # fmt: skip
 
 SUITES = {
