@@ -22,8 +22,8 @@ from .training import CaptTrainer, CaptTrainingArguments
 from .tuner import CaptConfig
 from .utils.text import shown
 
-_NO_FROZEN = ("weighting", "teacher")
-_CROSS_ENTROPY = ("consistency", *_NO_FROZEN)
+# settings of objectives: a method has no use for those that its own objective does not name in `uses`
+OBJECTIVE_SETTINGS = ("consistency", "weighting", "teacher")
 # CoOp's toolbox (Dassl), on which the released code of FAP and APT is built
 _TOOLBOX = {"weight_decay": 5e-4, "decay_biases": True, "lr_schedule": "epoch", "dataloader_drop_last": True}
 # FAP's released code, for FAP and for its AdvMaPLe: deep vision prompts are mapped to text in both
@@ -40,14 +40,22 @@ class Method:
         objective: Makes the objective from the training arguments; None: nothing is tuned.
         fixed: Fields of `CaptConfig` and `CaptTrainingArguments` that make the method what it is.
         defaults: Other fields of them that its recipe sets, and that users may change.
-        unused: Fields of them, or `teacher`, that have no effect on it.
+        uses: Those of `OBJECTIVE_SETTINGS` that its objective has.
+        no_prompts: Fields of `CaptConfig` that have no effect on it.
     """
 
     source: str
     objective: Callable[[CaptTrainingArguments], Objective] | None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    no_prompts: tuple[str, ...] = ()
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The settings that have no effect on it."""
+        tuned = () if self.objective is None else OBJECTIVE_SETTINGS
+        return (*(name for name in tuned if name not in self.uses), *self.no_prompts)
 
 
 PROMPT_FIELDS = frozenset(f.name for f in fields(CaptConfig))
@@ -60,41 +68,42 @@ def _adversarial(args: CaptTrainingArguments) -> Objective:
 
 METHODS: dict[str, Method] = {
     "zero-shot": Method("the hand-written template (arXiv 2103.00020); nothing is tuned", None),
-    "capt": Method("arXiv 2405.11154", lambda args: CaptObjective(args.consistency, args.weighting)),
+    "capt": Method(
+        "arXiv 2405.11154",
+        lambda args: CaptObjective(args.consistency, args.weighting),
+        uses=OBJECTIVE_SETTINGS,
+    ),
     "trades-maple": Method(
         "arXiv 1901.08573 with the prompts of arXiv 2210.03117",
         lambda args: CaptObjective(args.consistency, 0.0),
         {"coupling": "text_to_vision"},
-        unused=_NO_FROZEN,
+        uses=("consistency",),
     ),
     "fap": Method(
         "arXiv 2403.14774, as in its code",
         lambda args: FapObjective(args.consistency),
         _FAP_PROMPTS,
         {**_FAP_TRAINING, "attack_loss": "kl"},
-        unused=_NO_FROZEN,
+        uses=("consistency",),
     ),
-    "adv-maple": Method(
-        "AdvMaPLe of arXiv 2403.14774, as in its code", _adversarial, _FAP_PROMPTS, _FAP_TRAINING, _CROSS_ENTROPY
-    ),
+    "adv-maple": Method("AdvMaPLe of arXiv 2403.14774, as in its code", _adversarial, _FAP_PROMPTS, _FAP_TRAINING),
     "adv-vlp": Method(
         "independent prompts; AdvVLP of arXiv 2403.14774, trained as CAPT is",
         _adversarial,
         {"coupling": "none"},
-        unused=_CROSS_ENTROPY,
     ),
     "adv-vp": Method(
         "deep vision prompts alone, trained as CAPT is",
         _adversarial,
         {"coupling": "none", "text_depth": 0},
-        unused=(*_CROSS_ENTROPY, "num_text_tokens", "init", "class_specific"),
+        no_prompts=("num_text_tokens", "init", "class_specific"),
     ),
     "adv-tp": Method(
         "arXiv 2403.01849 (APT), as in its code",
         _adversarial,
         {"coupling": "none", "text_depth": 1, "vision_depth": 0},
         {**_TOOLBOX, "init": "normal", "attack_clip_each_step": False},
-        unused=(*_CROSS_ENTROPY, "num_vision_tokens"),
+        no_prompts=("num_vision_tokens",),
     ),
 }
 ALIASES = {"apt": "adv-tp"}

@@ -45,7 +45,9 @@ class ScriptArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     root: str | None = field(default=None, metadata={"help": "Where a data set of the catalog lies here."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on, if its name does not tell."})
-    validation_split: str | None = field(default=None, metadata={"help": "The same for the split to choose settings on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "The same for the split to choose settings on."}
+    )
     test_split: str | None = field(default=None, metadata={"help": "The same for the split to measure accuracy on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from train import parse_args
 
-from capt_peft import METHODS
+from capt_peft import METHODS, CaptTrainingArguments
 from capt_peft.benchmark import Plan, Suite, get_suite
-from capt_peft.methods import conflicts, method_settings
+from capt_peft.methods import OBJECTIVE_SETTINGS, conflicts, method_settings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -113,6 +113,24 @@ def test_what_a_method_is_and_has_no_use_for_is_refused_in_every_setting(method)
     for name in recipe.defaults:
         assert method_settings(method, {name: "asked"})[name] == "asked"
     assert not set(recipe.defaults) & {*recipe.fixed, *recipe.unused}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "zero-shot"])
+def test_a_method_uses_the_settings_that_its_objective_reads_and_no_others(method):
+    """A setting that a new objective brings is without effect on the methods that do not name it."""
+
+    class Read:
+        def __init__(self):
+            self.names = set()
+
+        def __getattr__(self, name):
+            self.names.add(name)
+            return getattr(CaptTrainingArguments("out"), name)
+
+    read = Read()
+    METHODS[method].objective(read)
+    assert read.names == {*METHODS[method].uses} - {"teacher"}
+    assert read.names <= {*OBJECTIVE_SETTINGS}
 
 
 def test_settings_for_all_methods_reach_those_that_take_them(caplog):

@@ -114,8 +114,11 @@ class Attack(ABC):
 
     @property
     def passes(self) -> float:
-        """About how many times an image goes through the model, forwards and backwards; for estimates of time."""
-        return 200.0
+        """About how many times an image goes through the model, forwards and backwards; for estimates of time.
+
+        By default that of `steps` forwards and backwards, 100 if it has no `steps`, in each of its `restarts`.
+        """
+        return 2.0 * getattr(self, "steps", 100) * getattr(self, "restarts", 1)
 
     @classmethod
     def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:

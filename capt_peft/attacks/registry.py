@@ -61,7 +61,7 @@ def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str
             if step_size is None:
                 return attack
             if not hasattr(attack, "step_size"):
-                raise ValueError(f"attack {name!r} sets its own step size: step_size={step_size!r} is for pgd and fgsm")
+                raise ValueError(f"attack {name!r} sets its own step size: leave step_size={step_size!r} out")
             return replace(attack, step_size=step_size)  # type: ignore[type-var]
     known = "; ".join(f"{shape} ({meaning})" for shape, meaning in attack_names().items())
     listed = [word for word in re.findall(r"\w[\w-]*", known) if any(re.fullmatch(pattern, word) for pattern in _KINDS)]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -20,8 +20,9 @@ from .accuracy import Accuracy, readable
 from .evaluation import EVALUATION, Evaluation
 
 RESULTS = "results.json"
+_Record = TypeVar("_Record")
 # the training arguments that a card shows
-_SHOWN = ("consistency", "weighting", "optim", "learning_rate", "num_train_epochs", "per_device_train_batch_size")
+_SHOWN = ("optim", "learning_rate", "num_train_epochs", "per_device_train_batch_size")
 
 
 # ------------------------------------------------------------------------------------------------------ the record of a run
@@ -75,10 +76,11 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """How it was tuned: seconds, the attack's settings, steps, processes, and how images became pixels."""
+    """How it was tuned: seconds, the settings of attack and objective, steps, processes, and how images became pixels."""
 
     seconds: float
     attack: Mapping[str, Any]
+    objective: Mapping[str, Any] | None = None
     steps: int | None = None
     processes: int
     pixels: Mapping[str, Any] | None = None
@@ -183,6 +185,7 @@ class RunResults:
             training=TrainingRecord(
                 seconds=seconds,
                 attack=trainer.attack.to_dict(),
+                objective=plain_settings(trainer.objective),
                 steps=trainer.state.global_step,
                 processes=args.world_size,
                 pixels=trainer.classifier.transform.to_dict(),
@@ -198,6 +201,13 @@ class RunResults:
     def arguments(self) -> Mapping[str, Any]:
         """The training arguments."""
         return self.configuration["training"]
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The settings of the objective; older records have those of the arguments, whether the objective used them or not."""
+        used = self.training.objective
+        settings = {name: self.arguments[name] for name in ("consistency", "weighting")} if used is None else dict(used)
+        return {("consistency (λ)" if name == "consistency" else name): value for name, value in settings.items()}
 
     @property
     def fingerprint(self) -> str | None:
@@ -230,17 +240,22 @@ class RunResults:
             pair = (Accuracy.from_dict(measured[when][kind]) for kind in ("clean", "robust"))
             measured[when] = Accuracies(*pair)
         parts = {
-            "task": TaskRecord(**content["task"]),
-            "evaluation": EvaluationRecord(**measured),
-            "training": TrainingRecord(**content["training"]),
-            "adapter": None if adapter is None else AdapterRecord(**adapter),
+            "task": _read_as(TaskRecord, content["task"]),
+            "evaluation": _read_as(EvaluationRecord, measured),
+            "training": _read_as(TrainingRecord, content["training"]),
+            "adapter": None if adapter is None else _read_as(AdapterRecord, adapter),
         }
-        results = cls(**{**content, **parts})
+        results = _read_as(cls, {**content, **parts})
         for attack in (results.evaluation.attack, results.training.attack):  # what follows raises where a card would
             _ = attack["name"], ThreatModel(**attack["threat_model"])
         counts = (results.adapter.parameters if results.adapter else results.parameters) or {}
         _ = f"{counts['trainable']:,} {results.training.seconds:.0f} {results.training.processes:d}"
-        _ = len(results.task.class_names), results.versions.items(), [results.arguments[name] for name in _SHOWN]
+        _ = (
+            len(results.task.class_names),
+            results.versions.items(),
+            [results.arguments[name] for name in _SHOWN],
+            results.objective,
+        )
         return results
 
     @classmethod
@@ -257,6 +272,17 @@ class RunResults:
         path = Path(path, RESULTS) if Path(path).is_dir() else Path(path)
         with readable(path):
             return cls.from_dict(read_json(path))
+
+
+def plain_settings(thing: Any) -> dict[str, Any]:
+    """Returns the public attributes of an object that are words, numbers or None: what an objective was made with."""
+    kinds = str | int | float | None
+    return {k: v for k, v in getattr(thing, "__dict__", {}).items() if isinstance(v, kinds) and not k.startswith("_")}
+
+
+def _read_as(kind: type[_Record], content: Mapping[str, Any]) -> _Record:
+    """Makes a record of what it has fields for; what a later version has beside them is left out."""
+    return kind(**{f.name: content[f.name] for f in fields(kind) if f.name in content})  # type: ignore[arg-type]
 
 
 def _json(value: Any) -> Any:

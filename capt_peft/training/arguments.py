@@ -188,6 +188,8 @@ def _describe_fields() -> None:
     words = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", CaptTrainingArguments.__doc__ or "", re.MULTILINE))
     theirs = {f.name: f.metadata for f in fields(TrainingArguments)}
     for f in fields(CaptTrainingArguments):
+        if f.name not in words and f.name not in theirs:
+            raise TypeError(f"CaptTrainingArguments.{f.name} has no description: add one under Args in the docstring.")
         f.metadata = theirs[f.name] if f.name in theirs else {"help": " ".join(words[f.name].split())}  # type: ignore[assignment]
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..attacks.threat import format_fraction
 from ..data.pixels import digest_images
 from ..results.hub import UPLOADED
+from ..results.run import plain_settings
 from ..tuner.fingerprint import configuration_digest, tensors_fingerprint
 from ..tuner.switching import base_parameters
 from ..utils.files import DamagedFileError, make_writable, read_json, sync
@@ -219,9 +220,7 @@ def describe_schedule(args: Any) -> dict[str, Any]:
 
 def _settings(thing: Any) -> dict[str, Any]:
     """Returns the name of an object's class, or of a function, and its settings that are words or numbers."""
-    settings = {k: v for k, v in getattr(thing, "__dict__", {}).items() if isinstance(v, str | int | float | None)}
-    name = getattr(thing, "__qualname__", type(thing).__qualname__)
-    return {"name": name, **{k: v for k, v in settings.items() if not k.startswith("_")}}
+    return {"name": getattr(thing, "__qualname__", type(thing).__qualname__), **plain_settings(thing)}
 
 
 def _changes(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:

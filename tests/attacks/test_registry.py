@@ -179,7 +179,7 @@ def test_counts_of_zero_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith(("pgd", "fgsm"))])
 def test_a_step_size_is_refused_by_attacks_that_set_their_own(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' sets its own step size: step_size='1/255' is for pgd and fgsm"):
+    with pytest.raises(ValueError, match=f"'{name}' sets its own step size: leave step_size='1/255' out"):
         parse_attack(name, THREAT, step_size="1/255")
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from records import SHARE, run_record
+from records import SHARE, card_from, run_record
 
 from capt_peft.results.run import RunResults
 from capt_peft.utils.files import DamagedFileError
@@ -40,6 +40,27 @@ def test_records_of_earlier_versions_are_read():
         for accuracy in both.values():
             del accuracy["correct"]
     assert RunResults.from_dict(record).evaluation.after.robust == SHARE
+
+
+def test_records_of_later_versions_are_read_as_far_as_they_are_known():
+    record = run_record("x")
+    for part in (record, record["task"], record["training"], record["adapter"], record["evaluation"]):
+        part["of a later version"] = 1
+    assert RunResults.from_dict(record) == RunResults.from_dict(run_record("x"))
+
+
+def test_a_card_shows_the_settings_that_the_objective_has_and_no_others(results):
+    record = json.loads(json.dumps(results))
+    assert "| method | capt, consistency (λ) 1.5, weighting confidence |" in card_from(record)
+    del record["training"]["objective"]  # an earlier version's
+    assert "| method | capt, consistency (λ) 1.5, weighting confidence |" in card_from(record)
+    for objective, words in (
+        ({"consistency": 1.5}, "fap, consistency (λ) 1.5"),
+        ({}, "fap"),
+        ({"margin": 2}, "fap, margin 2"),
+    ):
+        record["method"], record["training"]["objective"] = "fap", objective
+        assert f"| method | {words} |" in card_from(record)
 
 
 @pytest.mark.parametrize(
