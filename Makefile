@@ -21,11 +21,12 @@ demo: $(VENV)/ready
 app: $(VENV)/ready
 	$(BIN)/python examples/app.py
 
+# each worker has one thread and takes a file at a time, so that a file's fixtures are made once
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(VENV)/ready
-	$(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n auto --dist loadfile
 
 tables: $(VENV)/ready
 	for lines in docs/results/*/lines.jsonl; do \
