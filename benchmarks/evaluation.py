@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from capt_peft import PGD, ThreatModel, ZeroShotClassifier, evaluate, load_task
-from capt_peft.utils.versions import describe_machine, versions
+from capt_peft.results.evaluation import describe_machine, versions
 
 TINY_CLIP = str(Path(__file__).resolve().parent.parent / "examples" / "tiny_clip")
 

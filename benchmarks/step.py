@@ -41,8 +41,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from capt_peft.results.evaluation import describe_machine, versions
 from capt_peft.tuner import PromptLayer
-from capt_peft.utils.versions import describe_machine, versions
 
 DEFAULT_SET = ((4, 100, 2), (32, 100, 3))
 

@@ -34,10 +34,10 @@ from capt_peft.attacks import Attack
 from capt_peft.evaluation.batch import TARGETS, describe
 from capt_peft.evaluation.curve import robustness_curves
 from capt_peft.results.card import is_capt
+from capt_peft.results.evaluation import versions
 from capt_peft.results.hub import check_update, update_card
 from capt_peft.tuner.config import check_template
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
-from capt_peft.utils.versions import versions
 
 DTYPES = ("float32", "bfloat16", "float16")
 

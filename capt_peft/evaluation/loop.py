@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
-from ..results.evaluation import Evaluation, changes, examples_path
+from ..results.evaluation import Evaluation, changes, examples_path, versions
 from ..utils.files import make_writable, written_whole
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.text import some
-from ..utils.versions import versions
 from .batch import Attacked, BatchRecord, Subject, attack_batch, score_batch, subject_of
 from .images import Examples
 from .merge import merge

@@ -15,9 +15,8 @@ from ..tuner.fingerprint import adapter_fingerprint
 from ..tuner.switching import active_adapter
 from ..utils.files import read_json
 from ..utils.markup import Markdown, escape, plain, table_row
-from ..utils.versions import describe_machine, versions
 from .accuracy import Accuracy, readable
-from .evaluation import EVALUATION, Evaluation
+from .evaluation import EVALUATION, Evaluation, describe_machine, versions
 
 RESULTS = "results.json"
 _Record = TypeVar("_Record")

@@ -1,15 +1,20 @@
-"""The images that a step works on at a time: no image twice in an epoch, and a batch in chunks that share memory."""
+"""What a step computes at a time: no image twice in an epoch, a batch in chunks that share memory, towers that are compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import TrainingArguments
+
+from ..tuner.clip import tower_modules
 
 COUNTED = "counted"  # key of a batch: how many of its images the loss is of
 
@@ -92,3 +97,23 @@ def sum_of_losses(
                 known += new
     result: Tensor = _KnownGradients.apply(total, gradients, texts, *parameters)
     return result
+
+
+@contextmanager
+def compiled_towers(clip: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Within it, the towers of a CLIP are compiled, where the arguments ask for it, for the shapes that they are given."""
+    towers: list[Any] = tower_modules(clip) if args.torch_compile else []
+    backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
+    for tower in towers:
+        tower.forward = torch.compile(tower.forward, backend=backend, mode=mode, dynamic=False)
+    try:
+        yield
+    finally:
+        for tower in towers:
+            del tower.forward  # the class's own is behind it
+
+
+def fill_batch(values: Tensor, size: int) -> Tensor:
+    """Adds black images to a batch (b, 3, H, W) that has fewer than `size`, so that its shape is always the same."""
+    missing = size - len(values)
+    return F.pad(values, (0, 0, 0, 0, 0, 0, 0, missing)) if missing > 0 else values

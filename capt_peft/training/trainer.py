@@ -28,8 +28,7 @@ from transformers.trainer_utils import (
 )
 
 from ..attacks import Attack, AttackResult
-from ..clip.activations import lean_activations
-from ..clip.classifier import ZeroShotClassifier, normalize
+from ..clip.classifier import ZeroShotClassifier, lean_activations, normalize
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, PixelTransform
 from ..data.task import Task
@@ -45,8 +44,7 @@ from ..utils.outputs import save_somewhere
 from .arguments import CaptTrainingArguments, check_arguments, check_best_metric, one_processor
 from .callbacks import StopOnCollapse, TrainingStopped, advice, default_callbacks, where
 from .checkpoints import Checkpoints
-from .chunks import COUNTED, Batch, split_batch, sum_of_losses, without_repeats
-from .compilation import compiled_towers, fill_batch
+from .chunks import COUNTED, Batch, compiled_towers, fill_batch, split_batch, sum_of_losses, without_repeats
 from .frozen import FrozenOutputs, check_frozen, load_teacher
 
 logger = logging.getLogger(__name__)

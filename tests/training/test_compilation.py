@@ -6,7 +6,7 @@ import torch._dynamo
 from training_helpers import adapter_of, losses, make_model, make_task, make_trainer
 from transformers import TrainerCallback
 
-from capt_peft.training.compilation import fill_batch
+from capt_peft.training.chunks import fill_batch
 
 
 class Graphs(TrainerCallback):
