@@ -325,7 +325,13 @@ def check_places(values: Mapping[str, Any]) -> None:
         values: Values by the names of their options.
     """
     for name, value in values.items():
-        if not isinstance(value, str) or not value or os.path.exists(os.path.expanduser(value)):
+        if not isinstance(value, str) or not value:
+            continue
+        if os.path.exists(os.path.expanduser(value)):
+            if name == "adapter" and not {"adapter_config.json", "config.json"} & {
+                *os.listdir(os.path.expanduser(value))
+            }:
+                raise ValueError(f"{shorten(value, 300)} is not an adapter: it has no adapter_config.json (--adapter).")
             continue
         if name in FILES or (name in (*MODELS, *DATA) and is_path(value)):
             kind = "folder" if name in (*MODELS, "root") else "file" if name in FILES else "folder or file"

@@ -172,6 +172,13 @@ def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroSh
         )
     if args.adapter and not adapted:
         raise ValueError(f"--adapter {name} is a CLIP without an adapter. Measure it with --base.")
+    if args.adapter and args.template is None and task.template != classifier.template:
+        logging.warning(
+            "%s classifies with its own template, %r; the task's is %r (--template).",
+            name,
+            classifier.template,
+            task.template,
+        )
     return classifier.to(device)
 
 

@@ -18,6 +18,14 @@ transformers.utils.logging.disable_progress_bar()
 datasets.disable_progress_bars()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Reports of files whose names are not UTF-8 can be sent from a worker."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
+
+
 @pytest.fixture
 def clip():
     return random_clip()

@@ -87,5 +87,7 @@ def get_suite(name: str) -> Suite:
         ValueError: An unknown name.
     """
     if name not in SUITES:
-        raise ValueError(f"Unknown suite {name!r}. Allowed: {', '.join(SUITES)}.")
+        raise ValueError(
+            f"Unknown suite {name!r}. Allowed: {', '.join(SUITES)}, and a `Suite` of your own (--suite own)."
+        )
     return SUITES[name]

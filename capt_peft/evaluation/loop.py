@@ -129,6 +129,13 @@ def evaluate(
 def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save_images: bool) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+    given = [attacks] if isinstance(attacks, str | Attack) else attacks
+    wrong = next((attack for attack in given if not hasattr(attack, "threat_model") or attack is attacks), None)
+    if wrong is not None:
+        raise TypeError(
+            "attacks must be a list of objects such as parse_attack('pgd-20', ThreatModel('linf', '4/255')), not "
+            f"{repr(attacks)[:80]}."
+        )
     names = [(attack.name, attack.threat_model) for attack in attacks]
     for name, threat_model in names:
         if names.count((name, threat_model)) > 1:

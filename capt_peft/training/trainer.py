@@ -75,7 +75,7 @@ class CaptTrainer(Trainer):
         kwargs: Further arguments of `transformers.Trainer`: `callbacks`, `optimizers`, `optimizer_cls_and_kwargs`.
 
     Raises:
-        TypeError: `args` of another kind.
+        TypeError: `args` or `task` of another kind.
         ValueError: A setting without effect, which is named; no training images; splits with classes that the task does not have;
             a teacher with other classes or another image size, or that moves with the model; no teacher for a base model that
             is tuned itself; FSDP or DeepSpeed; or processes that do not know of each other.
@@ -100,6 +100,8 @@ class CaptTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_arguments(args, kwargs, attack)
+        if not isinstance(task, Task):
+            raise TypeError(f"task must be a Task, as load_task('digits') returns one, not {repr(task)[:80]}.")
         processor = one_processor(processor, processing_class)
         self.task = task
         # checks the texts before any long work

@@ -43,7 +43,7 @@ class CaptModel(BaseTuner):
 
     Args:
         model: A CLIPModel, one of its towers, or a MetaCLIP 2; SigLIP is experimental.
-        config: The adapter's configuration.
+        peft_config: The adapter's configuration.
         adapter_name: Its name.
 
     Raises:

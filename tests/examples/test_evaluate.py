@@ -195,6 +195,14 @@ def test_an_adapter_is_not_measured_as_a_base_nor_a_base_as_an_adapter(adapter, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_without_an_adapter_and_an_adapter_on_a_task_with_another_template_are_told(adapter, tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"is not an adapter: it has no adapter_config\.json \(--adapter\)"):
+        main(["--adapter", str(tmp_path), *QUICK])
+    few = ["--attacks", "clean", "--limit", "2", "--signs", "false", "--use_cpu", "--output", str(tmp_path / "r.json")]
+    main(["--adapter", adapter, "--dataset_name", "shapes", *few])
+    assert "classifies with its own template, 'a photo of the digit {}.'; the task's is" in caplog.text
+
+
 def test_a_model_must_be_named(tmp_path):
     with pytest.raises(ValueError, match=r"Give --adapter .* or --base"):
         main([*QUICK, "--output", str(tmp_path / "r.json")])

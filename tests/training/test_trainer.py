@@ -226,6 +226,11 @@ def test_bad_arguments_are_refused_before_anything_is_set_up(tmp_path, arguments
     assert not (tmp_path / "never").exists()
 
 
+def test_the_name_of_a_task_is_no_task(tmp_path, processor):
+    with pytest.raises(TypeError, match=r"task must be a Task, as load_task\('digits'\) returns one, not 'digits'"):
+        make_trainer(tmp_path, processor, task="digits")
+
+
 def test_a_task_without_training_images_is_refused(tmp_path, processor):
     with pytest.raises(KeyError, match="no split 'train'"):
         make_trainer(tmp_path, processor, task=make_task(splits=("test",)))
