@@ -183,7 +183,9 @@ def options_in(*files: Path) -> dict[str, Option]:
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-                options |= dict(_fields(node))
+                for name, option in _fields(node):  # a field that only has another default keeps its help
+                    known = options.get(name, Option("", None)).help
+                    options[name] = option if option.help else Option(known, option.default)
             elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                 settings = {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
                 name = str(_literal(node.args[0])).removeprefix("--")
@@ -192,12 +194,15 @@ def options_in(*files: Path) -> dict[str, Option]:
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, Option]]:
+    # where a field has no help of its own, the class's docstring describes it
+    words = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", ast.get_docstring(node) or "", re.MULTILINE))
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and not line.target.id.startswith("_"):
             call = line.value if isinstance(line.value, ast.Call) else None
             settings = {k.arg: _literal(k.value) for k in call.keywords} if call else {"default": _literal(line.value)}
             if settings.get("init") is not False:
-                yield line.target.id, Option((settings.get("metadata") or {}).get("help", ""), settings.get("default"))
+                told = (settings.get("metadata") or {}).get("help") or words.get(line.target.id, "")
+                yield line.target.id, Option(told, settings.get("default"))
 
 
 def _literal(node: ast.expr | None) -> Any:

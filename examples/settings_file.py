@@ -88,11 +88,18 @@ def as_words(action: argparse.Action, value: Any) -> list[str]:
             return [option, *words]
     elif isinstance(value, list) and action.nargs == "+" and value and all(map(_is_plain, value)):
         return [option, *map(str, value)]
+    elif isinstance(value, list) and action.dest == "report_to" and len(value) == 1 and _is_plain(value[0]):
+        return [f"{option}={value[0]}"]
     elif isinstance(value, dict) and action.dest.endswith(("_kwargs", "_config", "fsdp", "deepspeed")):
         return [f"{option}={json.dumps(value)}"]
     elif isinstance(value, bool) or _is_plain(value):
         return [f"{option}={value}"]
-    raise ValueError(f"{action.dest}={short(value)} does not suit {option}. Words that YAML reads as else need quotes.")
+    kind = "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else type(value).__name__
+    what = "one or more words" if action.nargs == "+" else "one value"
+    raise ValueError(
+        f"{action.dest}={short(value)} does not suit {option}, which takes {what}: YAML reads it as {kind}. Words such as no, on "
+        "or 2024-01-01 need quotes."
+    )
 
 
 def _is_plain(value: Any) -> bool:

@@ -81,7 +81,7 @@ def evaluate(
         ValueError: No images, labels that do not fit, two attacks alike, `save_images` without `output`, or an output that cannot
             be written or holds something else than an evaluation.
     """
-    attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
+    attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
     _check(attacks, batch_size, output, save_images)
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
@@ -129,9 +129,7 @@ def evaluate(
 def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save_images: bool) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
-    given = [attacks] if isinstance(attacks, str | Attack) else attacks
-    wrong = next((attack for attack in given if not hasattr(attack, "threat_model") or attack is attacks), None)
-    if wrong is not None:
+    if not all(hasattr(attack, "threat_model") for attack in attacks):
         raise TypeError(
             "attacks must be a list of objects such as parse_attack('pgd-20', ThreatModel('linf', '4/255')), not "
             f"{repr(attacks)[:80]}."

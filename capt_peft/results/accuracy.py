@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from ..utils.files import DamagedFileError
 from ..utils.markup import plain
 from ..utils.text import cut
 
 _ROUNDING = 1e-6
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,8 @@ def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n)) / (1 + square)
     # exact at the ends, where the formula leaves a rounding error
     return 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half
+
+
+def known_fields(kind: type[_Record], content: Mapping[str, Any]) -> _Record:
+    """Makes a dataclass of what it has fields for; what a later version has beside them is left out."""
+    return kind(**{f.name: content[f.name] for f in fields(kind) if f.name in content})  # type: ignore[arg-type]

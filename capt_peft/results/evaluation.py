@@ -23,7 +23,7 @@ from ..attacks import ThreatModel
 from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
 from ..utils.text import cut, differences, some
-from .accuracy import Accuracy, readable
+from .accuracy import Accuracy, known_fields, readable
 
 PACKAGES = ("capt-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 EVALUATION = "evaluation.json"  # in an adapter's folder
@@ -191,9 +191,9 @@ class Evaluation:
             clean=Accuracy.from_dict(content["clean"]),
             attacks=tuple(map(AttackOutcome.from_dict, content["attacks"])),
             worst_case={ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]},
-            signs=tuple(Sign(**sign) for sign in content["signs"]),
+            signs=tuple(known_fields(Sign, sign) for sign in content["signs"]),
             configuration=dict(content["configuration"]),
-            machine=str(content["machine"]),
+            machine=str(content.get("machine", "unknown")),
             examples=examples,
         )
         for outcome in evaluation.attacks:
@@ -229,12 +229,12 @@ class Evaluation:
                 a `DamagedFileError`).
         """
         path = Path(path, EVALUATION) if Path(path).is_dir() else Path(path)
-        if not with_examples and not examples_path(path).is_file():
-            with readable(path):
-                return cls.from_dict(read_json(path))
         content = read_json(path)
         if content.get("kind") != "evaluation":
             raise ValueError(f"{path} does not hold an evaluation.")
+        if not with_examples and not examples_path(path).is_file():
+            with readable(path):
+                return cls.from_dict(content)
         try:
             with examples_path(path).open("rb") as file:
                 clean = (pq.read_schema(file).metadata or {}).get(CLEAN)

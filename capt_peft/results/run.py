@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +15,10 @@ from ..tuner.fingerprint import adapter_fingerprint
 from ..tuner.switching import active_adapter
 from ..utils.files import read_json
 from ..utils.markup import Markdown, escape, plain, table_row
-from .accuracy import Accuracy, readable
+from .accuracy import Accuracy, known_fields, readable
 from .evaluation import EVALUATION, Evaluation, describe_machine, versions
 
 RESULTS = "results.json"
-_Record = TypeVar("_Record")
 # the training arguments that a card shows
 _SHOWN = ("optim", "learning_rate", "num_train_epochs", "per_device_train_batch_size")
 
@@ -239,15 +238,17 @@ class RunResults:
             pair = (Accuracy.from_dict(measured[when][kind]) for kind in ("clean", "robust"))
             measured[when] = Accuracies(*pair)
         parts = {
-            "task": _read_as(TaskRecord, content["task"]),
-            "evaluation": _read_as(EvaluationRecord, measured),
-            "training": _read_as(TrainingRecord, content["training"]),
-            "adapter": None if adapter is None else _read_as(AdapterRecord, adapter),
+            "task": known_fields(TaskRecord, content["task"]),
+            "evaluation": known_fields(EvaluationRecord, measured),
+            "training": known_fields(TrainingRecord, content["training"]),
+            "adapter": None if adapter is None else known_fields(AdapterRecord, adapter),
         }
-        results = _read_as(cls, {**content, **parts})
+        results = known_fields(cls, {**content, **parts})
         for attack in (results.evaluation.attack, results.training.attack):  # what follows raises where a card would
-            _ = attack["name"], ThreatModel(**attack["threat_model"])
+            _ = "" + attack["name"], ThreatModel(**attack["threat_model"])
         counts = (results.adapter.parameters if results.adapter else results.parameters) or {}
+        size = None if results.adapter is None else results.adapter.bytes
+        _ = f"{0 if size is None else size:d}"
         _ = f"{counts['trainable']:,} {results.training.seconds:.0f} {results.training.processes:d}"
         _ = (
             len(results.task.class_names),
@@ -277,11 +278,6 @@ def plain_settings(thing: Any) -> dict[str, Any]:
     """Returns the public attributes of an object that are words, numbers or None: what an objective was made with."""
     kinds = str | int | float | None
     return {k: v for k, v in getattr(thing, "__dict__", {}).items() if isinstance(v, kinds) and not k.startswith("_")}
-
-
-def _read_as(kind: type[_Record], content: Mapping[str, Any]) -> _Record:
-    """Makes a record of what it has fields for; what a later version has beside them is left out."""
-    return kind(**{f.name: content[f.name] for f in fields(kind) if f.name in content})  # type: ignore[arg-type]
 
 
 def _json(value: Any) -> Any:

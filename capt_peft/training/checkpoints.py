@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
@@ -41,10 +42,11 @@ _NOT_SHAPE = {
 }  # fmt: skip
 # what a run may go on with another value of, but will then not end where it would have ended
 _SCHEDULE = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_schedule", "decay_biases", "warmup_steps", "optim_args",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim_args",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "tf32", "full_precision_attack",
     "torch_compile", "dataloader_drop_last", "text_chunk_size", "image_chunk_size", "activation_checkpointing",
 )  # fmt: skip
+_PUBLISHED = {"lr_schedule": "step", "decay_biases": False}  # told where they differ, as older checkpoints lack them
 
 
 class Checkpoints:
@@ -184,7 +186,7 @@ def _in_every_process(function: Callable[[], None]) -> str | None:
 def describe_run(trainer: Any) -> dict[str, Any]:
     """Returns what makes a run that begins this one and no other; of a model without adapter all weights count."""
     task, args, model, images = trainer.task, trainer.args, trainer.classifier.model, trainer.train_dataset
-    weights, adapter = model.named_parameters(), {}
+    weights, adapter = model.named_parameters(), None
     if isinstance(model, PeftModel):
         weights = [(name, p) for name, p in base_parameters(model) if not p.requires_grad]
         adapter = model.peft_config[model.active_adapter].to_dict()
@@ -193,18 +195,22 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "base model": tensors_fingerprint(weights),
         "base configuration": configuration_digest(model),
         "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "adapter": {name: value for name, value in adapter.items() if name not in _NOT_SHAPE},
+        "adapter": adapter and {name: value for name, value in adapter.items() if name not in _NOT_SHAPE},
         "class names": task.class_names,
         "template": task.template,
         "training images": {"number": len(images), "content": digest_images(images.dataset)},
         "pixels": images.transform.to_dict(),
         "training attack": getattr(trainer.attack, "to_dict", partial(_settings, trainer.attack))(),
         "objective": _settings(trainer.objective),
-        "teacher": teacher and f"{tensors_fingerprint(teacher.named_parameters())}, {configuration_digest(teacher)}",
+        "teacher": teacher and _fingerprint(teacher),
         "seed": args.seed,
         "data_seed": args.data_seed,
         "optimizer": args.optim,
     }
+
+
+def _fingerprint(model: nn.Module) -> str:
+    return f"{tensors_fingerprint(model.named_parameters())}, configuration {configuration_digest(model)}"
 
 
 def describe_schedule(args: Any) -> dict[str, Any]:
@@ -213,6 +219,7 @@ def describe_schedule(args: Any) -> dict[str, Any]:
         "length": f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs",
         "images a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         **{name: getattr(args, name, None) for name in _SCHEDULE},
+        **{name: value for name, plain in _PUBLISHED.items() if (value := getattr(args, name)) != plain},
         "device": args.device.type,
         "torch": torch.__version__,
     }

@@ -118,7 +118,7 @@ class CaptConfig(PeftConfig):
             for name in names:
                 value = getattr(self, name)
                 if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                    raise TypeError(f"{name}={shown(value)} must be {words}, not a {type(value).__name__}.")
+                    raise TypeError(f"{name}={shown(value)} must be {words}, not {type(value).__name__}.")
         lists: list[tuple[str, type]] = [("template_token_ids", int), ("class_names", str), ("modules_to_save", str)]
         for name, kind in lists:
             value = getattr(self, name)

@@ -12,7 +12,7 @@ import pytest
 from command import TRAINING, Parser, check_early, options_in, run, suggestion
 from helpers import TINY_CLIP
 
-from capt_peft import METHODS, TrainingStopped, load_task
+from capt_peft import METHODS, CaptTrainingArguments, TrainingStopped, load_task
 from capt_peft.benchmark import PROTOCOLS, SUITES
 from capt_peft.methods import ALIASES
 
@@ -71,7 +71,7 @@ WRONG = [
     ("demo --epochs 3", "There is no option --epochs"),
     ("app --adapter ./nowhere", "There is no folder ./nowhere (--adapter)"),
     ("app --prot 3", "did you mean --port?"),
-    ("app --adapter {examples}/configs", "{examples}/configs cannot be loaded"),
+    ("app --adapter {examples}/configs", "{examples}/configs is not an adapter: it has no adapter_config.json"),
 ]
 
 
@@ -220,6 +220,13 @@ def test_the_options_that_are_read_from_the_source_are_those_that_are_parsed(nam
     assert {option.replace("-", "_") for option in parsed} - {"help"} == {
         *known, *(f"no_{name}" for name, option in known.items() if option.default is True),
     }  # fmt: skip
+
+
+def test_the_help_of_training_describes_every_option():
+    options = options_in(*TRAINING, EXAMPLES / "train.py")
+    silent = {name for name, option in options.items() if not option.help and not name.startswith("log_level")}
+    assert not silent, silent
+    assert options["learning_rate"].default == CaptTrainingArguments("out").learning_rate
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from records import SHARE, card_from, run_record
+from records import SHARE, card_from, evaluation_record, run_record
 
+from capt_peft.evaluation import Evaluation
 from capt_peft.results.run import RunResults
 from capt_peft.utils.files import DamagedFileError
 
@@ -61,6 +62,34 @@ def test_a_card_shows_the_settings_that_the_objective_has_and_no_others(results)
     ):
         record["method"], record["training"]["objective"] = "fap", objective
         assert f"| method | {words} |" in card_from(record)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("adapter", "bytes"), "zz"),
+        (("adapter", "bytes"), []),
+        (("evaluation", "attack", "name"), {}),
+    ],
+)
+def test_a_value_that_no_card_could_show_is_damage(place, value, tmp_path):
+    record = run_record("x")
+    inner = record
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    with pytest.raises(DamagedFileError, match=r"results\.json is not a record of this package, or is damaged"):
+        RunResults.load(tmp_path)
+
+
+def test_a_file_that_is_no_evaluation_is_none_on_its_own_either(tmp_path):
+    record = evaluation_record("x", "base")
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    assert Evaluation.load(tmp_path, with_examples=False).clean == SHARE
+    (tmp_path / "evaluation.json").write_text(json.dumps({**record, "kind": "curve"}))
+    with pytest.raises(ValueError, match="does not hold an evaluation"):
+        Evaluation.load(tmp_path, with_examples=False)
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_weights_alone_are_no_checkpoint_to_go_on_from(tmp_path, processor):
         make_trainer(tmp_path, processor, **STEPS).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize(("name", "words"), [("checkpoint-3", "is no checkpoint"), ("", "is no checkpoint")])
+@pytest.mark.parametrize(("name", "words"), [("checkpoint-3", "is not a checkpoint"), ("", "is not a checkpoint")])
 def test_a_name_that_is_no_checkpoint_is_answered_with_those_that_are(home, processor, name, words):
     with pytest.raises(ValueError, match=words) as caught:
         make_trainer(home.parent, processor, **STEPS).train(resume_from_checkpoint=str(home / name))
