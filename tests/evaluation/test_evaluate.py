@@ -418,7 +418,7 @@ LABELS = torch.zeros(4, dtype=torch.int64)
             TypeError,
             r"attacks must be a list of objects such as .*, not \['pgd-20'\]",
         ),
-        ((GOOD, LABELS), {"attacks": "pgd-20"}, TypeError, "not 'pgd-20'"),
+        ((GOOD, LABELS), {"attacks": "pgd-20"}, TypeError, r"not \['pgd-20'\]"),
         ((GOOD, LABELS), {"attacks": [Cheat(THREAT, steps=1)]}, ValueError, "has left its threat model L-inf 4/255"),
         ((GOOD, LABELS), {"attack_target": "base"}, ValueError, "attack_target='base' is unknown"),
         ((GOOD, LABELS), {"attack_target": "frozen"}, ValueError, "need a ZeroShotClassifier"),
