@@ -19,13 +19,13 @@ def test_the_interval_is_symmetric_and_stays_in_the_unit_range():
     assert wilson_interval(13, 20) == pytest.approx((1 - high, 1 - low))
     assert wilson_interval(5, 5)[1] == 1.0
     for correct, n in ((1, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="no share"):
+        with pytest.raises(ValueError, match="not a share"):
             wilson_interval(correct, n)
 
 
 @pytest.mark.parametrize(("correct", "n"), [(7, 5), (-1, 5), (0, 0)])
 def test_what_is_no_share_is_no_accuracy(correct, n):
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         Accuracy(correct, n)
 
 
