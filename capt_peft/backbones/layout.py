@@ -151,7 +151,7 @@ def targets(tower: Sizes) -> dict[str, Target]:
 
 
 def take_constants(tensors: dict[str, Tensor], vision: Sizes, text: Sizes | None) -> None:
-    """Takes out what is no weight, having checked it: the causal mask, and the numbers in OpenAI's archives."""
+    """Removes what is not a weight, after checking it: the causal mask, and the numbers in OpenAI's archives."""
     known: dict[str, int | None] = {
         "input_resolution": vision["image_size"],
         "context_length": None,
