@@ -14,7 +14,8 @@ from capt_peft.objectives import WEIGHTINGS
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("README.md"))]
+MODELS = sorted((ROOT / "capt_peft" / "toy").rglob("README.md"))
+READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("README.md")), *MODELS]
 PAGES = [*DOCS, *READMES]
 WITH_ALL = (
     "capt_peft",
