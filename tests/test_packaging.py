@@ -1,5 +1,6 @@
 """The source distribution: it has all that the repository has, its description needs no other file, and versions agree."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -27,8 +28,9 @@ def made(folder, names):
 def sdist(tmp_path_factory):
     """The files that went in, and what came out, unpacked."""
     folder = tmp_path_factory.mktemp("sdist")
-    shutil.copytree(ROOT, folder / "source", ignore=made)
-    files = {path.relative_to(folder / "source") for path in (folder / "source").rglob("*") if path.is_file()}
+    shutil.copytree(ROOT, folder / "source", ignore=made, symlinks=True)
+    walked = os.walk(folder / "source", followlinks=True)
+    files = {Path(root, name).relative_to(folder / "source") for root, _, names in walked for name in names}
     subprocess.run([sys.executable, "-c", BUILD], cwd=folder / "source", check=True, capture_output=True)
     (archive,) = (folder / "source" / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -49,7 +51,12 @@ def test_the_description_on_an_index_leads_to_no_file(sdist):
     assert [token for token in tokens if token.type == "image"] == []
     links = [token.attrs["href"] for token in tokens if token.type == "link_open"]
     assert links and [link for link in links if not re.match("https?://", link)] == []
-    for words in ("# capt-peft", "`docs/evaluate.md`", "training on your data (`docs/train.md`)", "(`docs/attack.png`)"):
+    for words in (
+        "# capt-peft",
+        "`docs/evaluate.md`",
+        "training on your data (`docs/train.md`)",
+        "(`docs/attack.png`)",
+    ):
         assert words in description
 
 

@@ -368,7 +368,7 @@ def test_many_classes_are_cut_short(results):
 def test_the_wheel_holds_the_template(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "model_card.md"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "model_card.md"):
         shutil.copy(ROOT / name, source / name)
     shutil.copytree(
         ROOT / "capt_peft", source / "capt_peft", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
