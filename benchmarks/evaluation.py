@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,8 +22,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from capt_peft import PGD, ThreatModel, ZeroShotClassifier, evaluate, load_task
 from capt_peft.results.evaluation import describe_machine, versions
-
-TINY_CLIP = str(Path(__file__).resolve().parent.parent / "examples" / "tiny_clip")
+from capt_peft.toy import TINY_CLIP
 
 
 def tiny(images: int) -> tuple[ZeroShotClassifier, torch.Tensor, torch.Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,11 +26,11 @@ from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task
 from capt_peft.clip.classifier import lean_activations, normalize
 from capt_peft.data.task import task_features
 from capt_peft.randomness import example_generators
+from capt_peft.toy import TINY_CLIP
 from capt_peft.training.frozen import FrozenOutputs
 from capt_peft.tuner.clip import image_features, text_features
 from capt_peft.tuner.config import DEFAULT_TEMPLATE
 
-TINY_CLIP = str(Path(__file__).resolve().parent.parent / "examples" / "tiny_clip")
 PROMPT_NOISE = 0.02  # untrained text prompts are the frozen model's own states, and would hide a mistake
 
 

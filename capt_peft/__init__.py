@@ -1,6 +1,5 @@
 """capt-peft: small adapters that make CLIP robust to adversarial images. Importing it registers CAPT with PEFT."""
 
-from . import toy as _toy  # noqa: F401 (its tasks are among those of load_task)
 from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from .backbones import convert_backbone
 from .clip.classifier import ZeroShotClassifier
@@ -9,6 +8,7 @@ from .evaluation import Evaluation, evaluate
 from .methods import METHODS, get_method
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
 from .results.hub import push_adapter
+from .toy import tasks as _tasks  # noqa: F401 (they are among those of load_task)
 from .training import CaptTrainer, CaptTrainingArguments, FareTrainer, TrainingStopped
 from .tuner import CaptConfig, CaptModel
 

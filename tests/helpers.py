@@ -1,14 +1,12 @@
 """Small random CLIPs and what goes into them."""
 
-from pathlib import Path
-
 import torch
 from peft import get_peft_model
 from transformers import CLIPConfig, CLIPModel
 
 from capt_peft import CaptConfig
+from capt_peft.toy import TINY_CLIP  # noqa: F401 (tests take it from here)
 
-TINY_CLIP = str(Path(__file__).parent.parent / "examples" / "tiny_clip")
 VOCABULARY, START, END = 60, 58, 59
 TEMPLATE_IDS = [START, 5, 6, 7]
 COUPLINGS = ("text_to_vision", "vision_to_text", "none")

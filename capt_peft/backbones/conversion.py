@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from ..tuner.clip import check_tokenizer, image_size, in_tower
 from ..tuner.fingerprint import tensors_fingerprint
+from ..utils.embedded import model_path
 from ..utils.files import entries, make_writable, write_json, written_whole
 from ..utils.text import some
 from .layout import Sizes, infer_text, infer_vision, openai_names, take_constants, targets
@@ -173,6 +174,7 @@ def _resolve(
 
 def _load_base(name: str, activation: str | None, head_width: int | None) -> tuple[Model, Settings]:
     """Loads a base from a folder or the Hub; an image tower has the settings that it was tuned with, the base's."""
+    name = model_path(name)
     loaded: Any = CLIPModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

@@ -16,6 +16,7 @@ from transformers.utils import resolve_revision
 
 from ..tuner import CaptConfig
 from ..tuner.loading import load_pretrained
+from ..utils.embedded import model_path, recorded_path
 from ..utils.text import cut
 
 
@@ -25,7 +26,7 @@ def load_model(
     """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
 
     Args:
-        name_or_path: Folder or Hub id.
+        name_or_path: Folder or Hub id, or the name of an embedded model (`tiny_clip`).
         dtype: Precision of the base model, whatever it is stored in. In half precision, gradients of the pixels vanish and
             attacks look weaker than they are.
         base: Folder or Hub id of the base model, instead of the one that the adapter names.
@@ -39,6 +40,7 @@ def load_model(
             code of its own, which is never run.
         OSError: There is no such model, or neither the Hub nor the cache gives it.
     """
+    name_or_path = model_path(name_or_path)
     where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
     # one commit for all files, whatever is pushed meanwhile
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), **where)
@@ -50,7 +52,8 @@ def load_model(
         _check_bare(name_or_path, error.__cause__, kwargs)
         model = load_pretrained(AutoModel, name_or_path, dtype=dtype, **kwargs).eval()
         return model, load_pretrained(AutoProcessor, name_or_path, **kwargs)
-    name, revision = (config.base_model_name_or_path, config.revision) if base is None else (base, None)
+    recorded = recorded_path(config.base_model_name_or_path or "")
+    name, revision = (recorded, config.revision) if base is None else (base, None)
     if not name:
         raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
     model = load_pretrained(AutoModel, name, revision=revision, dtype=dtype, **where)

@@ -26,7 +26,9 @@ from .task import SPLITS, Task, encoded_images, one_line, without_images
 
 logger = logging.getLogger(__name__)
 
-MADE: dict[str, Callable[[int], Task]] = {}  # tasks that are made from a seed, by name: `capt_peft.toy` adds its own
+MADE: dict[
+    str, Callable[[int], Task]
+] = {}  # tasks that are made from a seed, by name: `capt_peft.toy.tasks` adds its own
 COOP_FRACTIONS = (0.5, 0.2, 0.3)
 VALIDATION_FRACTION = 0.2
 MAX_VALIDATION_PER_CLASS = 50
@@ -78,7 +80,8 @@ def load_task(
         train_split: Name of the split to train on, where its name does not tell.
         validation_split: Likewise, to choose settings on.
         test_split: Likewise, to measure accuracy on.
-        seed: An integer of at least 0: draws the splits that are missing, and the images of procedural tasks.
+        seed: An integer of at least 0: draws the splits that are missing, and the images of drawn tasks; those of `digits` are
+            fixed.
         revision: Branch, tag or commit of a Hub dataset.
 
     Returns:

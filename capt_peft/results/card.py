@@ -18,6 +18,7 @@ from ..attacks.registry import known_attack
 from ..tuner import CaptConfig
 from ..tuner import config as tuner_config
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
+from ..utils.embedded import embedded_name
 from ..utils.files import write_text
 from ..utils.markup import Markdown, code, escape, plain, quoted
 from ..utils.text import some
@@ -105,8 +106,9 @@ class CardDetails:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tells whether a name can be the id of a repository: it has the form of one and is not a folder here."""
-    return len(name) <= 96 and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    """Tells whether a name can be the id of a repository: it has the form of one and is no folder here and no embedded model."""
+    known = embedded_name(name) is not None or Path(name).exists()
+    return len(name) <= 96 and _HUB_ID.fullmatch(name) is not None and not known
 
 
 def is_replaceable(path: Path) -> bool:
@@ -335,6 +337,7 @@ def card_text(
     results, evaluation, rows = records.results, records.evaluation, accuracy_rows(records)
     task = next(iter(details.datasets), None) if results is None else results.task.name
     base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
+    embedded = embedded_name(str(base))
     words = f" ({', '.join(details.dataset_args)})" if details.dataset_args else ""
     values = {
         "mark": Markdown(MARK),
@@ -343,7 +346,7 @@ def card_text(
         "results": results,
         "config": config,
         "fingerprint": fingerprint,
-        "base": shown_path(base, hub=True),
+        "base": Markdown(f"{code(embedded)} (embedded in capt-peft)") if embedded else code(shown_path(base, hub=True)),
         "datasets": [shown_path(name) + words for name in details.datasets],
         "rows": rows,
         "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.attack)),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,12 +15,14 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import PushToHubMixin
 
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..tuner.switching import active_adapter
+from ..utils.embedded import embedded_name
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text
 from ..utils.outputs import save_somewhere
 from .card import (
@@ -40,7 +44,8 @@ from .run import RESULTS, RecordError, Records, RunResults, why_unshown
 logger = logging.getLogger(__name__)
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
-UPLOADED = [SAFETENSORS_NAME, "adapter_config.json", CARD, RESULTS, EVALUATION]
+_RECORDS = (CONFIG_NAME, RESULTS, EVALUATION)
+UPLOADED = [SAFETENSORS_NAME, CARD, *_RECORDS]
 _LOCAL_BASE = (
     "The base model was loaded from the folder %r, which adapter_config.json names: others cannot load it from there, and read "
     "where it lies. They give their own with base=. Load the base by its Hub id before you tune an adapter to share."
@@ -198,13 +203,15 @@ def push_adapter(
         for reason in records.unshown:
             logger.warning("Not uploaded from %s: %s", folder, reason)
         base = str(adapter_config(folder).base_model_name_or_path or "")
-        if not is_hub_id(base):
+        if not is_hub_id(base) and embedded_name(base) is None:
             logger.warning(_LOCAL_BASE, base[:300])
         try:
             api, repo_id = HfApi(), prepare_repo(repo_id, token=token, private=private)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
             contents: dict[str, Path | bytes] = {name: folder / name for name in UPLOADED if (folder / name).is_file()}
+            for name in contents.keys() & _RECORDS:
+                contents[name] = _for_others((folder / name).read_bytes())
             contents[CARD] = _card_to_send(folder, repo_id, details, strict).encode()
             operations: list[CommitOperationAdd | CommitOperationDelete] = []
             for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
@@ -243,6 +250,31 @@ def _card_to_send(folder: Path, repo_id: str, details: CardDetails, strict: bool
     return without_local_paths((folder / CARD).read_text(encoding="utf-8", errors="replace"))
 
 
+def _for_others(record: bytes) -> bytes:
+    """Returns a JSON file in which an embedded model goes by its name, and not by where it is in this environment."""
+
+    def named(literal: re.Match[bytes]) -> bytes:
+        name = embedded_name(json.loads(literal[0]))
+        return literal[0] if name is None else json.dumps(name).encode()
+
+    return re.sub(rb'"(?:[^"\\]|\\.)*"', named, record)
+
+
+@contextmanager
+def _configurations_for_others(folder: Path) -> Iterator[None]:
+    """While PEFT or transformers uploads a folder, its adapters' configurations name an embedded model by its name."""
+    saved = {
+        path: path.read_bytes() for path in (folder / CONFIG_NAME, *folder.glob(f"*/{CONFIG_NAME}")) if path.is_file()
+    }
+    try:
+        for path, content in saved.items():
+            path.write_bytes(_for_others(content))
+        yield
+    finally:
+        for path, content in saved.items():
+            path.write_bytes(content)
+
+
 def saved_copy(model: nn.Module, home: Path) -> Path | None:
     """Returns where in a folder the active adapter is saved with the weights that it has now, or None."""
     if not getattr(model, "peft_config", None):
@@ -276,7 +308,8 @@ def _with_our_card(upload: Callable[..., Any]) -> Callable[..., Any]:
                 readme.write_text(card_of(Path(working_dir), repo_id, details=details)[0], encoding="utf-8")
             elif readme.is_file() and any(map(is_capt, Path(working_dir).glob("*/"))):
                 readme.unlink()  # each adapter with a name has its card beside it
-        return upload(self, working_dir, repo_id, *args, **kwargs)
+        with _configurations_for_others(Path(working_dir)):
+            return upload(self, working_dir, repo_id, *args, **kwargs)
 
     upload_with_our_card._capt_peft = True  # type: ignore[attr-defined]
     return upload_with_our_card

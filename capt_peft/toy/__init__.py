@@ -1,8 +1,5 @@
-"""What needs no download: procedural images, the tasks made of them, the handwritten digits; `load_task` knows them by name."""
+"""What needs no download: tiny CLIP and its robust twin, procedural images, the tasks made of them, the handwritten digits."""
 
-from functools import partial
+from ..utils.embedded import TINY_CLIP, TINY_CLIP_ROBUST
 
-from ..data.loading import MADE
-from .tasks import load_procedural_task, procedural_tasks
-
-MADE.update({name: partial(load_procedural_task, name) for name in procedural_tasks()})
+__all__ = ["TINY_CLIP", "TINY_CLIP_ROBUST"]

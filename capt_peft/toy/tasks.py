@@ -1,6 +1,6 @@
 """The classification tasks that need no download: the toy suite, which mirrors the paper's 14 data sets.
 
-Eleven are in distribution. `digits` is real: scikit-learn's 1,797 scans of handwritten digits, which no drawing has seen. The
+Eleven are in distribution. `digits` is real: 1,797 scans of handwritten digits, which no drawing has seen. The
 others ask for one fact of the images of `images`, in images drawn from random streams of their own and with pairs of facts that
 `images.draw`, and so the pre-training of tiny CLIP, never puts into one image. Three are distribution shifts of `shapes`.
 
@@ -27,17 +27,23 @@ shapes_recolored  as shapes; test images only            colours that were never
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageFilter, ImageOps
+from pyarrow import compute
+from pyarrow.parquet import read_table
 
-from ..data.task import Task, task_features
+from ..data.loading import MADE
+from ..data.task import SPLITS, Task, task_features
 from .glyphs import DIGITS
 from .images import FACTS, draw_facts, is_held_out, sample_facts
 
+DIGITS_FILE = Path(__file__).with_name("digits.parquet")
 Render = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -109,8 +115,8 @@ def procedural_tasks() -> list[str]:
 
 
 def load_procedural_task(name: str, seed: int = 0) -> Task:
-    """Returns any of `procedural_tasks()`."""
-    return load_digits_task(seed=seed) if name == "digits" else load_toy_task(name, seed=seed)
+    """Returns any of `procedural_tasks()`; the digits are the same for every seed."""
+    return load_digits_task() if name == "digits" else load_toy_task(name, seed=seed)
 
 
 def load_toy_task(
@@ -158,29 +164,21 @@ def _draw_held_out(task: ToyTask, value: str, rng: np.random.Generator) -> Image
             return draw_facts(facts, rng)
 
 
-def load_digits_task(seed: int = 0) -> Task:
-    """Loads scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels, bright on black.
+def load_digits_task() -> Task:
+    """Loads 1,797 scans of handwritten digits, 8 x 8 pixels, bright on black: the test images of Alpaydin & Kaynak (1998).
 
-    The splits are stratified: 797 images to train on, 300 for validation, 700 to test.
-
-    Args:
-        seed: Any non-negative integer; the same seed makes the same splits.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
+    The splits are fixed and stratified: 797 images to train on, 300 for validation, 700 to test. The file names its source and
+    licence.
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("The task `digits` needs scikit-learn: pip install capt-peft[toy]") from error
-    scans = load_digits()
-    images = [Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).convert("RGB") for scan in scans.images]
-    labels = scans.target.tolist()
-    rest, test = train_test_split(range(len(labels)), test_size=700, stratify=labels, random_state=seed)
-    train, validation = train_test_split(rest, test_size=300, stratify=[labels[i] for i in rest], random_state=seed)
+    table = read_table(DIGITS_FILE)
     splits = {}
-    for split, chosen in {"train": train, "validation": validation, "test": test}.items():
-        columns = {"image": [images[i] for i in chosen], "label": [labels[i] for i in chosen]}
+    for split in SPLITS:
+        part = table.filter(compute.field("split") == split)
+        scans = np.array(part["pixels"].to_pylist(), float).reshape(-1, 8, 8) * 255 / 16
+        images = [Image.fromarray(scan.round().astype(np.uint8)).convert("RGB") for scan in scans]
+        columns = {"image": images, "label": part["label"].to_pylist()}
         splits[split] = Dataset.from_dict(columns, features=task_features(DIGITS))
     return Task("digits", DIGITS, splits, "a photo of the digit {}.", source="digits")
+
+
+MADE.update({name: partial(load_procedural_task, name) for name in procedural_tasks()})

@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..utils.embedded import model_path
 from ..utils.text import cut, shown, some
 from .fingerprint import PEFT_PREFIX, SAFETENSORS_NAME
 from .switching import base_parameters
@@ -72,7 +73,7 @@ def load_pretrained(loader: Any, name_or_path: str, **kwargs: Any) -> Any:
 
     Args:
         loader: A class with `from_pretrained`, such as `AutoModel` or `AutoProcessor`.
-        name_or_path: Folder or Hub id.
+        name_or_path: Folder or Hub id, or the name of an embedded model (`tiny_clip`).
         kwargs: Its further arguments.
 
     Raises:
@@ -84,7 +85,7 @@ def load_pretrained(loader: Any, name_or_path: str, **kwargs: Any) -> Any:
         "from a model's files. Take a CLIP that transformers has built in."
     )
     try:
-        loaded = loader.from_pretrained(name_or_path, trust_remote_code=False, **kwargs)
+        loaded = loader.from_pretrained(model_path(name_or_path), trust_remote_code=False, **kwargs)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
+from pyarrow.parquet import read_table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_models import CLASSES, accuracy, epsilon_for, make_model, seeded, some_images
@@ -23,6 +23,7 @@ from capt_peft.attacks import (
     ThreatModel,
     parse_attack,
 )
+from capt_peft.toy.tasks import DIGITS_FILE
 
 NORMS = ["linf", "l2"]
 both_norms = pytest.mark.parametrize("norm", NORMS)
@@ -61,10 +62,10 @@ Digits = tuple[nn.Sequential, Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def digits() -> Digits:
-    """An MLP trained on scikit-learn's digits in three colours, and 60 digits that it has not seen."""
-    data = load_digits()
-    images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1).contiguous()
-    labels, noise = torch.tensor(data.target), seeded(0)
+    """An MLP trained on 1,000 of the handwritten digits in three colours, and 60 digits that it has not seen."""
+    scans = read_table(DIGITS_FILE).sort_by("scan")
+    images = torch.tensor(scans["pixels"].to_pylist()).view(-1, 1, 8, 8).div(16).expand(-1, 3, -1, -1).contiguous()
+    labels, noise = torch.tensor(scans["label"].to_pylist()), seeded(0)
     model = make_model(scale=1.0, classes=10)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(100):

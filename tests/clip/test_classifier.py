@@ -1,5 +1,8 @@
 """ZeroShotClassifier: the model's own logits, from pixels in [0, 1]."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -306,3 +309,22 @@ def test_a_classifier_follows_its_model_to_another_device(processor):
     assert classifier.device.type == "meta"
     assert {tensor.device.type for tensor in classifier.text_inputs().values()} == {"meta"}
     assert classifier.image_features(pixels).device.type == "meta"
+
+
+def test_an_embedded_model_loads_by_its_name_and_below_adapters_of_other_environments(
+    model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.chdir(tmp_path)
+    bare = ZeroShotClassifier.from_pretrained("tiny_clip", class_names=NAMES)
+    model.save_pretrained("adapter")
+    pixels = bare.transform.batch(images())
+    expected = ZeroShotClassifier.from_pretrained("adapter", class_names=NAMES)(pixels)
+    with model.disable_adapter():
+        assert torch.equal(bare(pixels), ZeroShotClassifier(model, bare.processor, NAMES)(pixels))
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    for name, warned in (("tiny_clip", False), ("tiny_clip_robust", True)):
+        moved = {**config, "base_model_name_or_path": f"/another/place/capt_peft/toy/{name}"}
+        Path("adapter/adapter_config.json").write_text(json.dumps(moved))
+        there = ZeroShotClassifier.from_pretrained("adapter", class_names=NAMES)(pixels)
+        assert torch.equal(there, expected) != warned
+        assert ("was tuned on the base model" in caplog.text) == warned

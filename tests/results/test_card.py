@@ -56,6 +56,7 @@ def test_the_card_of_a_run_holds_its_figures(adapter, results):
     first = card.split("```python\n")[1].splitlines()[0]
     assert first.startswith("import capt_peft")
     assert "{{" not in card and "{%" not in card and "{#" not in card
+    assert "prompts for\n`tiny_clip` (embedded in capt-peft), tuned on digits" in card
     for local in (ROOT, adapter.parent):  # paths of this machine say nothing elsewhere
         assert str(local) not in card
 
@@ -63,7 +64,7 @@ def test_the_card_of_a_run_holds_its_figures(adapter, results):
 def test_the_hubs_own_tools_read_the_metadata(results):
     card = ModelCard(card_from(results, "someone/tiny-capt"))
     assert card.data.model_name == "tiny-capt" and card.data.library_name == "peft"
-    assert card.data.base_model is None  # a local folder is no id of the Hub
+    assert card.data.base_model is None  # an embedded model is no id of the Hub
     clean, robust = card.data.eval_results
     assert clean.metric_name == "clean accuracy" and robust.metric_name == "robust accuracy (pgd-2, L-inf 4/255)"
     assert clean.metric_value == pytest.approx(results["evaluation"]["after"]["clean"]["accuracy"], abs=1e-6)

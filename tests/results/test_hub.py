@@ -158,6 +158,20 @@ def test_an_adapter_is_uploaded_in_one_commit_and_nothing_beside_it(client, hub,
     assert len(hub.repos["someone/whole"].commits) == 2  # the Hub's own first one, and ours
 
 
+def test_an_embedded_base_goes_by_its_name_and_not_by_its_place(client, hub, tmp_path):
+    logits = client("save_adapter", TINY_CLIP, 5, str(tmp_path / "local"))
+    client("push_adapter", str(tmp_path / "local"), "someone/on-tiny")
+    assert client("push_model", TINY_CLIP, 5, "someone/on-tiny-by-peft") == logits
+    for name in ("someone/on-tiny", "someone/on-tiny-by-peft"):
+        uploaded = files(hub, name)
+        assert json.loads(uploaded["adapter_config.json"])["base_model_name_or_path"] == "tiny_clip"
+        assert not any(TINY_CLIP.encode() in content for content in uploaded.values())
+        assert client("load", "ZeroShotClassifier", name) == logits
+    assert "others cannot load it" not in client.log.read_text()
+    local = json.loads((tmp_path / "local" / "adapter_config.json").read_text())
+    assert local["base_model_name_or_path"] == TINY_CLIP  # where transformers' own loader finds it
+
+
 def test_pushing_again_sends_nothing_and_commits_nothing(client, hub, folder):
     before = dict(hub.repos[ADAPTER].branches)
     puts = len(hub.log("PUT"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
+import hashlib
 from typing import Any
 
 import numpy as np
 import pytest
+from pyarrow.parquet import read_schema
 
 from capt_peft import list_tasks, load_task
 from capt_peft.toy import images as toy
@@ -174,29 +175,32 @@ def test_corruptions_are_of_four_kinds_and_keep_the_size() -> None:
 
 
 def test_digits_are_all_the_scans_in_stratified_splits_of_797_300_and_700() -> None:
-    pytest.importorskip("sklearn")
-    task, again = toy_tasks.load_digits_task(), toy_tasks.load_digits_task()
+    task = load_task("digits")
     assert {split: len(task[split]) for split in task.splits} == {"train": 797, "validation": 300, "test": 700}
     images = [image for split in task.splits for image in task[split]["image"]]
     assert len(set(pixels(images))) == 1797 and {(image.mode, image.size) for image in images} == {("RGB", (8, 8))}
     for split in task.splits:
         counts = np.bincount(task[split]["label"])
         assert len(counts) == 10 and counts.max() - counts.min() <= 0.07 * counts.mean() + 1
-        assert task[split]["label"] == again[split]["label"]
-    assert task["test"]["label"] != toy_tasks.load_digits_task(seed=1)["test"]["label"]
 
 
-def test_digits_without_scikit_learn_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("train", "7f4232492770ba009837d0e896095a61d1094e9bb889d32a61db65d8d10041f2"),
+        ("validation", "4e31f6a19114091d5799e64ca739912fde05bac836b181e7a5f973f7bb4944b4"),
+        ("test", "9d603b2c86a0914a5f87ce115ae07d5d678d62123892549b49f844f5a91309b0"),
+    ],
+)
+def test_digits_are_those_that_published_figures_are_of_in_their_order(split: str, expected: str) -> None:
+    """SHA-256 of pixels and labels as scikit-learn's `load_digits` and `train_test_split(random_state=0)` gave them."""
+    data = load_task("digits", seed=1)[split]
+    assert hashlib.sha256(b"".join(pixels(data["image"])) + bytes(data["label"])).hexdigest() == expected
 
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install capt-peft\[toy\]"):
-        toy_tasks.load_digits_task()
+def test_the_file_of_the_digits_names_its_source_and_licence() -> None:
+    metadata = read_schema(toy_tasks.DIGITS_FILE).metadata
+    assert b"CC BY 4.0" in metadata[b"licence"] and b"10.24432/C50P49" in metadata[b"source"]
 
 
 @pytest.mark.parametrize("font", FONTS)

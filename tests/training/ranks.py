@@ -19,9 +19,9 @@ from transformers import AutoProcessor, CLIPModel, TrainerCallback
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task, TrainingStopped, get_method
 from capt_peft.data.task import task_features
+from capt_peft.toy import TINY_CLIP
 from capt_peft.training import frozen
 
-TINY_CLIP = str(Path(__file__).parents[2] / "examples" / "tiny_clip")
 NAMES = ("red circle", "green square", "seven")
 GLOBAL_BATCH = 8
 # name: method, coupling, accumulation, training images (21 and 11 leave a last batch that the ranks share unevenly)

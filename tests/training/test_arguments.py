@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from helpers import shake
+from helpers import TINY_CLIP, shake
 from training_helpers import Scripted, adapter_of, make_model, make_task, make_trainer
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
@@ -175,4 +175,4 @@ def test_the_processor_may_go_by_its_name_in_the_trainer(tmp_path, processor):
     for given in ({}, {"processor": processor, "processing_class": copy.copy(processor)}):
         with pytest.raises(ValueError, match="of processor= and processing_class= is given"):
             CaptTrainer(make_model(), args, task=make_task(), **given)
-    assert isinstance(processor, type(AutoProcessor.from_pretrained("examples/tiny_clip")))
+    assert isinstance(processor, type(AutoProcessor.from_pretrained(TINY_CLIP)))
