@@ -1,4 +1,4 @@
-"""Pictures for people: images, their adversarial examples, the noise, and what two classifiers say. Needs the extra `plot`."""
+"""Pictures for people: images, their adversarial examples, the noise, and what two classifiers say."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def attack_picture(
         The path.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is missing (the extra `plot`).
     """
     figure = new_figure(1.25 * len(images) + 1.1, 1.42 * 3 * len(classifiers))
     first = next(iter(classifiers.values()))
@@ -48,12 +48,10 @@ def attack_picture(
     rows: list[tuple[str, Tensor, list[tuple[str, bool]]]] = []
     names = first.class_names
     for name, classifier in classifiers.items():
-        generators = example_generators(seed, range(len(pixels)), stream="evaluation")
-        attacked = attack(classifier.with_fixed_texts(), pixels, truth, generators)
+        attacked, noise, scale = attacked_and_noise(classifier, pixels, truth, attack, seed)
         rows.append((f"image\n{name}", pixels, _answers(classifier, pixels, truth, names)))
         rows.append((f"attacked\n{name}", attacked, _answers(classifier, attacked, truth, names)))
-        scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)
-        rows.append((f"noise x{scale:.0f}", (0.5 + scale * (attacked - pixels)).clamp(0, 1), []))
+        rows.append((f"noise x{scale:.0f}", noise, []))
     axes = figure.subplots(len(rows), len(pixels), squeeze=False)
     for (title, row_pixels, answers), row in zip(rows, axes, strict=True):
         for i, axis in enumerate(row):
@@ -66,6 +64,46 @@ def attack_picture(
     figure.suptitle(f"{attack.name}, {attack.threat_model}; answers in green are right, in red wrong", fontsize=10)
     save_figure(figure, Path(path), dpi=110)
     return Path(path)
+
+
+def image_grid(
+    classifier: ZeroShotClassifier,
+    pixels: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    seed: int = 0,
+    places: Sequence[int] | None = None,
+) -> Tensor:
+    """Returns one picture without words: a row of clean images, one of their adversarial examples, and one of the scaled noise.
+
+    Args:
+        classifier: The classifier, in eval mode.
+        pixels: (B, 3, H, W) in [0, 1], on its device.
+        labels: (B,) class indices.
+        attack: The attack, white box.
+        seed: Seed of the attack.
+        places: The images' places in their split, on which the attack's random numbers depend; by default 0 to B - 1.
+
+    Returns:
+        (3, 3 * H, B * W) in [0, 1].
+    """
+    attacked, noise, _ = attacked_and_noise(classifier, pixels, labels, attack, seed, places)
+    return torch.cat([torch.cat(list(row), dim=2) for row in (pixels, attacked, noise)], dim=1)
+
+
+def attacked_and_noise(
+    classifier: ZeroShotClassifier,
+    pixels: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    seed: int,
+    places: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor, float]:
+    """Returns adversarial examples, the noise scaled to fill the range around grey, both (B, 3, H, W), and that scale."""
+    generators = example_generators(seed, range(len(pixels)) if places is None else places, stream="evaluation")
+    attacked = attack(classifier.with_fixed_texts(), pixels, labels, generators)
+    scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)
+    return attacked, (0.5 + scale * (attacked - pixels)).clamp(0, 1), scale
 
 
 @torch.no_grad()

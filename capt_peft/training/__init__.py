@@ -3,6 +3,7 @@
 from .arguments import CaptTrainingArguments
 from .callbacks import (
     CheckGradients,
+    LogPictures,
     StopOnCollapse,
     StopOnOverfitting,
     TrainingStopped,
@@ -17,6 +18,7 @@ __all__ = [
     "CaptTrainingArguments",
     "CheckGradients",
     "FareTrainer",
+    "LogPictures",
     "StopOnCollapse",
     "StopOnOverfitting",
     "TrainingStopped",

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
@@ -295,6 +296,19 @@ def refuse_sharding(args: TrainingArguments) -> None:
         )
 
 
+def check_trackers(args: Any) -> None:
+    """Raises a ValueError if a tracker of `report_to` is unknown or not installed."""
+    names = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in {"none", "all", *installed}:
+            known = "needs a package that is not installed" if name in INTEGRATION_TO_CALLBACK else "is unknown"
+            raise ValueError(
+                f"report_to={shown(name, 80)} {known}. Trackers that are: {', '.join(installed) or 'none'}; pip install "
+                "tensorboard, or wandb, brings one. Leave it out to write results.json alone."
+            )
+
+
 def check_processes(args: Any) -> None:
     """Raises a ValueError if the processes that were launched do not know of each other; leaves a single process one GPU."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -328,6 +342,7 @@ def check_arguments(args: Any, others: Mapping[str, Any], attack: Attack | None)
         if others.get(name) is not None:
             raise ValueError(f"{name}= is refused: {reason}.")
     refuse_arguments(args)
+    check_trackers(args)
     check_processes(args)
     for name in ("attack_steps", "attack_step_size", "attack_loss", "attack_clip_each_step"):
         if attack is not None and _is_changed(args, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import datasets
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir, rewrite_logs
 
 from ..data.pixels import PixelDataset
 from ..data.task import Task
 from ..evaluation import Accuracy
+from ..evaluation.pictures import image_grid
 from ..tuner.switching import base_parameters
 from ..utils.modules import eval_mode
 from ..utils.text import some
@@ -271,7 +274,53 @@ class SetEpoch(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
 
+class LogPictures(TrainerCallback):
+    """Shows images of every evaluation in TensorBoard, where `report_to` names it: clean, adversarial, and the noise.
+
+    They are attacked as the evaluation attacks them, and nothing of the run changes. Without TensorBoard nothing is done.
+
+    Args:
+        trainer: The `CaptTrainer`.
+        images: Number of images, at even distances in the split.
+    """
+
+    def __init__(self, trainer: Any, images: int = 8) -> None:
+        self.trainer: Any = weakref.proxy(trainer)
+        self.images = images
+        for board in self._boards():
+            # what is evaluated before the training would otherwise go to `runs` in the current folder
+            board.logging_dir = board.logging_dir or os.path.join(trainer.args.output_dir, default_logdir())
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Attacks the images, and shows them beside the accuracies of the evaluation."""
+        writers = [board.tb_writer for board in self._boards() if board.tb_writer is not None]
+        prefixes = [
+            name.removesuffix("_robust_accuracy") for name in metrics or {} if name.endswith("_robust_accuracy")
+        ]
+        if not writers or not prefixes or not state.is_world_process_zero:
+            return
+        data, classifier = eval_dataloader.dataset, self.trainer.classifier
+        batch = default_collate([data[i] for i in range(0, len(data), math.ceil(len(data) / self.images))])
+        pixels, labels = batch["pixels"].to(args.device), batch["labels"].to(args.device)
+        with eval_mode(classifier), self.trainer._eager():
+            grid = image_grid(classifier, pixels, labels, args.evaluation_attack, args.seed, batch["index"].tolist())
+        (name,) = rewrite_logs({f"{prefixes[0]}_adversarial_examples": grid})  # as the accuracies are named there
+        for writer in writers:
+            writer.add_image(name, grid.cpu(), state.global_step)
+            writer.flush()
+
+    def _boards(self) -> list[TensorBoardCallback]:
+        return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+
+
 def default_callbacks(trainer: Any) -> list[TrainerCallback]:
     """Returns the callbacks of a `CaptTrainer`."""
-    watching = [CheckGradients(trainer), StopOnCollapse(trainer.task.num_classes), StopOnOverfitting()]
-    return [*watching, WarnOnVanishedGradients(), WarnAtChance(trainer), SetEpoch(trainer.train_dataset)]
+    watching: list[TrainerCallback] = [
+        CheckGradients(trainer),
+        StopOnCollapse(trainer.task.num_classes),
+        StopOnOverfitting(),
+    ]
+    watching += [WarnOnVanishedGradients(), WarnAtChance(trainer), LogPictures(trainer)]
+    return [*watching, SetEpoch(trainer.train_dataset)]
