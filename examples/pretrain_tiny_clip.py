@@ -1,4 +1,4 @@
-"""Pre-trains tiny CLIP, the model of `examples/tiny_clip`, on captioned procedural images; needs no download.
+"""Pre-trains tiny CLIP, the model of `capt_peft/toy/tiny_clip`, on captioned procedural images; needs no download.
 
     python examples/pretrain_tiny_clip.py                                  # the published weights
     python examples/pretrain_tiny_clip.py --quick --output tiny            # a smoke run of seconds

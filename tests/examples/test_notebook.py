@@ -1,7 +1,6 @@
 """examples/quickstart.ipynb, run in a kernel as people run it, on the embedded default."""
 
 import os
-import shutil
 from pathlib import Path
 
 import nbformat
@@ -18,7 +17,6 @@ def notebook():
 
 def test_every_cell_runs(notebook, tmp_path, monkeypatch):
     """In a folder of its own, with few epochs and images (CAPT_QUICK=1), on one thread."""
-    shutil.copytree(EXAMPLES / "tiny_clip", tmp_path / "examples" / "tiny_clip")
     for name, value in {"CAPT_QUICK": "1", "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(tmp_path / "ipython")}.items():
         monkeypatch.setenv(name, value)
     paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
