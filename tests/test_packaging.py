@@ -1,4 +1,4 @@
-"""The source distribution: it has all that the repository has, its description needs no other file, and versions agree."""
+"""The source distribution and the wheel: they have all that belongs to them, need no other file, and versions agree."""
 
 import os
 import re
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import capt_peft
 
 ROOT = Path(__file__).parent.parent
 MADE = {".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split())}
-BUILD = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+BUILD = "from setuptools import build_meta; build_meta.build_{}('dist')"
+MAX_WHEEL = 8_000_000  # bytes
 
 
 def made(folder, names):
@@ -31,7 +33,9 @@ def sdist(tmp_path_factory):
     shutil.copytree(ROOT, folder / "source", ignore=made, symlinks=True)
     walked = os.walk(folder / "source", followlinks=True)
     files = {Path(root, name).relative_to(folder / "source") for root, _, names in walked for name in names}
-    subprocess.run([sys.executable, "-c", BUILD], cwd=folder / "source", check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", BUILD.format("sdist")], cwd=folder / "source", check=True, capture_output=True
+    )
     (archive,) = (folder / "source" / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder / "out", filter="data")
@@ -43,6 +47,19 @@ def test_the_source_distribution_has_every_file_of_the_repository(sdist):
     files, unpacked = sdist
     assert Path("tests/test_packaging.py") in files
     assert sorted(str(file) for file in files if not (unpacked / file).is_file()) == []
+
+
+def test_the_wheel_has_every_file_of_the_package_and_is_small(sdist):
+    """Models, digits and configurations too; it is made of the source distribution alone."""
+    files, unpacked = sdist
+    subprocess.run([sys.executable, "-c", BUILD.format("wheel")], cwd=unpacked, check=True, capture_output=True)
+    (path,) = (unpacked / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+        assert wheel.read("capt_peft/toy/digits.parquet") == (ROOT / "capt_peft/toy/digits.parquet").read_bytes()
+    package = {str(file) for file in files if file.parts[0] == "capt_peft"}
+    assert {"capt_peft/toy/tiny_clip/model.safetensors", "capt_peft/commands/configs/ablations/depth.yaml"} < package
+    assert package - names == set() and path.stat().st_size <= MAX_WHEEL
 
 
 def test_the_description_on_an_index_leads_to_no_file(sdist):

@@ -3,10 +3,7 @@
 import copy
 import json
 import math
-import os
 import re
-import shutil
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +16,6 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from records import THREAT, card_from
 from safetensors.torch import load_file, save_file
-from setuptools import build_meta
 
 from capt_peft import APGD, FAB, PGD, AutoAttack, Square, ThreatModel
 from capt_peft.attacks import Attack, register_attack, registry
@@ -364,24 +360,6 @@ def test_many_classes_are_cut_short(results):
     results["task"]["class_names"] = results["adapter"]["config"]["class_names"] = [f"thing {i}" for i in range(1000)]
     card = card_from(results, "a")
     assert "thing 29 and 970 more." in card and "thing 30" not in card and "1000 classes" in card
-
-
-def test_the_wheel_holds_the_template(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "model_card.md"):
-        shutil.copy(ROOT / name, source / name)
-    shutil.copytree(
-        ROOT / "capt_peft", source / "capt_peft", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    before = os.getcwd()
-    os.chdir(source)
-    try:
-        name = build_meta.build_wheel(str(tmp_path))
-    finally:
-        os.chdir(before)
-    with zipfile.ZipFile(tmp_path / name) as wheel:
-        assert wheel.read("capt_peft/results/model_card.md").decode() == TEMPLATE.read_text()
 
 
 def test_no_number_of_an_accuracy_stands_in_the_template():
