@@ -20,6 +20,7 @@ from ..clip.classifier import ZeroShotClassifier
 from ..randomness import example_generators
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
+from ..utils.embedded import embedded_name
 from ..utils.modules import arrays_in, modules_in
 
 TARGETS = ("tuned", "frozen")
@@ -126,8 +127,9 @@ def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
         settings = model.peft_config[adapters[0]["name"]].to_dict().items()
         adapter = {**adapters[0], "config": {key: sorted(v) if isinstance(v, set) else v for key, v in settings}}
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = base.config._name_or_path
     return {
-        "base": {"name": base.config._name_or_path, "fingerprint": base_fingerprint(base)},
+        "base": {"name": embedded_name(name) or name, "fingerprint": base_fingerprint(base)},
         "adapter": adapter,
         **({"adapters": adapters} if len(adapters) > 1 else {}),
         "class_names": list(classifier.class_names),

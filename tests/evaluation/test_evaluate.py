@@ -345,6 +345,7 @@ def test_the_record_names_base_adapter_and_their_fingerprints(tuned, clip, digit
     assert again["base"] == model["base"] and again["adapter"]["fingerprint"] != model["adapter"]["fingerprint"]
     bare = quiet(clip, images).configuration["model"]
     assert bare["adapter"] is None and bare["base"]["fingerprint"] == model["base"]["fingerprint"]
+    assert bare["base"]["name"] == "tiny_clip"  # in whatever environment the package lies
     with tuned.frozen():
         assert quiet(tuned, images).configuration["model"]["adapter"] is None
 
