@@ -2,6 +2,7 @@
 
 import torch
 from peft import get_peft_model
+from torch.utils._pytree import tree_map
 from transformers import CLIPConfig, CLIPModel
 
 from capt_peft import CaptConfig
@@ -58,3 +59,32 @@ def shake(model, seed=1):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+class Quantised(torch.Tensor):
+    """As torchao's weights: a tensor that has its values in parts and knows no `numpy`."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.scale = values.abs().max() / 127
+        self.integers = (values / self.scale).round().to(torch.int8)
+
+    def __tensor_flatten__(self):
+        return ["scale", "integers"], None
+
+    @staticmethod
+    def __tensor_unflatten__(tensors, context, size, stride):
+        return Quantised(tensors["integers"] * tensors["scale"])
+
+    def dequantize(self):
+        return self.integers * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        plain = tree_map(lambda value: value.dequantize() if isinstance(value, cls) else value, (args, kwargs or {}))
+        return func(*plain[0], **plain[1])

@@ -103,7 +103,8 @@ class ZeroShotClassifier(nn.Module):
             name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
             class_names: The classes; by default those the adapter was tuned on.
             template: The text of a class; by default the adapter's.
-            kwargs: For loading (`dtype`, float32 by default; `base`, `revision`, `token`, `cache_dir`, `subfolder`).
+            kwargs: For loading: `dtype`, float32 by default; `base`, another base model; `revision`, `token`, `cache_dir`,
+                `subfolder`; and of the base model `device_map` (one device), `quantization_config`, `attn_implementation`, ...
 
         Raises:
             ValueError: No class names given, and none recorded in the adapter.

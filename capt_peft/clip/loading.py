@@ -19,6 +19,8 @@ from ..tuner.loading import load_pretrained
 from ..utils.embedded import model_path, recorded_path
 from ..utils.text import cut
 
+_WHERE = {"revision", "token", "cache_dir", "subfolder", "local_files_only"}
+
 
 def load_model(
     name_or_path: str, *, dtype: torch.dtype = torch.float32, base: str | None = None, **kwargs: Any
@@ -30,7 +32,8 @@ def load_model(
         dtype: Precision of the base model, whatever it is stored in. In half precision, gradients of the pixels vanish and
             attacks look weaker than they are.
         base: Folder or Hub id of the base model, instead of the one that the adapter names.
-        kwargs: `revision`, `token`, `cache_dir`, `subfolder`.
+        kwargs: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`; and further arguments for loading the base
+            model: `device_map` (one device), `quantization_config`, `attn_implementation`, ...
 
     Returns:
         The model (`PeftModel` for an adapter) in eval mode, and its processor.
@@ -39,8 +42,10 @@ def load_model(
         ValueError: The adapter is of another method, damaged, or does not say what its base model is; or the base model needs
             code of its own, which is never run.
         OSError: There is no such model, or neither the Hub nor the cache gives it.
+        TypeError: An argument that transformers does not know.
     """
     name_or_path = model_path(name_or_path)
+    loading = {"dtype": dtype, **{k: kwargs.pop(k) for k in set(kwargs) - _WHERE}}
     where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
     # one commit for all files, whatever is pushed meanwhile
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), **where)
@@ -50,13 +55,13 @@ def load_model(
         if "Can't find" not in str(error):
             raise
         _check_bare(name_or_path, error.__cause__, kwargs)
-        model = load_pretrained(AutoModel, name_or_path, dtype=dtype, **kwargs).eval()
+        model = load_pretrained(AutoModel, name_or_path, **loading, **kwargs).eval()
         return model, load_pretrained(AutoProcessor, name_or_path, **kwargs)
     recorded = recorded_path(config.base_model_name_or_path or "")
     name, revision = (recorded, config.revision) if base is None else (base, None)
     if not name:
         raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
-    model = load_pretrained(AutoModel, name, revision=revision, dtype=dtype, **where)
+    model = load_pretrained(AutoModel, name, revision=revision, **loading, **where)
     processor = load_pretrained(AutoProcessor, name, revision=revision, **where)
     return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
 

@@ -22,7 +22,7 @@ from .names import ClassNames, check_given, column_values, is_number
 from .parts import Opened, Splits, choose_splits, first_part
 from .sampling import sample_shots, stratified_split
 from .sources import open_hub, open_local
-from .task import SPLITS, Task, encoded_images, one_line, without_images
+from .task import SPLITS, Task, encoded_images, kind_of, one_line, without_images
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,15 @@ def load_task(
         A task whose splits have the columns `image` and `label`.
 
     Raises:
+        TypeError: A data set instead of a name or path.
         FileNotFoundError: Nothing of that name, or an image file that is missing.
         ValueError: Columns, labels, class names, splits or image files that do not make a task.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(
+            f"load_task takes a name, a path or a Hub id, not {kind_of(name_or_path)}. A datasets.Dataset with the columns "
+            "`image` and `label` becomes a task by Task(name, class_names, {'train': dataset})."
+        )
     if template is not None:
         check_template(template)
     if class_names is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, IterableDatasetDict
 
 from ..tuner.config import DEFAULT_TEMPLATE, check_template
 from ..utils.markup import Markdown, escape, table_row
@@ -55,6 +56,10 @@ class Task:
         for split, dataset in self.splits.items():
             if split not in SPLITS:
                 raise ValueError(f"Unknown split {split!r} of task {self.name!r}. Allowed: {', '.join(SPLITS)}.")
+            if not isinstance(dataset, Dataset):
+                raise TypeError(
+                    f"Split {split!r} of task {self.name!r} must be a datasets.Dataset, not {kind_of(dataset)}."
+                )
             if set(dataset.column_names) != {"image", "label"}:
                 raise ValueError(
                     f"Split {split!r} of task {self.name!r} has the columns {dataset.column_names}; it needs `image` "
@@ -183,6 +188,16 @@ class Task:
 def describe_task(task: Task) -> str:
     """Returns what a task holds, and what was left out of it, as a Markdown table; the same as `task.summary()`."""
     return task.summary()
+
+
+def kind_of(data: Any) -> str:
+    """Returns what something that is not a split is, in words for a message."""
+    if not isinstance(data, IterableDataset | IterableDatasetDict):
+        return type(data).__name__
+    return (
+        f"{type(data).__name__} (streamed, but images are drawn and attacked by their places: load it without streaming=True, or "
+        "keep a part of a split, Dataset.from_list(list(split.take(1000)), features=split.features))"
+    )
 
 
 def encoded_images(dataset: Dataset) -> Dataset:

@@ -18,6 +18,7 @@ from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, digest_images
+from ..data.task import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Examples:
             if len(self._pixels):
                 check_images(self._pixels, self.labels)
         else:
-            raise TypeError(f"data must be a datasets.Dataset or (pixels, labels), got {type(data).__name__}.")
+            raise TypeError(f"data must be a datasets.Dataset or (pixels, labels), not {kind_of(data)}.")
         if len(self.labels) == 0:
             raise ValueError("There are no images to evaluate on: the dataset is empty.")
 

@@ -31,7 +31,7 @@ from ..attacks import Attack, AttackResult
 from ..clip.classifier import ZeroShotClassifier, lean_activations, normalize
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, PixelTransform
-from ..data.task import Task
+from ..data.task import Task, kind_of
 from ..evaluation import Accuracy, outcomes
 from ..objectives import CaptObjective, Objective, Views
 from ..randomness import example_generators
@@ -41,6 +41,7 @@ from ..tuner.clip import both_features, image_features
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
 from ..utils.outputs import save_somewhere
+from ..utils.text import cut
 from .arguments import CaptTrainingArguments, check_arguments, check_best_metric, one_processor
 from .callbacks import StopOnCollapse, TrainingStopped, advice, default_callbacks, where
 from .checkpoints import Checkpoints
@@ -507,10 +508,10 @@ class CaptTrainer(Trainer):
         if isinstance(data, PixelDataset):
             split, transform = data.dataset, data.transform
         if not isinstance(split, datasets.Dataset) or not {"image", "label"} <= set(split.column_names):
-            found = f"the columns {split.column_names}" if isinstance(split, datasets.Dataset) else type(data).__name__
+            found = f"the columns {split.column_names}" if isinstance(split, datasets.Dataset) else kind_of(data)
             raise ValueError(
-                f"{what} must be a datasets.Dataset with the columns `image` and `label`, not {found[:200]}. capt_peft.load_task "
-                "makes such splits."
+                f"{what} must be a datasets.Dataset with the columns `image` and `label`, not {cut(found, 400)}. "
+                "capt_peft.load_task makes such splits."
             )
         if not len(split):
             raise ValueError(f"{what} has no images.")

@@ -16,6 +16,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 
+from ..utils.text import cut
+
 logger = logging.getLogger(__name__)
 
 TOWER_TYPES = ("", "_text_model", "_vision_model")
@@ -34,7 +36,10 @@ def base_model(model: nn.Module) -> Any:
 
 
 def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
-    """Raises a ValueError, naming the model, unless CAPT knows its structure; warns, unless `quiet`, where it is experimental."""
+    """Raises a ValueError, naming the model, unless CAPT knows its structure and it is on one device, with gradients.
+
+    Warns, unless `quiet`, where it is experimental.
+    """
     config = getattr(model, "config", None)
     model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     name = type(base_model(model)).__name__
@@ -44,11 +49,35 @@ def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
             "CLIPTextModel, CLIPVisionModel and their WithProjection variants) and MetaCLIP 2, without heads for "
             "classification; SigLIP is experimental."
         )
+    _check_one_device(model)
+    _check_gradients(model)
     if model_type in EXPERIMENTAL and not quiet:
         logger.warning(
             "CAPT on %s is experimental: its text has no start token and sees all of its tokens, and its image features "
             "pool over the prompts too.",
             name,
+        )
+
+
+def _check_one_device(model: Any) -> None:
+    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(places) > 1 or "disk" in places:
+        raise ValueError(
+            f"The model is spread over several places (device_map: {cut(', '.join(places), 80)}), and CAPT takes a CLIP on one "
+            "device: load it with device_map='cuda:0' or 'cpu', or without device_map."
+        )
+
+
+def _check_gradients(model: Any) -> None:
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    four_bits = (
+        settings.get("load_in_4bit") if isinstance(settings, Mapping) else getattr(settings, "load_in_4bit", None)
+    )
+    if four_bits and next(model.parameters()).device.type == "cpu":
+        # bitsandbytes packs its weights at the first pass without gradients, for a kernel that has none
+        raise ValueError(
+            "The model is quantised to 4 bits by bitsandbytes, which on a CPU gives no gradients, so that it can be neither "
+            "tuned nor attacked. Load it with load_in_8bit=True, without quantization_config, or on a GPU."
         )
 
 

@@ -257,6 +257,15 @@ def test_the_bare_model_is_loaded_by_name(tmp_path):
     assert isinstance(load_model(str(tmp_path), base=TINY_CLIP)[0], PeftModel)
 
 
+def test_further_arguments_reach_the_base_model(tmp_path):
+    get_peft_model(CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32), CaptConfig()).save_pretrained(tmp_path)
+    for name in (TINY_CLIP, str(tmp_path)):
+        loaded = load_model(name, attn_implementation="eager", device_map="auto")[0]
+        assert loaded.config._attn_implementation == "eager"
+        with pytest.raises(TypeError, match="devcie_map"):
+            load_model(name, devcie_map="auto")
+
+
 @pytest.fixture
 def class_specific():
     base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from capt_peft import describe_task
@@ -22,6 +22,26 @@ def split(labels, names=NAMES):
 @pytest.fixture
 def task():
     return Task("pets", NAMES, {"train": split([0, 1, 2] * 4), "test": split([2, 1, 0])})
+
+
+def test_streamed_images_are_refused_with_what_to_do_and_that_does_it():
+    stream = split([0, 1, 2] * 4).to_iterable_dataset()
+    for use in (lambda: Task("t", NAMES, {"train": stream}), lambda: load_task(stream)):
+        with pytest.raises(TypeError, match=r"not IterableDataset \(streamed, .*or keep a part of a split, ") as caught:
+            use()
+    recipe = str(caught.value).split("of a split, ")[1].split(". A datasets")[0][:-1]
+    kept = eval(recipe.replace("1000", "6"), {"Dataset": Dataset, "split": stream})
+    assert Task("t", NAMES, {"train": kept}).labels("train").tolist() == [0, 1, 2] * 2
+
+
+def test_a_data_set_in_place_of_a_name_or_a_split_is_refused_with_what_to_do():
+    data = split([0, 1, 2])
+    with pytest.raises(
+        TypeError, match=r"not Dataset. A datasets.Dataset with the columns .* becomes a task by Task\("
+    ):
+        load_task(data)
+    with pytest.raises(TypeError, match=r"Split 'train' of task 't' must be a datasets.Dataset, not DatasetDict"):
+        Task("t", NAMES, {"train": DatasetDict(train=data)})
 
 
 def test_texts_put_each_class_name_into_the_template(task):

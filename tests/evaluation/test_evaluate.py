@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -31,6 +32,7 @@ from capt_peft.evaluation import loop as loop_module
 from capt_peft.randomness import example_generators
 
 THREAT = ThreatModel("linf", "4/255")
+STREAMED = datasets.IterableDataset.from_generator(lambda: iter([]))
 ATTACKS = [PGD(THREAT, steps=3), PGD(THREAT, steps=10), Square(THREAT, queries=30)]
 
 
@@ -406,7 +408,8 @@ LABELS = torch.zeros(4, dtype=torch.int64)
         ((GOOD, LABELS - 1), {}, ValueError, "labels range from -1 to -1"),
         ((GOOD, LABELS.float()), {}, TypeError, "torch.int64"),
         ((GOOD, LABELS[:3]), {}, ValueError, "one for each image"),
-        (GOOD, {}, TypeError, "must be a datasets.Dataset or"),
+        (GOOD, {}, TypeError, r"must be a datasets.Dataset or \(pixels, labels\), not Tensor"),
+        (STREAMED, {}, TypeError, r"not IterableDataset \(streamed, .*load it without streaming=True"),
         (
             (GOOD, LABELS),
             {"attacks": [ATTACKS[0], ATTACKS[0]]},

@@ -15,6 +15,8 @@ from capt_peft.data.pixels import PixelDataset
 from capt_peft.data.task import task_features
 from capt_peft.training.fare import train_image_tower_alone
 
+STREAMED = datasets.IterableDataset.from_generator(lambda: iter([]))
+
 
 def quick(folder, processor, eval_dataset=None, task=None, model=None, **settings):
     trainer = make_trainer(
@@ -93,10 +95,15 @@ def test_splits_of_other_classes_are_refused_before_any_image_is_measured(tmp_pa
     ("split", "words"),
     [
         ([1, 2], "must be a datasets.Dataset with the columns `image` and `label`, not list"),
+        (
+            STREAMED,
+            r"must be a datasets.Dataset with .*not IterableDataset \(streamed, .*load it without streaming=True",
+        ),
+        (datasets.IterableDatasetDict(test=STREAMED), r"The split 'test' must be .* not IterableDataset \(streamed"),
         (datasets.Dataset.from_dict({"text": ["a"]}), r"not the columns \['text'\]"),
         ("nonsense", "There is no split 'nonsense'. Give one of 'train', 'validation'"),
     ],
-    ids=["a list", "another column", "a name"],
+    ids=["a list", "streamed", "streamed splits", "another column", "a name"],
 )
 def test_what_is_no_split_is_refused_with_what_is_needed(tmp_path, processor, split, words):
     trainer = quick(tmp_path, processor)

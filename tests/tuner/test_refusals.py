@@ -6,10 +6,9 @@ import time
 
 import pytest
 import torch
-from helpers import adapted, clip_inputs, random_clip
+from helpers import Quantised, adapted, clip_inputs, random_clip
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
-from torch.utils._pytree import tree_map
 
 from capt_peft import CaptConfig
 from capt_peft.tuner.fingerprint import base_fingerprint, tensors_fingerprint
@@ -81,35 +80,6 @@ def test_saving_as_a_pickle_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- quantised base models
-
-
-class Quantised(torch.Tensor):
-    """As torchao's weights: a tensor that has its values in parts and knows no `numpy`."""
-
-    @staticmethod
-    def __new__(cls, values):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
-
-    def __init__(self, values):
-        self.scale = values.abs().max() / 127
-        self.integers = (values / self.scale).round().to(torch.int8)
-
-    def __tensor_flatten__(self):
-        return ["scale", "integers"], None
-
-    @staticmethod
-    def __tensor_unflatten__(tensors, context, size, stride):
-        return Quantised(tensors["integers"] * tensors["scale"])
-
-    def dequantize(self):
-        return self.integers * self.scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        plain = tree_map(lambda value: value.dequantize() if isinstance(value, cls) else value, (args, kwargs or {}))
-        return func(*plain[0], **plain[1])
 
 
 def test_a_base_whose_weights_are_kept_in_parts_gets_an_adapter():
