@@ -223,7 +223,7 @@ def train(base, folder, name, token):
 
 def train_script(*arguments):
     """Runs examples/train.py."""
-    from train import main
+    from capt_peft.commands.train import main
 
     main(list(arguments))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train import parse_args
+from capt_peft.commands.train import parse_args
 
 from capt_peft import METHODS, CaptTrainingArguments
 from capt_peft.benchmark import Plan, Suite, get_suite

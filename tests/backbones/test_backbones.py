@@ -9,7 +9,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from convert_backbone import main as run_script
+from capt_peft.commands.convert import main as run_script
 from helpers import TINY_CLIP
 from peft import get_peft_model
 from safetensors.torch import save_file

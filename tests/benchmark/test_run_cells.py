@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from benchmark import main
+from capt_peft.commands.benchmark import main
 from helpers import TINY_CLIP
 from PIL import Image
 

@@ -20,7 +20,7 @@ import yaml
 from attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
 from helpers import TINY_CLIP
 from PIL import Image
-from train import main as train
+from capt_peft.commands.train import main as train
 
 from capt_peft import ThreatModel, ZeroShotClassifier, parse_attack
 from capt_peft.randomness import example_generator

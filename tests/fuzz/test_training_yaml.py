@@ -6,7 +6,7 @@ import pytest
 import yaml
 from fuzzing import LENGTHS, TEXTS, VALUES, fuzz, memory_limit
 from hypothesis import strategies as st
-from train import ScriptArguments, parse_args
+from capt_peft.commands.train import ScriptArguments, parse_args
 
 from capt_peft import CaptTrainingArguments
 

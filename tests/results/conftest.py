@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from records import THREAT
-from train import main
+from capt_peft.commands.train import main
 
 from capt_peft import PGD, ZeroShotClassifier, evaluate, load_task
 

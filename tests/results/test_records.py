@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from evaluate import main as measure
+from capt_peft.commands.evaluate import main as measure
 from helpers import TINY_CLIP
 from huggingface_hub import ModelCard
 from records import THREAT, card_from

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluate import main
+from capt_peft.commands.evaluate import main
 from helpers import TINY_CLIP, shake
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmark import main, make_plan, parse_args
+from capt_peft.commands.benchmark import main, make_plan, parse_args
 
 from capt_peft.benchmark import PROTOCOLS, Lines
 from capt_peft.methods import METHODS

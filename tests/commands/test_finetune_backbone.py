@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import demo
+from capt_peft.commands import demo
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adversarial_finetune import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
+from capt_peft.commands.finetune_backbone import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
 from helpers import TINY_CLIP, adapted, random_clip
 from safetensors.torch import load_file
 from torch import nn

@@ -12,7 +12,7 @@ import yaml
 from helpers import TINY_CLIP
 from PIL import Image
 from safetensors.torch import load_file
-from train import main, parse_args
+from capt_peft.commands.train import main, parse_args
 
 from capt_peft import CaptTrainer, ZeroShotClassifier
 

@@ -7,10 +7,11 @@ import difflib
 import json
 import reprlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
+
+from .places import find_config
 
 # what PyYAML raises for damaged files besides its own errors, as for `!!int ""`, `!!timestamp x` or ten thousand brackets
 DAMAGE = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -51,7 +52,7 @@ def read_mapping(path: str, known: Iterable[str]) -> dict[str, Any]:
         ValueError: No such file, not YAML, not such lines, or an unknown name; the message names the file.
     """
     try:
-        content = load_yaml(Path(path).read_bytes())
+        content = load_yaml(find_config(path).read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be opened ({error.strerror}). Check its name.") from error
     except ValueError as error:

@@ -1,0 +1,64 @@
+"""Writes an adapter's model card again, from the results and evaluations beside its weights.
+
+capt-peft card outputs/demo
+capt-peft card outputs/demo --license apache-2.0 --tags medical x-ray
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..results.card import CARD, CardDetails, is_capt, is_replaceable, write_card
+from .parser import Parser
+
+
+@dataclass
+class CardArguments:
+    """What the card says beside the figures."""
+
+    license: str | None = field(default=None, metadata={"help": "Licence of the adapter, as the Hub names it."})
+    language: list[str] | None = field(default=None, metadata={"help": "Languages of the class texts."})
+    tags: list[str] | None = field(default=None, metadata={"help": "Further tags."})
+    finetuned_from: str | None = field(
+        default=None, metadata={"help": "Hub id of the base, if it was loaded from a folder."}
+    )
+    data_tags: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data that it was tuned on."})
+
+    def details(self) -> CardDetails:
+        """Returns them as a card takes them."""
+        return CardDetails(
+            license=self.license,
+            language=self.language,
+            tags=self.tags,
+            finetuned_from=self.finetuned_from,
+            dataset_tags=self.data_tags,
+        )
+
+
+@dataclass
+class Arguments(CardArguments):
+    """Which card is written."""
+
+    adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a card that a person wrote."})
+
+
+def adapter_folder(adapter: str) -> Path:
+    """Returns the folder of an adapter that is here, or says what is missing."""
+    folder = Path(adapter).expanduser()
+    if not adapter:
+        raise ValueError("Give the folder of a CAPT adapter, such as outputs/demo.")
+    if not is_capt(folder):
+        raise ValueError(f"{adapter} is not the folder of a CAPT adapter, with its adapter_config.json and weights.")
+    return folder
+
+
+def main(argv: list[str]) -> None:
+    """Writes the card."""
+    (args,) = Parser(Arguments).into_dataclasses(argv)
+    folder = adapter_folder(args.adapter)
+    if not (args.overwrite or is_replaceable(folder / CARD)):
+        raise ValueError(f"{folder / CARD} was written by a person. Give --overwrite to replace it.")
+    details = args.details()
+    print(f"The card: {write_card(folder, details=details if details != CardDetails() else None)}")

@@ -1,0 +1,264 @@
+"""Measures how robust an adapter, or a bare CLIP, really is.
+
+capt-peft evaluate outputs/demo --attacks clean,pgd-20,pgd-100,autoattack --epsilon 10/255
+capt-peft evaluate --base openai/clip-vit-base-patch32 --dataset_name path/to/images --epsilon 1/255,4/255 --limit 1000
+torchrun --nproc_per_node 2 -m capt_peft evaluate outputs/demo    # processes share the images
+capt-peft evaluate outputs/demo --curve                   # accuracy against epsilon and steps, as pictures
+
+A killed evaluation goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+
+from ..attacks import Attack, ThreatModel, parse_attack
+from ..clip.classifier import ZeroShotClassifier
+from ..data import Task
+from ..evaluation import Evaluation, evaluate
+from ..evaluation.batch import TARGETS, describe
+from ..evaluation.curve import robustness_curves
+from ..results.card import is_capt
+from ..results.evaluation import versions
+from ..results.hub import check_update, update_card
+from ..tuner.config import check_template
+from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
+from .data import DataArguments, measured
+from .ending import check_installed, loading
+from .options import values_in
+from .parser import Parser
+from .places import check_places
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Arguments(DataArguments):
+    """What is measured, on what, and how."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPT adapter."})
+    base: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a CLIP: measured zero-shot, or the base of --adapter."}
+    )
+    split: str = field(default="test", metadata={"help": "Split that is measured."})
+    limit: int | None = field(default=None, metadata={"help": "Measure on this many images, drawn by seed 0."})
+    attacks: str = field(
+        default="clean,pgd-20",
+        metadata={
+            "help": "Comma-separated, e.g. clean,pgd-20,autoattack; an unknown name is answered with all that there are."
+        },
+    )
+    norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
+    epsilon: str = field(
+        default="4/255", metadata={"help": "Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255."}
+    )
+    attack_target: str = field(
+        default="tuned", metadata={"help": "tuned (white box), or frozen: attack the base model and transfer."}
+    )
+    attack_template: str | None = field(
+        default=None, metadata={"help": "Text of a class that attacks see, if not the classifying one."}
+    )
+    curve: bool = field(
+        default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
+    )
+    signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file for the results; by default one for these settings, in ADAPTER/evaluations or outputs/evaluation."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Measure again, and replace what is there."})
+    update_card: bool = field(
+        default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
+    )
+    save_images: bool = field(default=False, metadata={"help": "Keep the adversarial images."})
+    batch_size: int = field(default=128, metadata={"help": "Images per piece of work."})
+    dtype: str = field(default="float32", metadata={"help": "float32; bfloat16 or float16 are faster and less honest."})
+    seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+
+    @property
+    def model(self) -> str:
+        """What is measured."""
+        return self.adapter or self.base or ""
+
+
+def parse_args(argv: list[str]) -> Arguments:
+    """Reads the command line, and refuses what cannot work or would have no effect before anything is loaded."""
+    (args,) = Parser(Arguments).into_dataclasses(argv)
+    named = values_in(argv)
+    if args.adapter is None and args.base is None:
+        raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
+    check_places(asdict(args))
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    if args.attack_target not in TARGETS:
+        raise ValueError(f"attack_target={args.attack_target!r} is unknown. Allowed: {', '.join(TARGETS)}.")
+    for name in ("limit", "batch_size", "seed"):
+        value, least = getattr(args, name), 0 if name == "seed" else 1
+        if value is not None and value < least:
+            why = "there would be no images to evaluate; it" if value == 0 else "it"
+            raise ValueError(f"{name}={value}: {why} must be at least {least}.")
+    for template in filter(None, (args.template, args.attack_template)):
+        check_template(template)
+    attacks = parse_attacks(args)
+    idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
+    if idle:
+        raise ValueError(f"--{idle[0]} has no effect on clean accuracy, and --attacks names no attack.")
+    if args.adapter is None and args.attack_target == "frozen":
+        raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
+    if args.update_card:
+        if not (args.adapter and is_capt(Path(args.adapter))):
+            raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
+        check_update(args.adapter)
+    if args.curve:
+        check_installed("matplotlib", "capt-peft[plot]", "--curve")
+    return args
+
+
+def parse_attacks(args: Arguments) -> list[Attack]:
+    """Returns every attack at every epsilon."""
+    names = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"attacks={args.attacks!r} names nothing; --attacks clean measures clean accuracy alone.")
+    threats = [ThreatModel(args.norm, epsilon.strip()) for epsilon in args.epsilon.split(",")]
+    for name, values in (("attacks", names), ("epsilon", threats)):
+        twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
+        if twice is not None:
+            raise ValueError(f"--{name} names {twice} twice.")
+    for threat in threats:
+        if args.norm == "linf" and threat.epsilon == 1:
+            logging.warning("epsilon=1 is the whole range of a pixel; one level of 255 is written 1/255.")
+    return [parse_attack(name, threat) for threat in threats for name in names if name != "clean"]
+
+
+def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroShotClassifier:
+    """Returns the classifier over the task's classes."""
+    name = args.model
+    with loading(name):
+        classifier = ZeroShotClassifier.from_pretrained(
+            name,
+            class_names=task.class_names,
+            template=args.template or (None if args.adapter else task.template),
+            dtype=getattr(torch, args.dtype),
+            **({"base": args.base} if args.adapter and args.base else {}),
+        )
+    adapted = isinstance(classifier.model, PeftModel)
+    if adapted and not args.adapter:
+        raise ValueError(
+            f"--base {name} is an adapter. Measure it with --adapter, or give the CLIP that it was tuned on."
+        )
+    if args.adapter and not adapted:
+        raise ValueError(f"--adapter {name} is a CLIP without an adapter. Measure it with --base.")
+    if args.adapter and args.template is None and task.template != classifier.template:
+        logging.warning(
+            "%s classifies with its own template, %r; the task's is %r (--template).",
+            name,
+            classifier.template,
+            task.template,
+        )
+    return classifier.to(device)
+
+
+def default_output(args: Arguments, model: torch.nn.Module) -> Path:
+    """Returns a file of its own for these settings and weights, beside the adapter where that is a folder here."""
+    name = args.model
+    own = {k: v for k, v in asdict(args).items() if k not in ("adapter", "output", "overwrite", "update_card", "curve")}
+    places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
+    own |= places | {"versions": versions()}
+    own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
+    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
+    epsilons = [] if args.attacks == "clean" else [args.norm, args.epsilon.replace("/", "of")]
+    few = [] if args.limit is None else [str(args.limit)]
+    words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
+    readable = "-".join(slug(word)[:40] for word in words)
+    folder = Path("outputs", "evaluation", slug(name)[-80:])
+    if args.adapter and os.path.isdir(args.adapter) and os.access(args.adapter, os.W_OK):
+        folder = Path(args.adapter, "evaluations")
+    return folder / f"{readable}-{digest}.json"
+
+
+def slug(text: str) -> str:
+    """Returns a text with nothing in it that a file's name could not have."""
+    return re.sub(r"[^\w.+-]+", "_", text.replace(",", "+").replace(" ", ""), flags=re.ASCII).strip("._")
+
+
+def main(argv: list[str]) -> Evaluation:
+    """Measures, saves and shows."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_args(argv)
+    attacks = parse_attacks(args)
+    # Accelerate does not see by itself that the processes of torchrun have no GPU, and each would measure everything
+    state = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    task = args.load()
+    data = measured(task, args.split, args.limit)
+    classifier = load_classifier(args, task, state.device)
+    output = Path(args.output or default_output(args, classifier.model))
+    details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
+    if args.update_card:
+        check_update(args.model, {**details, "model": describe(classifier)})
+    common: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "overwrite": args.overwrite,
+        "details": details,
+    }
+    evaluation = evaluate(
+        classifier,
+        data,
+        attacks,
+        attack_target=args.attack_target,
+        attack_template=args.attack_template,
+        signs=args.signs,
+        output=output,
+        save_images=args.save_images,
+        **common,
+    )
+    if state.is_main_process:
+        show(evaluation, args)
+        print(f"\nSaved to {output}")
+        if args.update_card:
+            print(f"The card: {update_card(args.model, evaluation)}")
+    if args.curve:
+        draw(classifier, data, args, output, common)
+    return evaluation
+
+
+def show(evaluation: Evaluation, args: Arguments) -> None:
+    """Prints the table, what was changed for the model, and what the signs of masked gradients say."""
+    print(f"\n{args.model} on {args.dataset_name}\n\n{evaluation.table()}")
+    for outcome in evaluation.attacks:
+        for part in outcome.parts:
+            print(
+                f"  {outcome.name}, {outcome.threat_model}: {part['name']} broke {part['broken']} of {part['attacked']}"
+            )
+        for note in outcome.notes:
+            print(f"  {outcome.threat_model}: {note}")
+    if evaluation.signs:
+        print("\nSigns of masked gradients:")
+    for sign in evaluation.signs:
+        print(f"  {'?' if sign.raised is None else '!' if sign.raised else ' '} {sign.name}: {sign.sentence}")
+
+
+def draw(classifier: ZeroShotClassifier, data: Dataset, args: Arguments, output: Path, common: dict[str, Any]) -> None:
+    """Sweeps epsilon and steps for the adapter and its base, and draws the curves."""
+    threat = ThreatModel(args.norm, args.epsilon.split(",")[-1].strip())
+    path = output.with_suffix("")
+    path = path.with_name(path.name + ".curve")
+    robustness_curves(classifier, data, threat, path, **common)
+    if PartialState().is_main_process:
+        print(f"The curves: {path}.png and {path}.svg")

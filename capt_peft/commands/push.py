@@ -1,0 +1,42 @@
+"""Uploads an adapter with its card and results to the Hub, in one commit.
+
+capt-peft push outputs/demo you/tiny-capt
+capt-peft push outputs/demo you/tiny-capt --private --license apache-2.0
+
+The token is that of the environment (HF_TOKEN) or of `hf auth login`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from huggingface_hub import constants
+from huggingface_hub.utils import validate_repo_id
+
+from ..results.hub import push_adapter
+from .card import CardArguments, adapter_folder
+from .parser import Parser
+
+
+@dataclass
+class Arguments(CardArguments):
+    """What is uploaded, and where to."""
+
+    adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
+    repo_id: str = field(default="", metadata={"help": "Name on the Hub: you/name; it is made if it is not there."})
+    private: bool = field(default=False, metadata={"help": "Make a private repository; a public one is refused."})
+    revision: str | None = field(default=None, metadata={"help": "Branch; by default the main one."})
+
+
+def main(argv: list[str]) -> None:
+    """Uploads."""
+    (args,) = Parser(Arguments).into_dataclasses(argv)
+    folder = adapter_folder(args.adapter)
+    if not args.repo_id:
+        raise ValueError(f"Give the name that {args.adapter} gets on the Hub: capt-peft push {args.adapter} you/name.")
+    validate_repo_id(args.repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("Nothing can be uploaded while HF_HUB_OFFLINE is set.")
+    details = {name: value for name, value in vars(args.details()).items() if value}
+    commit = push_adapter(folder, args.repo_id, private=args.private or None, revision=args.revision, **details)
+    print(f"Uploaded to {commit.commit_url}")

@@ -1,0 +1,163 @@
+"""Tunes a CAPT adapter and measures clean and robust accuracy before and after.
+
+capt-peft train                                        # handwritten digits with tiny CLIP
+accelerate launch -m capt_peft train --model_name_or_path openai/clip-vit-base-patch32 --dataset_name path/to/images \
+        --shots 16 --epsilon 1/255 --output_dir outputs/pets
+torchrun --nproc_per_node 2 -m capt_peft train --use_cpu   # two processes on a CPU
+capt-peft train --config my.yaml --seed 1              # the command line wins over the file
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoProcessor, set_seed
+
+from ..data import Task
+from ..methods import get_method, make_trainer, method_settings
+from ..results.hub import save_run
+from ..results.run import RunResults
+from ..training import CaptTrainingArguments
+from ..tuner.loading import load_pretrained
+from .data import DataArguments, measured
+from .ending import loading
+from .options import values_in
+from .parser import Parser
+from .places import CONFIGS, check_places
+
+DIGITS = str(CONFIGS / "digits.yaml")
+
+
+@dataclass
+class ScriptArguments(DataArguments):
+    """What is tuned on what."""
+
+    model_name_or_path: str = field(
+        default="tiny_clip", metadata={"help": "Folder or Hub id of a CLIP; tiny CLIP by default."}
+    )
+    shots: str = field(default="16", metadata={"help": "Training images per class, or 'all'."})
+    eval_split: str = field(default="test", metadata={"help": "Split that the accuracies are measured on."})
+    eval_limit: int | None = field(
+        default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
+    )
+    method: str = field(
+        default="capt", metadata={"help": "capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp or adv-tp (apt)."}
+    )
+    teacher: str | None = field(default=None, metadata={"help": "Another CLIP that guides the tuning."})
+    coupling: str | None = field(default=None, metadata={"help": "text_to_vision, vision_to_text or none."})
+    num_text_tokens: int | None = field(default=None, metadata={"help": "Text prompts per layer."})
+    num_vision_tokens: int | None = field(default=None, metadata={"help": "Vision prompts per layer."})
+    text_depth: int | None = field(default=None, metadata={"help": "Text layers with prompts."})
+    vision_depth: int | None = field(default=None, metadata={"help": "Vision layers with prompts."})
+    init: str | None = field(default=None, metadata={"help": "Start of the prompts: template, random or normal."})
+    init_std: float | None = field(default=None, metadata={"help": "Standard deviation of random prompts (0.02)."})
+    class_specific: bool = field(default=False, metadata={"help": "Every class has text prompts of its own."})
+
+    def prompts(self) -> dict[str, Any]:
+        """Returns the fields of CaptConfig that were given."""
+        shape = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
+        names = ("coupling", *shape, "init", "init_std", "class_specific")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]:
+    """Reads the command line, on top of a YAML file: that of `--config`, or that of the digits if no model is named."""
+    parser = Parser([ScriptArguments, CaptTrainingArguments])
+    parser.add_argument("--config", help="YAML file with any of these arguments.")
+    parser.set_defaults(output_dir="outputs/capt")
+    named = values_in(argv)
+    early = parser.parse_known_args(argv)[0]
+    path = early.config or (None if "model_name_or_path" in named else DIGITS)
+    words = parser.read_file(path) if path else []
+    values = vars(parser.parse_args([*words, *argv]))
+    method = values["method"]
+    if path == DIGITS:  # they are CAPT's; another method has no use for some
+        words = parser.read_file(DIGITS, skipped=_not_for(method))
+    # what a file asks for wins over the method's recipe; so does the command line
+    asked = {*named} if path == DIGITS else {*named, *values_in(words)}
+    recipe = method_settings(method, {name: values[name] for name in asked & values.keys() - {"config"}})
+    parser.set_defaults(**{name: value for name, value in recipe.items() if name not in asked})
+    try:
+        script, training, _ = parser.into_dataclasses([*words, *argv])
+    except (TypeError, ValueError) as error:
+        if early.config is None or isinstance(error, TypeError):
+            raise
+        parser.error(f"{path} with the command line: {error}")
+    return script, training
+
+
+def _not_for(method: str) -> set[str]:
+    """Returns what the digits' settings, which are CAPT's, have and another method has no use for."""
+    recipe = get_method(method)
+    coupled = recipe.fixed.get("coupling", "none") != "none"  # with as many vision prompts as text prompts
+    return {*recipe.unused, *(["num_vision_tokens"] if coupled else [])}
+
+
+def few_shot(task: Task, shots: int, seed: int) -> Task:
+    """Returns the task with this many training images per class, or says how many there are."""
+    counts = np.bincount(task.labels("train"), minlength=task.num_classes)
+    if not 1 <= shots <= counts.min():
+        smallest = task.class_names[counts.argmin()]
+        allowed = f"Give 1 to {counts.min()}, or 'all'" if counts.min() else "Give 'all'"
+        raise ValueError(
+            f"shots={shots}: the smallest class, {smallest!r}, has {counts.min()} training images. {allowed}."
+        )
+    return task.few_shot(shots, seed)
+
+
+def main(argv: list[str]) -> RunResults:
+    """Tunes, measures and saves; returns the results."""
+    script, args = parse_args(argv)
+    if get_method(script.method).objective is None:
+        raise ValueError(f"{script.method} tunes nothing; capt-peft evaluate --base measures it.")
+    script.shots = str(script.shots)  # a number in a YAML file
+    if script.shots != "all" and not script.shots.isdecimal():
+        raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
+    if script.eval_limit is not None and script.eval_limit < 1:
+        raise ValueError(f"eval_limit={script.eval_limit} must be at least 1 image.")
+    check_places(asdict(script))
+    task = script.load()
+    if script.shots != "all":
+        task = few_shot(task, int(script.shots), args.seed)
+    images = measured(task, script.eval_split, script.eval_limit)
+
+    set_seed(args.seed)
+    with loading(script.model_name_or_path):
+        processor = load_pretrained(AutoProcessor, script.model_name_or_path)
+        # in float32, whatever precision it is stored in: pixel gradients vanish in less
+        base = load_pretrained(AutoModel, script.model_name_or_path, dtype=torch.float32)
+    prompts, teacher = script.prompts(), script.teacher
+    trainer = make_trainer(script.method, base, args, task=task, processor=processor, prompts=prompts, teacher=teacher)
+    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
+    checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)
+
+    with trainer.classifier.frozen():
+        before = trainer.evaluate(images, metric_key_prefix="before")
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    after = trainer.evaluate(images, metric_key_prefix="after")
+
+    results = RunResults.of(
+        trainer,
+        before,
+        after,
+        method=script.method,
+        split=script.eval_split,
+        seconds=seconds,
+        shots=script.shots,
+        script=asdict(script),
+    )
+    if trainer.is_world_process_zero():
+        output = str(args.output_dir)
+        results = save_run(trainer.model, results, output, str(trainer.hub_model_id if args.push_to_hub else output))
+        trainer.unlock()
+        print(f"\n{results.table()}\n\nSaved to {output} after {seconds:.0f} s of tuning.")
+        if args.push_to_hub:
+            commit: Any = trainer.push_to_hub()
+            print(f"Uploaded to {commit.commit_url}")
+    return results
