@@ -16,10 +16,10 @@ help:
 	@echo "make clean  remove the environment and everything that was made"
 
 demo: $(VENV)/ready
-	$(BIN)/python examples/demo.py
+	$(BIN)/capt-peft demo
 
 app: $(VENV)/ready
-	$(BIN)/python examples/app.py
+	$(BIN)/capt-peft app
 
 # each worker has one thread and takes a file at a time, so that a file's fixtures are made once
 test: $(VENV)/ready
@@ -30,7 +30,7 @@ test-all: $(VENV)/ready
 
 tables: $(VENV)/ready
 	for lines in docs/results/*/lines.jsonl; do \
-		$(BIN)/python examples/benchmark.py --tables $$lines --report $$(dirname $$lines) > /dev/null || exit 1; done
+		$(BIN)/capt-peft report $$lines --output $$(dirname $$lines) > /dev/null || exit 1; done
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/step.py

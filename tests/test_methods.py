@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from capt_peft.commands.train import parse_args
 
 from capt_peft import METHODS, CaptTrainingArguments
 from capt_peft.benchmark import Plan, Suite, get_suite
+from capt_peft.commands.train import parse_args
 from capt_peft.methods import OBJECTIVE_SETTINGS, conflicts, method_settings
 
 ROOT = Path(__file__).parents[1]

@@ -14,33 +14,17 @@ from .parser import Parser
 
 
 @dataclass
-class CardArguments:
-    """What the card says beside the figures."""
+class Arguments:
+    """Which card is written, and what it says beside the figures."""
 
+    adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
     license: str | None = field(default=None, metadata={"help": "Licence of the adapter, as the Hub names it."})
     language: list[str] | None = field(default=None, metadata={"help": "Languages of the class texts."})
     tags: list[str] | None = field(default=None, metadata={"help": "Further tags."})
     finetuned_from: str | None = field(
         default=None, metadata={"help": "Hub id of the base, if it was loaded from a folder."}
     )
-    data_tags: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data that it was tuned on."})
-
-    def details(self) -> CardDetails:
-        """Returns them as a card takes them."""
-        return CardDetails(
-            license=self.license,
-            language=self.language,
-            tags=self.tags,
-            finetuned_from=self.finetuned_from,
-            dataset_tags=self.data_tags,
-        )
-
-
-@dataclass
-class Arguments(CardArguments):
-    """Which card is written."""
-
-    adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
+    dataset_tags: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data that it was tuned on."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a card that a person wrote."})
 
 
@@ -60,5 +44,5 @@ def main(argv: list[str]) -> None:
     folder = adapter_folder(args.adapter)
     if not (args.overwrite or is_replaceable(folder / CARD)):
         raise ValueError(f"{folder / CARD} was written by a person. Give --overwrite to replace it.")
-    details = args.details()
-    print(f"The card: {write_card(folder, details=details if details != CardDetails() else None)}")
+    words = {name: value for name, value in vars(args).items() if name not in ("adapter", "overwrite") and value}
+    print(f"The card: {write_card(folder, details=CardDetails(**words))}")

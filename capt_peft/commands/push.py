@@ -1,8 +1,9 @@
 """Uploads an adapter with its card and results to the Hub, in one commit.
 
 capt-peft push outputs/demo you/tiny-capt
-capt-peft push outputs/demo you/tiny-capt --private --license apache-2.0
+capt-peft push outputs/demo you/tiny-capt --private
 
+`capt-peft card` sets the licence and other words of the card.
 The token is that of the environment (HF_TOKEN) or of `hf auth login`.
 """
 
@@ -14,12 +15,12 @@ from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
 
 from ..results.hub import push_adapter
-from .card import CardArguments, adapter_folder
+from .card import adapter_folder
 from .parser import Parser
 
 
 @dataclass
-class Arguments(CardArguments):
+class Arguments:
     """What is uploaded, and where to."""
 
     adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
@@ -37,6 +38,5 @@ def main(argv: list[str]) -> None:
     validate_repo_id(args.repo_id)
     if constants.HF_HUB_OFFLINE:
         raise ValueError("Nothing can be uploaded while HF_HUB_OFFLINE is set.")
-    details = {name: value for name, value in vars(args.details()).items() if value}
-    commit = push_adapter(folder, args.repo_id, private=args.private or None, revision=args.revision, **details)
+    commit = push_adapter(folder, args.repo_id, private=args.private or None, revision=args.revision)
     print(f"Uploaded to {commit.commit_url}")

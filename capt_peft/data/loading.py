@@ -139,8 +139,8 @@ def load_task(
 
 
 def made_tasks() -> dict[str, Callable[[int], Task]]:
-    """Returns what makes tasks from a seed, by name; `capt_peft.toy`, which builds on this module, adds its own to it."""
-    import_module("capt_peft.toy")
+    """Returns what makes tasks from a seed, by name; `capt_peft.toy`, which builds on this module, adds its own."""
+    import_module("capt_peft.toy.tasks")
     return MADE
 
 

@@ -9,7 +9,6 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from capt_peft.commands.convert import main as run_script
 from helpers import TINY_CLIP
 from peft import get_peft_model
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer, CLIPModel
 from capt_peft import CaptConfig, ZeroShotClassifier
 from capt_peft.backbones import convert_backbone, read_checkpoint, to_transformers
 from capt_peft.backbones.model import MEAN, build
+from capt_peft.commands.convert import main as run_script
 
 VOCABULARY = 737  # tiny CLIP's, so that its tokenizer fits
 SMALL = {

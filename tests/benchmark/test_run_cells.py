@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from capt_peft.commands.benchmark import main
 from helpers import TINY_CLIP
 from PIL import Image
 
 from capt_peft.benchmark import Lines, Plan, Suite, Target, get_suite, listing, run, run_cells
 from capt_peft.benchmark.inputs import Inputs
+from capt_peft.commands.benchmark import main
 from capt_peft.report import read_sections
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"

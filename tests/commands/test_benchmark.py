@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from capt_peft.commands.benchmark import main, make_plan, parse_args
 
 from capt_peft.benchmark import PROTOCOLS, Lines
+from capt_peft.commands.benchmark import main, make_plan, parse_args
 from capt_peft.methods import METHODS
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"

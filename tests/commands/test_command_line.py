@@ -1,4 +1,4 @@
-"""The command line of every script: wrong input ends in one line on stderr that names the problem, and exit status 2."""
+"""The command line: wrong input ends in one line on stderr that names the problem, and exit status 2."""
 
 import importlib
 import inspect
@@ -7,18 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import command
 import pytest
-from command import TRAINING, Parser, check_early, options_in, run, suggestion
 from helpers import TINY_CLIP
 
+import capt_peft
 from capt_peft import METHODS, CaptTrainingArguments, TrainingStopped, load_task
 from capt_peft.benchmark import PROTOCOLS, SUITES
+from capt_peft.commands import COMMANDS
+from capt_peft.commands import main as command_line
+from capt_peft.commands.ending import run, suggestion
+from capt_peft.commands.options import options_in
+from capt_peft.commands.parser import Parser
+from capt_peft.commands.places import CONFIGS, is_path
 from capt_peft.methods import ALIASES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MORE = {"train": TRAINING, "adversarial_finetune": TRAINING, "demo": (*TRAINING, EXAMPLES / "train.py")}
-SCRIPTS = ("train", "evaluate", "benchmark", "adversarial_finetune", "convert_backbone", "demo", "app")
 WRONG = [
     ("train --epsilonn 1/255", "There is no option --epsilonn; did you mean --epsilon?"),
     ("train --learning-rat=0.1", "did you mean --learning_rate?"),
@@ -26,6 +29,7 @@ WRONG = [
     ("train --xyzzy", "There is no option --xyzzy; --help lists all options."),
     ("train --eval_limit few", "invalid int value: 'few'"),
     ("train digits", "'digits' belongs to no option"),
+    ("train --learning_rate much", "argument --learning_rate: invalid float value: 'much'"),
     ("train --epsilon", "expected one argument"),
     ("train --epsilon 4", "more than the whole range of a pixel"),
     ("train --epsilon=-1/255", "must be finite and at least 0"),
@@ -46,7 +50,12 @@ WRONG = [
     ("train --config nowhere.yaml", "There is no file nowhere.yaml (--config)"),
     ("train --save_strategy sometimes", "sometimes"),
     ("train --eval_strategy steps --save_strategy epoch --load_best_model_at_end", "do not fit together"),
+    ("trian", "There is no command trian; did you mean train?"),
+    ("fine", "There is no command fine; did you mean finetune-backbone?"),
+    ("xyzzy", "There is no command xyzzy; there are demo, train, evaluate,"),
     ("evaluate", "Give --adapter"),
+    ("evaluate ./nowhere", "There is no folder ./nowhere (--adapter)"),
+    ("evaluate {tiny} pgd-20", "'pgd-20' belongs to no option"),
     ("evaluate --adaptor x", "did you mean --adapter?"),
     ("evaluate --adapter ./nowhere", "There is no folder ./nowhere (--adapter)"),
     ("evaluate --adapter no/such", "--adapter no/such is neither a folder here nor a Hub model in the cache"),
@@ -61,14 +70,24 @@ WRONG = [
     ("benchmark --tasks digitz", "Did you mean digits?"),
     ("benchmark --settings learning_rat=1", "Did you mean learning_rate?"),
     ("benchmark --suite paper --root ./nowhere --model_name_or_path {tiny}", "There is no folder ./nowhere (--root)"),
-    ("adversarial_finetune --objective fear", "objective='fear' is unknown"),
-    ("adversarial_finetune --drawn_image 3", "did you mean --drawn_images?"),
-    ("adversarial_finetune --consistency 2", "--consistency has no effect here"),
-    ("convert_backbone", "the following arguments are required"),
-    ("convert_backbone --checkpoint nowhere.pt --output {out}", "There is no file nowhere.pt (--checkpoint)"),
-    ("convert_backbone --checkpoint {tiny}/config.json --output {examples}/configs", "is not empty"),
+    ("finetune-backbone --objective fear", "objective='fear' is unknown"),
+    ("finetune-backbone --drawn_image 3", "did you mean --drawn_images?"),
+    ("finetune-backbone --consistency 2", "--consistency has no effect here"),
+    ("convert", "the following arguments are required"),
+    ("convert --checkpoint nowhere.pt --output {out}", "There is no file nowhere.pt (--checkpoint)"),
+    ("convert --checkpoint {tiny}/config.json --output {examples}/configs", "is not empty"),
     ("demo --output_dir x", "The demo sets --output_dir itself"),
     ("demo --epochs 3", "There is no option --epochs"),
+    ("report", "the following arguments are required: --lines"),
+    ("report nowhere.jsonl", "There is no file nowhere.jsonl (--lines)"),
+    ("report {configs}/fap.yaml", "fap.yaml"),
+    ("card", "Give the folder of a CAPT adapter"),
+    ("card ./nowhere", "There is no folder ./nowhere (--adapter)"),
+    ("card {tiny}", "is not the folder of a CAPT adapter"),
+    ("push {tiny} you/name", "is not the folder of a CAPT adapter"),
+    ("tasks digitz", "Did you mean digits?"),
+    ("tasks --root /", "--root has no effect without the name of a data set"),
+    ("env --al", "There is no option --al"),
     ("app --adapter ./nowhere", "There is no folder ./nowhere (--adapter)"),
     ("app --prot 3", "did you mean --port?"),
     ("app --adapter {examples}/configs", "{examples}/configs is not an adapter: it has no adapter_config.json"),
@@ -82,19 +101,17 @@ def elsewhere(tmp_path_factory):
 
 @pytest.mark.parametrize(("line", "words"), WRONG, ids=[line for line, _ in WRONG])
 def test_wrong_input_is_one_line_and_exit_status_2(line, words, elsewhere, monkeypatch, capfd):
-    places = {"examples": EXAMPLES, "tiny": TINY_CLIP, "out": elsewhere / "converted"}
+    places = {"examples": EXAMPLES, "configs": CONFIGS, "tiny": TINY_CLIP, "out": elsewhere / "converted"}
     name, *arguments = line.format(**places).split()
     if name == "app":
         pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'capt-peft[app]'")
-    module = importlib.import_module(name)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["capt-peft", name, *arguments])
     monkeypatch.chdir(elsewhere)
     with pytest.raises(SystemExit) as ended:
-        check_early(str(EXAMPLES / f"{name}.py"), *MORE.get(name, ()))
-        run(module.demo if name == "demo" else module.main)
+        command_line()
     told = capfd.readouterr().err.splitlines()
     assert ended.value.code == 2
-    (line,) = [line for line in told if line.startswith(f"{name}.py: ")]
+    (line,) = [line for line in told if line.startswith((f"capt-peft {name}: ", "capt-peft: "))]
     assert words.format(**places) in line and len(line) < 900 and not any("Traceback" in line for line in told)
     assert not list(elsewhere.iterdir())
 
@@ -111,32 +128,51 @@ def launch(*command, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_wrong_options_are_told_before_torch_is_imported():
-    code = """
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        ("--help", 0, "finetune-backbone"),
+        ("", 0, "finetune-backbone"),
+        ("--version", 0, f"capt-peft {capt_peft.__version__}"),
+        ("train --help", 0, "options of transformers' Trainer:"),
+        ("app --help", 0, "--port"),
+        ("train --epsilonn 1/255", 2, ""),
+        ("trian", 2, ""),
+        ("evaluate ./nowhere", 2, ""),
+        ("train --per_device_train_batch_size many", 2, ""),
+    ],
+)
+def test_help_and_wrong_input_need_no_torch(words, status, told):
+    code = f"""
 import runpy, sys
-sys.argv = ["train.py", "--epsilonn", "1/255"]
+sys.argv = ["capt_peft", *{words.split()}]
 try:
-    runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
-except SystemExit as ended:
-    print(ended.code, "torch" in sys.modules)
+    runpy.run_module("capt_peft", run_name="__main__")
+    ended = 0
+except SystemExit as error:
+    ended = error.code
+print(ended, *({{"torch", "transformers", "peft", "gradio", "datasets"}} & sys.modules.keys()))
 """
-    status, out, err = launch("-c", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r})\n{code}")
-    assert (status, out) == (0, "2 False\n")
-    assert err == "train.py: There is no option --epsilonn; did you mean --epsilon?\n"
+    found, out, err = launch("-c", code)
+    assert found == 0 and told in out and out.splitlines()[-1] == str(status)
+    assert len(err.splitlines()) == (status == 2)
 
 
-def test_a_script_ends_with_one_line():
-    status, out, err = launch(EXAMPLES / "evaluate.py", "--adapter", "./nowhere")
-    assert (status, out, err) == (2, "", "evaluate.py: There is no folder ./nowhere (--adapter).\n")
+@pytest.mark.parametrize(
+    "script", ["train", "evaluate", "benchmark", "demo", "convert_backbone", "adversarial_finetune"]
+)
+def test_the_scripts_of_examples_are_the_commands(script):
+    status, out, err = launch(EXAMPLES / f"{script}.py", "--xyzzy")
+    assert (status, out, err) == (2, "", f"{script}.py: There is no option --xyzzy; --help lists all options.\n")
 
 
 # ------------------------------------------------------------------------------------------------- what a main raises
 
 
 def test_the_traceback_is_shown_after_debug(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--base", TINY_CLIP, "--epsilon", "300", "--debug"])
+    monkeypatch.setattr(sys, "argv", ["capt-peft", "evaluate", "--base", TINY_CLIP, "--epsilon", "300", "--debug"])
     with pytest.raises(ValueError, match="epsilon='300' is more than"):
-        run(importlib.import_module("evaluate").main)
+        command_line()
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -150,7 +186,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         ImportError,
     ):  # not raised by a script
 
-        def main(argv, bug=bug):
+        def main(bug=bug):
             raise bug("x")
 
         with pytest.raises(bug):
@@ -167,7 +203,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     ],
 )
 def test_what_ends_a_run_has_its_sentence(error, status, words, monkeypatch, capsys):
-    def main(argv):
+    def main():
         raise error
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -177,10 +213,10 @@ def test_what_ends_a_run_has_its_sentence(error, status, words, monkeypatch, cap
 
 
 def test_of_several_processes_the_first_one_tells_what_all_see(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--epsilonn", "1"])
+    monkeypatch.setattr(sys, "argv", ["capt-peft", "train", "--epsilonn", "1"])
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
-        check_early(str(EXAMPLES / "train.py"), *TRAINING)
+        command_line()
     assert capsys.readouterr().err == ""
 
 
@@ -202,11 +238,11 @@ def test_the_name_that_was_probably_meant_is_suggested(message, name):
 # ------------------------------------------------------------------------------------------------- the options
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_options_that_are_read_from_the_source_are_those_that_are_parsed(name, monkeypatch):
     if name == "app":
         pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'capt-peft[app]'")
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"capt_peft.commands.{COMMANDS[name].module}")
     parsed = []
 
     def note(self, *args, **kwargs):
@@ -215,36 +251,42 @@ def test_the_options_that_are_read_from_the_source_are_those_that_are_parsed(nam
 
     monkeypatch.setattr(Parser, "parse_known_args", note)
     with pytest.raises(SystemExit):
-        (module.demo if name == "demo" else module.main)([])
-    known = options_in(*MORE.get(name, ()), EXAMPLES / f"{name}.py")
+        module.main([])
+    known = options_in(*COMMANDS[name].sources)
     assert {option.replace("-", "_") for option in parsed} - {"help"} == {
         *known, *(f"no_{name}" for name, option in known.items() if option.default is True),
     }  # fmt: skip
 
 
 def test_the_help_of_training_describes_every_option():
-    options = options_in(*TRAINING, EXAMPLES / "train.py")
+    options = options_in(*COMMANDS["train"].sources)
     silent = {name for name, option in options.items() if not option.help and not name.startswith("log_level")}
     assert not silent, silent
     assert options["learning_rate"].default == CaptTrainingArguments("out").learning_rate
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_is_shown_without_imports(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_ours_first_and_then_the_trainers(name, monkeypatch, capsys):
+    if name == "app":
+        pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'capt-peft[app]'")
+    monkeypatch.setattr(sys, "argv", ["capt-peft", name, "--help"])
     with pytest.raises(SystemExit) as ended:
-        check_early(str(EXAMPLES / f"{name}.py"), *MORE.get(name, ()))
+        command_line()
     shown = capsys.readouterr().out
-    assert ended.value.code == 0 and "--debug" in shown
-    if name not in MORE:  # transformers has some options without a description
-        assert all(option.help for option in options_in(EXAMPLES / f"{name}.py").values())
+    assert ended.value.code == 0 and "--debug" in shown and shown.startswith(f"usage: capt-peft {name}")
+    of_trainer = "transformers.training_args" in COMMANDS[name].sources
+    assert of_trainer == ("options of transformers' Trainer:" in shown)
+    if of_trainer:
+        assert shown.index("--epsilon\n") < shown.index("options of transformers' Trainer:") < shown.index("--bf16\n")
+    else:  # transformers has some options without a description
+        assert all(option.help for option in options_in(*COMMANDS[name].sources).values())
     if name == "benchmark":
         assert all(word in shown for word in (*METHODS, *ALIASES, *PROTOCOLS, *SUITES))
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_what_messages_of_load_task_recommend_is_an_option(name):
-    options = {*options_in(EXAMPLES / f"{name}.py")} | {"dataset_config"}
+    options = {*options_in(*COMMANDS[name].sources)}
     renamed = {"name_or_path": "dataset_name", "name": "dataset_config"}
     recommended = {renamed.get(word, word) for word in inspect.signature(load_task).parameters} - {"seed", "revision"}
     assert recommended <= options
@@ -254,5 +296,5 @@ def test_a_hub_id_is_not_taken_for_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     paths = ("./a", "/a/b", "~/a", "a/", "a/b/c", "outputs/demo", "..", ".")
-    assert all(map(command.is_path, paths))
-    assert not any(map(command.is_path, ("openai/clip-vit-base-patch32", "gpt2", "digits", "a b")))
+    assert all(map(is_path, paths))
+    assert not any(map(is_path, ("openai/clip-vit-base-patch32", "gpt2", "digits", "a b")))

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from capt_peft.commands.evaluate import main
 from helpers import TINY_CLIP, shake
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, load_task
+from capt_peft.commands.evaluate import main
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
 QUICK = [

@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
-from capt_peft.commands import demo
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from capt_peft.commands.finetune_backbone import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
 from helpers import TINY_CLIP, adapted, random_clip
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +14,8 @@ from transformers import CLIPModel
 
 from capt_peft import AdversarialCrossEntropy, CaptTrainer, CaptTrainingArguments, ZeroShotClassifier, load_task
 from capt_peft.attacks import parse_attack
+from capt_peft.commands import demo
+from capt_peft.commands.finetune_backbone import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
 from capt_peft.objectives import squared_distance
 from capt_peft.toy.images import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.training.chunks import split_batch
@@ -305,17 +305,16 @@ def test_the_robust_tiny_clip_withstands_what_tiny_clip_does_not():
 @pytest.mark.parametrize("option", ["--output_dir", "--dataset_name", "--method"])
 def test_the_demo_refuses_what_would_make_it_another_one(option):
     with pytest.raises(ValueError, match=f"The demo sets {option} itself"):
-        demo.demo([f"{option}=x"])
+        demo.main([f"{option}=x"])
 
 
 def test_the_demo_starts_from_the_model_that_is_named(tmp_path, monkeypatch, capfd):
     quick = ["--shots", "1", "--num_train_epochs", "1", "--eval_limit", "4", "--eval_attack", "pgd-2", "--use_cpu"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # the fresh process must not depend on how many threads it would take
-    monkeypatch.setattr("sys.argv", ["demo.py", "--model_name_or_path", str(ROBUST), *quick])
     monkeypatch.chdir(tmp_path)
     pictured = []
     monkeypatch.setattr(demo, "attack_picture", lambda models, *_: pictured.append(models["zero-shot"].model))
-    demo.demo()
+    demo.main(["--model_name_or_path", str(ROBUST), *quick])
     assert "bit for bit" in capfd.readouterr().out
     adapter = json.loads((tmp_path / "outputs" / "demo" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(ROBUST)

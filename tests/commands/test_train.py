@@ -12,9 +12,9 @@ import yaml
 from helpers import TINY_CLIP
 from PIL import Image
 from safetensors.torch import load_file
-from capt_peft.commands.train import main, parse_args
 
 from capt_peft import CaptTrainer, ZeroShotClassifier
+from capt_peft.commands.train import main, parse_args
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 QUICK = [

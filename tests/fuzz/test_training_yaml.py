@@ -6,9 +6,9 @@ import pytest
 import yaml
 from fuzzing import LENGTHS, TEXTS, VALUES, fuzz, memory_limit
 from hypothesis import strategies as st
-from capt_peft.commands.train import ScriptArguments, parse_args
 
 from capt_peft import CaptTrainingArguments
+from capt_peft.commands.train import ScriptArguments, parse_args
 
 FIELDS = [field.name for kind in (ScriptArguments, CaptTrainingArguments) for field in dataclasses.fields(kind)]
 OURS = [field.name for field in dataclasses.fields(ScriptArguments)]

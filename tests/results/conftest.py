@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from records import THREAT
-from capt_peft.commands.train import main
 
 from capt_peft import PGD, ZeroShotClassifier, evaluate, load_task
+from capt_peft.commands.train import main
 
 
 @pytest.fixture(scope="session")

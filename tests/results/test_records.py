@@ -5,13 +5,13 @@ import json
 import shutil
 
 import pytest
-from capt_peft.commands.evaluate import main as measure
 from helpers import TINY_CLIP
 from huggingface_hub import ModelCard
 from records import THREAT, card_from
 from safetensors.torch import load_file, save_file
 
 from capt_peft import PGD, Evaluation, ZeroShotClassifier, evaluate, load_task
+from capt_peft.commands.evaluate import main as measure
 from capt_peft.evaluation import Accuracy
 from capt_peft.results.card import CardDetails, write_card
 from capt_peft.results.hub import update_card

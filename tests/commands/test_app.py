@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
 from helpers import TINY_CLIP
 from PIL import Image
-from capt_peft.commands.train import main as train
 
 from capt_peft import ThreatModel, ZeroShotClassifier, parse_attack
+from capt_peft.commands.app.attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
+from capt_peft.commands.train import main as train
 from capt_peft.randomness import example_generator
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Who still waits for an answer of the page in examples/app.py; there is no Gradio here."""
+"""Who still waits for an answer of the page of `capt-peft app`; there is no Gradio here."""
 
 from __future__ import annotations
 

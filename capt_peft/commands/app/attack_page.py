@@ -1,4 +1,4 @@
-"""What the page of examples/app.py does: checks what it is given, attacks each model, puts the outcome in words.
+"""What the page of `capt-peft app` does: checks what it is given, attacks each model, puts the outcome in words.
 
 There is no Gradio here, and no state but the models: any number of threads may call `Page.run` at once.
 """
@@ -18,14 +18,15 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 
-from capt_peft import ThreatModel, ZeroShotClassifier, load_task
-from capt_peft.attacks import PGD
-from capt_peft.clip.loading import load_model
-from capt_peft.data.images import load_image
-from capt_peft.randomness import example_generators
-from capt_peft.tuner.config import check_template
+from ...attacks import PGD, ThreatModel
+from ...clip.classifier import ZeroShotClassifier
+from ...clip.loading import load_model
+from ...data import load_task
+from ...data.images import load_image
+from ...randomness import example_generators
+from ...tuner.config import check_template
+from ...utils.embedded import TINY_CLIP
 
-TINY_CLIP = str(Path(__file__).resolve().parent / "tiny_clip")
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
 DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
 MAX_SIDE, MAX_RATIO, MAX_BYTES = 4096, 20, 10_000_000
