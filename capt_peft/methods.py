@@ -1,6 +1,6 @@
 """Named recipes: which prompts, which objective and which attack. None has a trainer of its own.
 
-A setting comes from one of three places, with the same precedence in `examples/train.py` and in a benchmark:
+A setting comes from one of three places, with the same precedence in `capt-peft train` and in a benchmark:
 
 1. What a method **is** (`Method.fixed`): "adv-vp" has no text prompts. Another value is refused.
 2. What a user **asks for**: on the command line, in a file, or in a benchmark's plan or suite. What has no effect is refused.

@@ -1,4 +1,4 @@
-"""Whose word counts: one table of cases, through examples/train.py and through a benchmark's plan."""
+"""Whose word counts: one table of cases, through `capt-peft train` and through a benchmark's plan."""
 
 import json
 from pathlib import Path

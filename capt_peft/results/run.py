@@ -378,9 +378,7 @@ def why_unshown(
         adapter, names = dict(model.get("adapter") or {}), list(model.get("class_names") or [])
         measured_on = model["base"]["fingerprint"] if adapter else None
     if not adapter:
-        raise RecordError(
-            "The evaluation is not one of a CAPT adapter: measure it with examples/evaluate.py --adapter."
-        )
+        raise RecordError("The evaluation is not one of a CAPT adapter: measure it with capt-peft evaluate --adapter.")
     if len(model.get("adapters", [])) > 1:
         raise RecordError(
             f"{EVALUATION} was measured with several adapters at once: its figures are of none of them alone."
@@ -397,7 +395,7 @@ def why_unshown(
     if not task:
         return (
             f"{EVALUATION} does not say which data set and split its figures are of, so they are not shown beside those of "
-            f"{RESULTS}. Measure again with examples/evaluate.py, or with evaluate(..., details={{'task': ...}})."
+            f"{RESULTS}. Measure again with capt-peft evaluate, or with evaluate(..., details={{'task': ...}})."
         )
     pairs: dict[str, tuple[Any, Any]] = {
         "other classes": (names, results.task.class_names),

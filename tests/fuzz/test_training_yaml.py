@@ -1,4 +1,4 @@
-"""Training YAML with anything in it: examples/train.py reads it, or says which file and which key are wrong."""
+"""Training YAML with anything in it: `capt-peft train` reads it, or says which file and which key are wrong."""
 
 import dataclasses
 
