@@ -202,7 +202,6 @@ def test_the_file_of_a_published_protocol_gives_settings_attack_and_model_and_no
         (["--workers", "0"], "workers=0"),
         (["--root", "/"], "--root has no effect with --suite toy"),
         (["--quick"], "--attacks has no effect beside quick"),
-        (["--tables", "x.jsonl"], "has no effect beside tables"),
         (["--suite", "own", "--tasks", "a=./nowhere"], "There is no folder or file ./nowhere"),
     ],
 )
