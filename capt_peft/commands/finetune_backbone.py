@@ -45,7 +45,7 @@ PUBLISHED = {
     "optim": "adamw_torch", "learning_rate": 1e-5, "weight_decay": 1e-4, "warmup_steps": 0.07, "num_train_epochs": 2,
     "per_device_train_batch_size": 128, "attack_steps": 10, "save_total_limit": 1, "output_dir": "outputs/robust",
 }  # fmt: skip
-# without a model's name; chosen on validation images, see examples/tiny_clip_robust/README.md
+# without a model's name; chosen on validation images, see capt_peft/toy/tiny_clip_robust/README.md
 TINY = {
     "learning_rate": 1e-3, "num_train_epochs": 4, "per_device_train_batch_size": 64, "attack_steps": 3, "epsilon": "10/255",
     "save_dtype": "float16", "save_strategy": "no", "logging_steps": 50, "use_cpu": True, "dataloader_pin_memory": False,

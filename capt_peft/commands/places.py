@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def check_places(values: Mapping[str, Any]) -> None:
         if name in MODELS and constants.HF_HUB_OFFLINE and value not in EMBEDDED and not is_cached(value):
             raise ValueError(
                 f"--{name} {shorten(value, 300)} is neither a folder here nor a Hub model in the cache, and the Hub is not asked "
-                "while HF_HUB_OFFLINE is set."
+                f"while HF_HUB_OFFLINE is set.{_nearest(value, EMBEDDED)}"
             )
 
 
@@ -70,6 +70,11 @@ def is_cached(name: str) -> bool:
         return any(isinstance(file, str) for file in files)
     except HFValidationError:
         return False
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1, 0.7)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _near_path(value: str) -> str:

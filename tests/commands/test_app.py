@@ -124,7 +124,7 @@ def move(adapter, folder):
     shutil.copytree(adapter, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == TINY_CLIP
-    config["base_model_name_or_path"] = "/somewhere/else/tiny_clip"
+    config["base_model_name_or_path"] = "/somewhere/else/capt_peft/toy/tiny_clip"
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -44,6 +44,7 @@ WRONG = [
     ("train --eval_split tset", "Did you mean test?"),
     ("train --model_name_or_path ./nowhere", "There is no folder ./nowhere (--model_name_or_path)"),
     ("train --model_name_or_path {examples}/tiny_clp", "Did you mean {examples}/tiny_clip?"),
+    ("train --model_name_or_path tiny_clp", "Did you mean tiny_clip?"),
     ("train --model_name_or_path no/such", "no/such is neither a folder here nor a Hub model in the cache"),
     ("train --model_name_or_path {examples}/configs", "cannot be loaded"),
     ("train --teacher ~/no/such/teacher", "There is no folder ~/no/such/teacher"),

@@ -17,12 +17,11 @@ from capt_peft.attacks import parse_attack
 from capt_peft.commands import demo
 from capt_peft.commands.finetune_backbone import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
 from capt_peft.objectives import squared_distance
+from capt_peft.toy import TINY_CLIP_ROBUST
 from capt_peft.toy.images import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.training.chunks import split_batch
 from capt_peft.training.fare import FareTrainer, embed, train_image_tower_alone
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-ROBUST = EXAMPLES / "tiny_clip_robust"
 QUICK = [
     "--drawn_images", "40", "--num_train_epochs", "1", "--per_device_train_batch_size", "20", "--attack_steps", "2",
     "--eval_limit", "20", "--eval_attack", "pgd-2", "--use_cpu", "--disable_tqdm", "true", "--save_dtype", "float32",
@@ -134,7 +133,7 @@ def test_half_precision_is_for_the_file_alone(tmp_path, tiny, processor):
 
 def test_published_settings_for_a_named_model_and_those_of_tiny_clip_without():
     script, args = parse_args([])
-    assert Path(script.model_name_or_path).samefile(TINY_CLIP) and Path(args.output_dir).name == "tiny_clip_robust"
+    assert (script.model_name_or_path, args.output_dir) == ("tiny_clip", "outputs/tiny_clip_robust")
     assert (script.objective, script.save_dtype, args.epsilon) == ("fare", "float16", TINY["epsilon"])
     script, args = parse_args(["--model_name_or_path", "some/clip", "--epsilon", "4/255"])
     assert (args.learning_rate, args.per_device_train_batch_size) == (PUBLISHED["learning_rate"], 128)
@@ -276,11 +275,11 @@ def test_drawn_images_are_named_after_the_one_thing_that_they_show(task):
 
 
 def test_the_robust_tiny_clip_is_tiny_clip_but_for_its_image_tower():
-    assert sum(path.stat().st_size for path in ROBUST.iterdir()) <= 4_000_000
-    before, after = weights(TINY_CLIP), weights(ROBUST)
+    assert sum(path.stat().st_size for path in Path(TINY_CLIP_ROBUST).iterdir()) <= 4_000_000
+    before, after = weights(TINY_CLIP), weights(TINY_CLIP_ROBUST)
     assert {tensor.dtype for tensor in after.values()} == {torch.float16}
     assert all(torch.equal(before[name], after[name]) for name in before if not in_image_tower(name))
-    model = CLIPModel.from_pretrained(ROBUST)
+    model = CLIPModel.from_pretrained(TINY_CLIP_ROBUST)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
 
 
@@ -288,7 +287,7 @@ def test_the_robust_tiny_clip_withstands_what_tiny_clip_does_not():
     digits = load_task("digits")
     shown = digits["validation"].select(range(60))
     labels, robust = torch.tensor(shown["label"]), {}
-    for folder in (TINY_CLIP, str(ROBUST)):
+    for folder in (TINY_CLIP, TINY_CLIP_ROBUST):
         classifier = ZeroShotClassifier.from_pretrained(
             folder, class_names=digits.class_names, template=digits.template
         )
@@ -299,7 +298,7 @@ def test_the_robust_tiny_clip_withstands_what_tiny_clip_does_not():
             attacked = classifier(attack(classifier, pixels, labels, 0)).argmax(-1)
         robust[folder] = (attacked == labels).float().mean().item()
         assert clean > 0.7
-    assert robust[str(ROBUST)] > robust[TINY_CLIP] + 0.2
+    assert robust[TINY_CLIP_ROBUST] > robust[TINY_CLIP] + 0.2
 
 
 @pytest.mark.parametrize("option", ["--output_dir", "--dataset_name", "--method"])
@@ -314,10 +313,10 @@ def test_the_demo_starts_from_the_model_that_is_named(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     pictured = []
     monkeypatch.setattr(demo, "attack_picture", lambda models, *_: pictured.append(models["zero-shot"].model))
-    demo.main(["--model_name_or_path", str(ROBUST), *quick])
+    demo.main(["--model_name_or_path", "tiny_clip_robust", *quick])
     assert "bit for bit" in capfd.readouterr().out
     adapter = json.loads((tmp_path / "outputs" / "demo" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == str(ROBUST)
+    assert adapter["base_model_name_or_path"] == TINY_CLIP_ROBUST
     assert adapter["num_vision_tokens"] == 16  # the digits' settings
     projection = pictured[0].visual_projection.weight
-    assert torch.equal(projection, weights(ROBUST)["visual_projection.weight"].float())
+    assert torch.equal(projection, weights(TINY_CLIP_ROBUST)["visual_projection.weight"].float())

@@ -1,16 +1,14 @@
 """The record of a run: written, read again, and refused by its name where it is damaged."""
 
 import json
-from pathlib import Path
 
 import pytest
 from records import SHARE, card_from, evaluation_record, run_record
 
 from capt_peft.evaluation import Evaluation
 from capt_peft.results.run import RunResults
+from capt_peft.toy import TINY_CLIP_ROBUST
 from capt_peft.utils.files import DamagedFileError
-
-ROBUST_CLIP = Path(__file__).parents[2] / "examples" / "tiny_clip_robust"
 
 
 def test_a_record_is_read_as_it_was_written(adapter, results):
@@ -34,7 +32,7 @@ def test_the_table_has_the_accuracies_before_and_after():
 
 
 def test_records_of_earlier_versions_are_read():
-    assert RunResults.load(ROBUST_CLIP).adapter is None  # of a whole model
+    assert RunResults.load(TINY_CLIP_ROBUST).adapter is None  # of a whole model
     record = run_record("x")
     record["task"]["shots"] = None
     for both in (record["evaluation"]["before"], record["evaluation"]["after"]):

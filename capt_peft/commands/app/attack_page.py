@@ -25,7 +25,7 @@ from ...data import load_task
 from ...data.images import load_image
 from ...randomness import example_generators
 from ...tuner.config import check_template
-from ...utils.embedded import TINY_CLIP
+from ...utils.embedded import TINY_CLIP, recorded_path
 
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
 DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
@@ -98,8 +98,8 @@ class Page:
         self.adapter = adapter
         if adapter is not None:
             config: Any = PeftConfig.from_pretrained(adapter)
-            if base is None and not is_lost_tiny_clip(config.base_model_name_or_path):
-                base, revision = config.base_model_name_or_path, config.revision
+            if base is None:
+                base, revision = recorded_path(config.base_model_name_or_path or ""), config.revision
             self.class_names = list(getattr(config, "class_names", None) or DIGITS)[:MAX_CLASSES]
             self.template = getattr(config, "template", None) or DIGITS_TEMPLATE
         separator = "\n" if any("," in name for name in self.class_names) else ", "
@@ -167,11 +167,6 @@ class Page:
             except ValueError as error:  # a text is too long, or so short that prompts would overwrite the class name
                 raise Refused(str(error)) from error
             yield name, classifier
-
-
-def is_lost_tiny_clip(name: str | None) -> bool:
-    """Tells whether an adapter was tuned on tiny CLIP, but in a folder that is not here."""
-    return name is not None and Path(name).name == Path(TINY_CLIP).name and not os.path.isdir(name)
 
 
 def attack_one(
