@@ -212,8 +212,17 @@ def test_what_the_quickstart_saves_is_pushed_with_our_card(model, sent, tmp_path
     data = ModelCard(card).data
     assert (data.license, data.language, data.datasets) == ("mit", ["en"], ["ylecun/mnist"]) and "x" in data.tags
     assert data.base_model is None
-    assert "others cannot load it from there" in warned[0]
+    assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "tiny_clip" and not warned
     assert set(sent) == {WEIGHTS, "adapter_config.json", "README.md", "deleted"}
+
+
+def test_a_base_of_a_folder_that_others_do_not_have_is_warned_of(model, sent, tmp_path):
+    model.peft_config["default"].base_model_name_or_path = "/home/me/clip"
+    model.save_pretrained(str(tmp_path))
+    with warnings_of("capt_peft.results.hub") as warned:
+        push_adapter(tmp_path, "me/x")
+    assert "others cannot load it from there" in warned[0]
+    assert "/home/me" not in sent["README.md"].decode()
 
 
 def test_a_folder_with_results_of_other_weights_is_not_pushed(model, sent, tmp_path):
