@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+import capt_peft
 from capt_peft.commands import COMMANDS
 from capt_peft.commands.options import check_options, options_in
 from capt_peft.methods import METHODS
@@ -18,14 +20,8 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 MODELS = sorted((ROOT / "capt_peft" / "toy").rglob("README.md"))
 READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("README.md")), *MODELS]
 PAGES = [*DOCS, *READMES]
-WITH_ALL = (
-    "capt_peft",
-    "capt_peft.attacks",
-    "capt_peft.evaluation",
-    "capt_peft.backbones",
-    "capt_peft.benchmark",
-    "capt_peft.report",
-)
+ROOMS = ("attacks", "backbones", "benchmark", "data", "evaluation", "report", "toy", "training", "tuner")
+WITH_ALL = ("capt_peft", *(f"capt_peft.{room}" for room in ROOMS))
 WITHOUT_ALL = {
     "capt_peft.results.card": ("write_card", "CardDetails"),
     "capt_peft.results.hub": ("save_run", "update_card"),
@@ -74,6 +70,21 @@ def test_every_public_name_has_a_place_in_the_reference(module):
     names = WITHOUT_ALL.get(module) or importlib.import_module(module).__all__
     shown = {name.rsplit(".", 1)[1] for name in documented()}
     assert sorted(set(names) - shown) == [], f"add them to a page of docs/api (`::: {module}.NAME`)"
+
+
+def test_no_room_has_public_names_that_are_not_looked_for():
+    rooms = [
+        info.name for info in pkgutil.walk_packages(capt_peft.__path__, "capt_peft.") if "__main__" not in info.name
+    ]
+    with_all = {name for name in rooms if hasattr(importlib.import_module(name), "__all__")}
+    assert with_all == set(WITH_ALL) - {"capt_peft"}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=name_of)
+def test_code_fits_its_box(page):
+    """84 columns are what a page shows beside both navigations, on a screen of 1366 pixels."""
+    lines = [line for _, code in FENCE.findall(page.read_text(encoding="utf-8")) for line in code.splitlines()]
+    assert [line for line in lines if len(line) > 84] == []
 
 
 def test_the_reference_shows_nothing_that_is_not_there():
