@@ -207,7 +207,8 @@ def true_probability(logits: Tensor, labels: Tensor) -> Tensor:
 def certainty(logits: Tensor) -> Tensor:
     """Returns 1 minus the entropy of each prediction over log N: (B, N) -> (B,) in [0, 1], 0 for the uniform one."""
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    return (1 - entropy / torch.log(torch.tensor(float(logits.shape[-1])))).clamp(0, 1)
+    most = logits.new_full((), logits.shape[-1], dtype=torch.float32).log()
+    return (1 - entropy / most).clamp(0, 1)
 
 
 def squared_distance(features: Tensor, target: Tensor) -> Tensor:

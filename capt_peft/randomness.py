@@ -17,7 +17,9 @@ STREAMS = {"attack": 0, "augmentation": 1, "evaluation": 2}
 _MODEL = 3  # what random models draw
 
 
-def example_generator(seed: int, index: int, *, epoch: int = 0, stream: str = "attack") -> torch.Generator:
+def example_generator(
+    seed: int, index: int, *, epoch: int = 0, stream: str = "attack", device: torch.device | str = "cpu"
+) -> torch.Generator:
     """Returns a generator of its own for one example, so that no batch split, rank or worker changes what it draws.
 
     Args:
@@ -25,19 +27,20 @@ def example_generator(seed: int, index: int, *, epoch: int = 0, stream: str = "a
         index: Place of the example in its dataset.
         epoch: Epoch of the training.
         stream: What is drawn: "attack", "augmentation" or "evaluation"; the streams are independent of each other.
+        device: Where it draws: that of the image. The same seed gives other numbers on another kind of device.
     """
     state = np.random.SeedSequence([seed, STREAMS[stream], epoch, index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) & (2**63 - 1))
+    return torch.Generator(device).manual_seed(int(state[0]) & (2**63 - 1))
 
 
 def example_generators(
-    seed: int, indices: Sequence[int], *, epoch: int = 0, stream: str = "attack"
+    seed: int, indices: Sequence[int], *, epoch: int = 0, stream: str = "attack", device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:
     """Returns one `example_generator` per index, in their order."""
-    return [example_generator(seed, int(index), epoch=epoch, stream=stream) for index in indices]
+    return [example_generator(seed, int(index), epoch=epoch, stream=stream, device=device) for index in indices]
 
 
-def resolve_generator(generator: Seeds, batch: int) -> Generators:
+def resolve_generator(generator: Seeds, batch: int, device: torch.device) -> Generators:
     """Returns the generators that a caller's source of random numbers stands for.
 
     Args:
@@ -45,6 +48,7 @@ def resolve_generator(generator: Seeds, batch: int) -> Generators:
             generator for each image, which an evaluation makes from their places in the dataset
             (`example_generators`), or a single one for the batch.
         batch: number of images.
+        device: where the images are; a seed's generators draw there, and those that are given where they were made.
 
     Raises:
         TypeError: `generator` is none of these.
@@ -55,7 +59,7 @@ def resolve_generator(generator: Seeds, batch: int) -> Generators:
     if isinstance(generator, int) and not isinstance(generator, bool):
         if generator < 0:
             raise ValueError(f"generator={generator} is negative: a seed must be 0 or more")
-        return example_generators(generator, range(batch))
+        return example_generators(generator, range(batch), device=device)
     if isinstance(generator, torch.Generator):
         return generator
     if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):

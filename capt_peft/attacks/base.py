@@ -160,7 +160,7 @@ class Attack(ABC):
             ValueError: wrong shape or range, or a model without usable logits or gradients.
         """
         check_images(images, labels)
-        generators = resolve_generator(generator, len(images))
+        generators = resolve_generator(generator, len(images), images.device)
         # Tensors made in inference mode carry no gradients: work outside it, on copies.
         with (
             torch.inference_mode(False),

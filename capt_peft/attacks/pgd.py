@@ -155,10 +155,13 @@ class PGD(Attack):
             best[kept], done[kept], losses[kept] = found[better], won[better], gained[better]
         return AttackResult(best, result.zero_gradient_share)
 
-    def _losses(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+    def _checked_losses(self, logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
         check_label_range(labels, logits.shape[1])
         if self.loss == "kl":
             check_classes(reference, logits)
+        return self._losses(logits, reference)
+
+    def _losses(self, logits: Tensor, reference: Tensor) -> Tensor:
         losses = LOSSES[self.loss](logits, reference)  # (B,)
         return -losses if self.targeted else losses
 
@@ -168,8 +171,10 @@ class PGD(Attack):
         keep = threat.project if clip else threat.into_ball
         x = threat.random_start(images, batch.generators, clip=clip) if self.random_start else keep(images, images)
         share = torch.full_like(images[:, 0, 0, 0], torch.nan)  # (B,)
-        loss = partial(self._losses, labels=batch.labels, reference=reference)
+        first = partial(self._checked_losses, labels=batch.labels, reference=reference)  # once: a GPU is waited for
+        later = partial(self._losses, reference=reference)
         for step in range(self.steps):
+            loss = first if step == 0 else later
             _, _, gradient = pixel_gradient(logits_fn, x if clip else x.clamp(0, 1), loss)
             if step == 0:
                 share = zero_share(gradient)
@@ -179,5 +184,5 @@ class PGD(Attack):
     def _score(self, logits_fn: LogitsFn, x: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """Returns whether each image reached its goal (B,) bool, and its loss (B,)."""
         logits = logits_fn(x)
-        losses = self._losses(logits.to(wide_dtype(logits.device)), labels, reference)
+        losses = self._checked_losses(logits.to(wide_dtype(logits.device)), labels, reference)
         return (logits.argmax(1) == labels) == self.targeted, losses

@@ -80,7 +80,7 @@ class Square(SearchAttack):
         best = points.clone()
         rows = torch.arange(len(images), device=images.device)
         loss = images.new_full((len(images),), -torch.inf)
-        numbers = torch.empty(0)
+        numbers = images  # until the second query draws them
         for query in range(self.queries):
             if query > 0:
                 place = (query - 1) % _BLOCK
@@ -129,7 +129,7 @@ class Square(SearchAttack):
         down, across = height // side, width // side
         numbers = draw(torch.rand, (batch, channels, down * across, 2), generators).to(images)
         sign, turn = _signs(numbers[..., 0]), numbers[..., 1] > 0.5  # (B, 3, squares)
-        tile = _pyramid(side).to(images)
+        tile = _pyramid(side, images.device).to(images)
         tiles = torch.where(turn[..., None, None], tile.t(), tile) * sign[..., None, None]  # (B, 3, squares, s, s)
         tiles = tiles.view(batch, channels, down, across, side, side).transpose(3, 4)
         delta = torch.zeros_like(images)
@@ -150,7 +150,7 @@ class Square(SearchAttack):
         out_of = _window(numbers[:, 2], numbers[:, 3], side, height, width)
         sign = _signs(numbers[:, 5:])[:, :, None, None].to(images)  # (A, 3, 1, 1)
         turn = (numbers[:, 4] > 0.5)[:, None, None]
-        tile = _pyramid(side).to(images)
+        tile = _pyramid(side, images.device).to(images)
         shape = _placed(torch.where(turn, tile.t(), tile), numbers[:, 0], numbers[:, 1], height, width)  # (A, 1, H, W)
         old = delta * into
         fresh = sign * shape + old / _length(old, (2, 3)).clamp_min(1e-12)  # (A, 3, H, W)
@@ -198,17 +198,17 @@ def _length(delta: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _pyramid(side: int) -> Tensor:
+def _pyramid(side: int, device: torch.device) -> Tensor:
     """Returns the tile (s, s) of unit length: a pyramid with a positive and a negative half (section 4.4, Eq. 2)."""
     half = side // 2
-    tile = torch.zeros(side, side)
-    tile[:half], tile[half:] = _half_pyramid(half, side), -_half_pyramid(side - half, side)
+    tile = torch.zeros(side, side, device=device)
+    tile[:half], tile[half:] = _half_pyramid(half, side, device), -_half_pyramid(side - half, side, device)
     return tile / tile.norm().clamp_min(1e-12)
 
 
-def _half_pyramid(height: int, width: int) -> Tensor:
+def _half_pyramid(height: int, width: int, device: torch.device) -> Tensor:
     """Returns the sum of rectangles around the centre, the k-th of weight 1 / (k + 1)^2, at unit length."""
-    tile = torch.zeros(height, width)
+    tile = torch.zeros(height, width, device=device)
     if height == 0:
         return tile
     middle = height // 2 + 1, width // 2 + 1

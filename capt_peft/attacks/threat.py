@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -172,7 +172,7 @@ class ThreatModel:
         Returns:
             (B, 3, H, W) in the ball around `images` and, with `clip`, in [0, 1].
         """
-        generator = resolve_generator(generator, len(images))
+        generator = resolve_generator(generator, len(images), images.device)
         if self.norm == "linf":
             offset = (2 * draw(torch.rand, images.shape, generator) - 1) * self.epsilon
         else:
@@ -202,7 +202,13 @@ def check_images(images: Tensor, labels: Tensor) -> None:
         )
     if images.ndim != 4 or images.numel() == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}: a non-empty batch (B, 3, H, W) is needed")
-    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels are {kind}: a torch.int64 tensor of class numbers is needed")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}: ({len(images)},) is needed, one for each image")
+    ranges = [*images.detach().aminmax(), *labels.to(images.device).aminmax()]
+    low, high, *of_labels = torch.stack([value.to(wide_dtype(value.device)) for value in ranges]).tolist()  # one wait
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("images hold values that are not finite (NaN or infinity): check how they were loaded")
     if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
@@ -210,17 +216,16 @@ def check_images(images: Tensor, labels: Tensor) -> None:
             f"images range from {low:.4g} to {high:.4g}: attacks work on pixels in [0, 1] before normalisation; "
             "scale them to [0, 1] and normalise inside the model"
         )
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels are {kind}: a torch.int64 tensor of class numbers is needed")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}: ({len(images)},) is needed, one for each image")
-    check_label_range(labels)
+    _check_range(of_labels)
 
 
-def check_label_range(labels: Tensor, num_classes: int | None = None) -> None:
-    """Refuses labels (B,) outside [0, `num_classes`); None leaves the upper end open."""
-    low, high = torch.stack(labels.aminmax()).tolist()
+def check_label_range(labels: Tensor, num_classes: int) -> None:
+    """Refuses labels (B,) outside [0, `num_classes`)."""
+    _check_range(torch.stack(labels.aminmax()).tolist(), num_classes)
+
+
+def _check_range(labels: Sequence[float], num_classes: int | None = None) -> None:
+    low, high = map(int, labels)
     if low < 0 or (num_classes is not None and high >= num_classes):
         allowed = "0 or more" if num_classes is None else f"0 to {num_classes - 1}, for {num_classes} classes"
         raise ValueError(f"labels range from {low} to {high}: they must be {allowed}")

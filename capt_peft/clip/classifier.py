@@ -16,6 +16,7 @@ from ..data.names import check_class_names
 from ..data.pixels import PixelTransform
 from ..tuner import PromptLayer, adapters_off, clip
 from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..utils.devices import moved
 from ..utils.modules import eval_mode
 from ..utils.text import shown
 from .loading import load_model
@@ -133,7 +134,7 @@ class ZeroShotClassifier(nn.Module):
     def text_inputs(self) -> dict[str, Tensor]:
         """Returns the tokens of the N texts, having checked that the adapter fits: `input_ids`, `attention_mask`, (N, L)."""
         self._check_adapter()
-        return {name: getattr(self, name).to(self.device) for name in clip.TEXT_INPUTS if hasattr(self, name)}
+        return {name: self._own(name, self.device) for name in clip.TEXT_INPUTS if hasattr(self, name)}
 
     def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
         """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
@@ -181,7 +182,7 @@ class ZeroShotClassifier(nn.Module):
         for layer in layers:
             layer.rows = part.rows
         try:
-            yield {name: ids.to(self.device) for name, ids in part.inputs.items()}
+            yield part.inputs_on(self.device)
         finally:
             for layer in layers:
                 layer.rows = None
@@ -192,7 +193,7 @@ class ZeroShotClassifier(nn.Module):
 
     def pixel_values(self, pixels: Tensor) -> Tensor:
         """Normalises pixels in [0, 1] to what the model takes, in its precision."""
-        mean, std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        mean, std = self._own("mean", pixels.device), self._own("std", pixels.device)
         return ((pixels - mean) / std).to(self._parameter.dtype)
 
     def logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -246,7 +247,7 @@ class ZeroShotClassifier(nn.Module):
         with eval_mode(self):
             texts, found = self.text_features(), []
             for start in range(0, len(images), batch_size):
-                pixels = self.transform.batch(images[start : start + batch_size]).to(self.device)
+                pixels = moved(self.transform.batch(images[start : start + batch_size]), self.device)
                 logits = self.logits(self.image_features(pixels), texts)
                 self._check_finite(logits, texts)
                 found += [row.topk(min(top_k or len(row), len(row))) for row in logits.softmax(-1).cpu()]
@@ -254,6 +255,15 @@ class ZeroShotClassifier(nn.Module):
         return [[{"label": self.class_names[i], "score": p} for p, i in row] for row in best]
 
     # ------------------------------------------------------------------------------------------------------- state
+
+    def _own(self, name: str, device: torch.device) -> Tensor:
+        """Returns a tensor of this classifier's own, which is moved once if a Trainer has moved the model without it."""
+        value: Tensor = getattr(self, name)
+        if value.device != device:
+            with torch.inference_mode(False):  # an inference tensor could not be part of a graph later
+                value = moved(value, device)
+            setattr(self, name, value)
+        return value
 
     def _check_adapter(self) -> None:
         # at every run of the texts: another adapter may have become the active one since this was made

@@ -23,6 +23,7 @@ from ..tuner.clip import (
     vocabulary_size,
 )
 from ..tuner.switching import adapted_modules
+from ..utils.devices import moved
 from ..utils.text import shown, some
 
 WHOLE = 256  # up to so many texts run at once, unless a size is given
@@ -151,6 +152,14 @@ class TextPart:
     rows: Tensor
     inputs: dict[str, Tensor]
 
+    def inputs_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Returns the inputs on a device, where they then stay."""
+        for name, ids in self.inputs.items():
+            if ids.device != device:
+                with torch.inference_mode(False):
+                    self.inputs[name] = moved(ids, device)
+        return dict(self.inputs)
+
 
 @dataclass(frozen=True)
 class TextParts:
@@ -162,7 +171,7 @@ class TextParts:
     def join(self, features: Sequence[Tensor]) -> Tensor:
         """Returns the (N, D) features of all texts, in their order, from those of the parts."""
         joined = torch.cat(list(features))  # (n, D)
-        return joined[self.places.to(joined.device)]
+        return joined[moved(self.places, joined.device)]
 
 
 def split_texts(inputs: dict[str, Tensor], size: int | None, *, cut: bool = True) -> TextParts | None:

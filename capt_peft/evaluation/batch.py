@@ -278,17 +278,19 @@ def attack_batch(
     right = (clean == labels).nonzero().squeeze(1)  # (A,)
     counted = _Counted(subject.attacked.logits_fn)
     adversarial, prediction = pixels.clone(), clean.clone()
-    result = AttackResult(pixels[right], pixels.new_empty(0))
+    result, rows = AttackResult(pixels[right], pixels.new_empty(0)), right.tolist()
     if len(right):
-        generators = example_generators(seed, [indices[i] for i in right.tolist()], stream="evaluation")
+        generators = example_generators(seed, [indices[i] for i in rows], stream="evaluation", device=pixels.device)
         result = attack.run(counted, pixels[right], labels[right], generators, report=report)
         _check_inside(attack, result.images, pixels[right])
         adversarial[right] = result.images
         prediction[right] = subject.scored(result.images).argmax(1)
+    before, after = clean.tolist(), prediction.tolist()
+    broken = [(part.name, part.broken.tolist()) for part in result.parts]
     broken_by: list[str | None] = [None] * len(pixels)
-    for place, row in enumerate(right.tolist()):
-        if clean[row] != prediction[row]:
-            broken_by[row] = next((part.name for part in result.parts if part.broken[place]), attack.name)
+    for place, row in enumerate(rows):
+        if before[row] != after[row]:
+            broken_by[row] = next((name for name, by_part in broken if by_part[place]), attack.name)
     changed = 0
     if subject.precision != "float32":
         with torch.no_grad():
@@ -297,12 +299,15 @@ def attack_batch(
     record = BatchRecord(
         index=indices,
         label=labels.tolist(),
-        clean=clean.tolist(),
-        prediction=prediction.tolist(),
+        clean=before,
+        prediction=after,
         norm=attack.threat_model.norm_of(adversarial - pixels).tolist(),
         broken_by=broken_by,
         zero_gradients=[share for share in result.zero_gradient_share.tolist() if not math.isnan(share)],
-        parts=[{"name": p.name, "attacked": p.attacked, "broken": int(p.broken.sum())} for p in result.parts],
+        parts=[
+            {"name": part.name, "attacked": part.attacked, "broken": sum(by_part)}
+            for part, (_, by_part) in zip(result.parts, broken, strict=True)
+        ],
         notes=list(result.notes),
         attacked=len(right),
         forwards=counted.forwards,
@@ -332,6 +337,7 @@ def outcomes(
         The predicted classes (B,) of the clean and of the adversarial images.
     """
     logits_fn = Guarded(classifier.with_fixed_texts())
-    adversarial = attack(logits_fn, pixels, labels, example_generators(seed, indices, stream="evaluation"))
+    generators = example_generators(seed, indices, stream="evaluation", device=pixels.device)
+    adversarial = attack(logits_fn, pixels, labels, generators)
     with torch.no_grad():
         return logits_fn(pixels).argmax(-1), logits_fn(adversarial).argmax(-1)

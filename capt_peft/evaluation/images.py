@@ -19,6 +19,7 @@ from ..clip.classifier import ZeroShotClassifier
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, digest_images
 from ..data.task import kind_of
+from ..utils.devices import moved
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Examples:
             pixels = self._pixels[list(indices)]
         else:
             pixels = torch.stack([self._pixels[i]["pixels"] for i in indices])
-        return pixels.to(device), self.labels[list(indices)].to(device)
+        return moved(pixels, device), moved(self.labels[list(indices)], device)
 
     def check_labels(self, num_classes: int) -> None:
         """Raises a ValueError unless every label is one of `num_classes`."""

@@ -98,7 +98,8 @@ def probe(subject: Subject, examples: Examples, attacked: Attacked, seed: int, b
         return {}
     rows = spread(right, PROBES)
     threats = list(dict.fromkeys(attack.threat_model for attack, _ in attacked))
-    generators = partial(example_generators, seed, [candidates[row] for row in rows], stream="evaluation")
+    places = [candidates[row] for row in rows]
+    generators = partial(example_generators, seed, places, stream="evaluation", device=pixels.device)
     probed = _probe(subject, pixels[rows], labels[rows], generators, threats)
     black_box = []
     if any(record.gradients for _, record in attacked) and _square_gain(attacked) is None:
@@ -152,7 +153,8 @@ def _broken_by_square(
         rows = broken.nonzero().squeeze(1)
         if len(rows) == 0:
             break
-        generators = example_generators(seed, [indices[row] for row in rows.tolist()], stream="evaluation")
+        places = [indices[row] for row in rows.tolist()]
+        generators = example_generators(seed, places, stream="evaluation", device=pixels.device)
         adversarial = attack(subject.attacked, pixels[rows], labels[rows], generators)
         broken[rows] = (subject.scored(adversarial).argmax(1) != labels[rows]) == breaks
     return int(broken.sum())

@@ -90,6 +90,7 @@ class CaptTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 128
     logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
     report_to: None | str | list[str] = "none"  # noqa: RUF036  (HfArgumentParser takes the second type)
     remove_unused_columns: bool = False
     hub_strategy: str = "end"

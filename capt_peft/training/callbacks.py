@@ -21,6 +21,7 @@ from ..data.task import Task
 from ..evaluation import Accuracy
 from ..evaluation.pictures import image_grid
 from ..tuner.switching import base_parameters
+from ..utils.devices import moved
 from ..utils.modules import eval_mode
 from ..utils.text import some
 from .checkpoints import last_good
@@ -248,7 +249,7 @@ class WarnAtChance(TrainerCallback):
             for data in _looked_at(trainer.task):
                 # a generator of its own: the run's is not touched
                 for batch in DataLoader(trainer._pixels(data), BATCH, generator=torch.Generator()):
-                    predicted = frozen(batch["pixels"].to(trainer.args.device)).argmax(-1).cpu()
+                    predicted = frozen(moved(batch["pixels"], trainer.args.device)).argmax(-1).cpu()
                     right += (predicted == batch["labels"]).tolist()
         return Accuracy(sum(right), len(right))
 

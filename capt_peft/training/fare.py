@@ -15,7 +15,6 @@ from ..attacks import AttackResult
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
 from ..objectives import FeatureDistance, squared_distance
-from ..randomness import example_generators
 from ..tuner.clip import in_tower
 from .arguments import CaptTrainingArguments, one_processor
 from .chunks import Batch
@@ -83,7 +82,6 @@ class FareTrainer(CaptTrainer):
     def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
         """Attacks the features: two "logits" whose cross-entropy against class 0 is a rising function of the distance."""
         target = self._frozen(batch.pixels, batch.indices)  # (B, D)
-        generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
 
         def logits_fn(images: Tensor) -> Tensor:
             with self._attack_precision():
@@ -91,7 +89,7 @@ class FareTrainer(CaptTrainer):
             distance = squared_distance(features.float(), target)  # (B,)
             return torch.stack([-distance, torch.zeros_like(distance)], dim=1)  # log-odds against class 0: the distance
 
-        return self.attack.run(logits_fn, batch.pixels, torch.zeros_like(batch.labels), generators)
+        return self.attack.run(logits_fn, batch.pixels, torch.zeros_like(batch.labels), self._generators(batch))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return embed(self.classifier, pixels)

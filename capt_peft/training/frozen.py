@@ -18,6 +18,7 @@ from ..data.pixels import PixelDataset
 from ..objectives import Objective
 from ..tuner.clip import image_features
 from ..tuner.switching import base_parameters
+from ..utils.devices import moved
 from ..utils.modules import eval_mode
 
 BATCH = 64  # always the same batches, or the last bits of the features would depend on a step's
@@ -51,7 +52,7 @@ class FrozenOutputs:
         if self._features is None:
             self.compute()
         assert self._features is not None
-        return self._features[indices].to(pixels.device)
+        return moved(self._features[indices], pixels.device)
 
     def logits(self, pixels: Tensor, indices: list[int]) -> Tensor:
         """Returns logits over the task's classes: (B, 3, H, W) pixels and their B places -> (B, N) float32."""
@@ -74,7 +75,7 @@ class FrozenOutputs:
         bar = tqdm(loader, "Features of the frozen model", disable=self._args.disable_tqdm or rank > 0)
         with self._frozen() as frozen:
             for batch in bar:
-                features[batch["index"]] = embed(frozen, batch["pixels"].to(self._args.device)).float().cpu()
+                features[batch["index"]] = embed(frozen, moved(batch["pixels"], self._args.device)).float().cpu()
         self._features = reduce(features.to(self._args.device), "sum").cpu() if world > 1 else features
 
     def _text_features(self) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -59,7 +58,7 @@ class CaptTrainer(Trainer):
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
     and backward, and the attack reuses them; the frozen model runs each image once, before training, while nothing is augmented.
     The random numbers of an image depend on the seed, the epoch and its place in the dataset alone, so that the batch size,
-    accumulation, workers and the number of processes change a run by rounding only.
+    accumulation, workers and the number of processes change a run by rounding only; another kind of device draws others.
 
     Args:
         model: A `PeftModel` with a CAPT adapter, or any model with CLIP's `get_image_features` and trainable parameters.
@@ -146,7 +145,7 @@ class CaptTrainer(Trainer):
         self._frozen_outputs = FrozenOutputs(self.classifier, self.teacher, train, args)
         self._checkpoints = Checkpoints(self)
         self.step_images: list[int] = []  # places of the step's images in the training set
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))  # over the images since the last log line
+        self._sums: dict[str, Tensor] = {}  # over the images since the last log line
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
             config.class_names, config.template = list(task.class_names), task.template
@@ -286,7 +285,7 @@ class CaptTrainer(Trainer):
         else:
             parameters = [p for p in self.classifier.model.parameters() if p.requires_grad]
             loss = sum_of_losses(partial(self._losses, chunks, clean_features), texts, parameters)
-        self._check_loss(loss, inputs["index"].tolist())
+        self._check_loss(loss, [place for chunk in chunks for place in chunk.indices])
         if num_items_in_batch is not None:  # mean over the batch -> this batch's share of the mean over the step
             loss = loss * (sum(chunk.counted for chunk in chunks) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -352,8 +351,7 @@ class CaptTrainer(Trainer):
 
     def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
         """Makes the adversarial images of a step, through the image tower alone; losses and signs are in full precision."""
-        # int() of a sum such as 2 + 3/3; state.epoch counts finished steps, so it is the epoch of the step that runs
-        generators = example_generators(self.args.seed, batch.indices, epoch=int(self.state.epoch or 0))
+        generators = self._generators(batch)
 
         def logits_fn(images: Tensor) -> Tensor:
             with self._attack_precision():
@@ -361,6 +359,11 @@ class CaptTrainer(Trainer):
             return self.classifier.logits(features, texts)  # outside, or the product would be rounded to half precision
 
         return self.attack.run(logits_fn, batch.pixels, batch.labels, generators, clean_logits=clean)
+
+    def _generators(self, batch: Batch) -> list[torch.Generator]:
+        # int() of a sum such as 2 + 3/3; state.epoch counts finished steps, so it is the epoch of the step that runs
+        epoch, device = int(self.state.epoch or 0), batch.pixels.device
+        return example_generators(self.args.seed, batch.indices, epoch=epoch, device=device)
 
     def _attack_precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.args.full_precision_attack else self.accelerator.autocast()
@@ -388,9 +391,9 @@ class CaptTrainer(Trainer):
             "robust_accuracy": robust.float().mean(),
             "zero_gradient_share": zero_gradient_share.nan_to_num().mean(),
         }
-        for name, mean in means.items():
-            self._sums[name] = self._sums[name].to(mean.device) + mean.float() * images
-        self._sums["images"] = self._sums["images"].to(right.device) + images
+        sums = {name: mean.float() * images for name, mean in means.items()}
+        for name, added in (sums | {"images": sums["clean_accuracy"].new_full((), images)}).items():
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Logs, with the loss, its parts, clean and robust accuracy under the training attack, and that attack's name."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import QuickGELUActivation
 
 from ..utils.text import cut
@@ -27,6 +28,7 @@ OTHER_TOWER = {"text": "vision", "vision": "text"}
 # how the names of a tower's weights begin, its projection's included
 TOWER_NAMES = {"text": ("text_model.", "text_projection."), "vision": ("vision_model.", "visual_projection.")}
 TEXT_INPUTS: tuple[str, ...] = ("input_ids", "attention_mask")
+_FIRST_ENDS: Any = WeakIdKeyDictionary()  # tensor -> what it was read of, and `first_end`
 HIGHEST = "highest"  # CLIP's legacy rule: a text ends at its highest token id
 
 
@@ -227,6 +229,21 @@ def is_end(input_ids: Tensor, end: int | str) -> Tensor:
     """Tells which tokens (..., L) are ends of texts, by `end_token`'s rule; the first of them is where a text is read."""
     last: Any = input_ids.max(-1, keepdim=True).values if end == HIGHEST else end
     return torch.eq(input_ids, last)
+
+
+def first_end(input_ids: Tensor, end: int | str) -> int:
+    """Returns the lowest position of an end among texts (..., L), by `end_token`'s rule; L if there is none.
+
+    It is remembered while the texts' tensor is not written to: every step runs the same texts, and to read them waits for a GPU.
+    """
+    base = input_ids if input_ids._base is None else input_ids._base  # transformers makes a view of what it is given
+    layout = input_ids.shape, input_ids.stride(), input_ids.storage_offset()
+    state = None if input_ids.is_inference() else (input_ids._version, end, *layout)
+    known = _FIRST_ENDS.get(base)
+    if known is None or state is None or known[0] != state:
+        ends = is_end(input_ids, end).reshape(-1, input_ids.shape[-1]).any(0).tolist()
+        known = _FIRST_ENDS[base] = state, [*ends, True].index(True)
+    return known[1]
 
 
 def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:

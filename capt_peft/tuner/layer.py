@@ -8,7 +8,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .clip import Site, is_end, prompt_places
+from ..utils.devices import moved
+from .clip import Site, first_end, prompt_places
 from .config import CaptConfig
 
 
@@ -131,7 +132,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(hidden_states, *args, **kwargs)
         prompt = self.prompt(adapter_name)
         if prompt.ndim == 3 and self.rows is not None:
-            prompt = prompt[self.rows.to(prompt.device)]
+            prompt = prompt[moved(self.rows, prompt.device)]
         if self.site.index > 0:
             return self.base_layer(self.write(hidden_states, prompt), *args, **kwargs)
         if self.site.tower == "text":
@@ -147,11 +148,10 @@ class PromptLayer(nn.Module, BaseTunerLayer):
 
     def _check_room(self, input_ids: torch.Tensor, n: int) -> None:
         """Refuses texts whose end the prompts would overwrite, which would silently classify something else."""
-        stop = prompt_places(self.site.start, n).stop
-        too_short = input_ids.shape[-1] < stop
-        if not too_short and self.end_token is not None and not torch.compiler.is_compiling():
-            too_short = bool(is_end(input_ids, self.end_token)[..., :stop].any())
-        if too_short:
+        room = input_ids.shape[-1]
+        if self.end_token is not None and not torch.compiler.is_compiling():
+            room = first_end(input_ids, self.end_token)
+        if room < prompt_places(self.site.start, n).stop:
             raise ValueError(
                 f"A text is too short for {n} text prompts: they replace the {n} words after the start token, and would "
                 f"overwrite its end. Put at least {n} words before the class name, as in the template 'a photo of a {{}}.'."

@@ -15,6 +15,7 @@ from capt_peft.attacks import APGD, Square, ThreatModel
 from capt_peft.attacks.square import _placed, _pyramid, _window
 
 NORMS = ["linf", "l2"]
+CPU = torch.device("cpu")
 both_norms = pytest.mark.parametrize("norm", NORMS)
 # Andriushchenko et al. 2020, section 4.1: p is halved at these of 10,000 queries
 TABLE = [10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000]
@@ -87,7 +88,7 @@ def test_squares_have_their_side_and_lie_in_the_image_at_every_place(side: int, 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 44])
 def test_the_l2_tile_has_unit_length_and_two_halves_of_opposite_sign(side: int) -> None:
-    tile = _pyramid(side)
+    tile = _pyramid(side, CPU)
     assert tile.shape == (side, side) and tile.norm().item() == pytest.approx(1)
     assert (tile[: side // 2] > 0).all() and (tile[side // 2 :] < 0).all()
     if side % 2:  # the peaks are in the middle column
@@ -100,7 +101,7 @@ def test_the_l2_tile_by_hand() -> None:
     # each half of unit length, and so the whole of length sqrt(2)
     upper = torch.tensor([[0.25, 1.25, 0.25]])
     lower = torch.tensor([[0.25, 0.25, 0.25], [0.25, 1.25, 0.25]])
-    torch.testing.assert_close(_pyramid(3), torch.cat([upper / upper.norm(), -lower / lower.norm()]) / 2**0.5)
+    torch.testing.assert_close(_pyramid(3, CPU), torch.cat([upper / upper.norm(), -lower / lower.norm()]) / 2**0.5)
 
 
 @both_norms

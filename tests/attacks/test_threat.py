@@ -240,7 +240,7 @@ def test_noise_is_float32_whatever_the_images_are() -> None:
 )
 def test_other_generators_are_refused(generator: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        resolve_generator(generator, 4)  # type: ignore[arg-type]
+        resolve_generator(generator, 4, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 GOOD = torch.full((2, 3, 4, 4), 0.5)
