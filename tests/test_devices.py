@@ -1,5 +1,7 @@
 """Where images are, everything is: nothing is made on the CPU for images elsewhere, and nothing waits that is not listed."""
 
+import json
+
 import pytest
 import torch
 from elsewhere import DEVICE, Elsewhere, There, there
@@ -7,10 +9,11 @@ from toy_models import epsilon_for, make_model, some_images
 from training_helpers import make_model as make_clip
 from training_helpers import make_task, make_trainer
 
-from capt_peft import FareTrainer
+from capt_peft import CaptTrainingArguments, FareTrainer, evaluate
 from capt_peft.attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from capt_peft.randomness import example_generators
 from capt_peft.training import train_image_tower_alone
+from capt_peft.utils.devices import tf32_in_use
 
 SMALL = ("fgsm", "pgd-3", "pgd-3x2", "pgd-3-kl", "pgd-3-margin", "apgd-ce-6x2", "apgd-dlr-6", "apgd-t-6", "fab-t-4x2", "fab-4",
          "square-70")  # fmt: skip
@@ -200,3 +203,82 @@ def test_a_value_that_is_looked_at_is_counted(monkeypatch):
     monkeypatch.setattr(ThreatModel, "direction", looked_at)
     *_, seen = runs(PGD(epsilon_for("linf", 4), steps=3))
     assert sum(seen.waits.values()) == 2 + 2 * 3 + 3
+
+
+# -------------------------------------------------------------------------------------------------------- loading, precision
+
+
+def test_images_are_pinned_and_workers_stay_where_there_is_an_accelerator(tmp_path, monkeypatch):
+    def arguments(kind, **given):
+        monkeypatch.setattr(CaptTrainingArguments, "device", property(lambda self: torch.device(kind)))
+        args = CaptTrainingArguments(str(tmp_path), **given)
+        return args.dataloader_pin_memory, args.accelerator_config.non_blocking, args.dataloader_persistent_workers
+
+    assert arguments("cpu", dataloader_num_workers=2) == (False, False, False)
+    assert arguments("cuda", dataloader_num_workers=2) == (True, True, True)
+    assert arguments("cuda") == (True, True, False)
+    assert arguments("mps", dataloader_num_workers=2) == (False, False, True)
+    given = {"dataloader_pin_memory": False, "dataloader_persistent_workers": False, "accelerator_config": {}}
+    assert arguments("cuda", dataloader_num_workers=2, **given) == (False, False, False)
+
+
+def test_a_run_on_a_cpu_does_not_warn_of_pinned_memory(tmp_path, processor, recwarn):
+    trainer = make_trainer(tmp_path, processor, task=make_task(), use_cpu=False, max_steps=1, eval_strategy="epoch")
+    trainer.train()
+    assert not [str(warning.message) for warning in recwarn if "pin_memory" in str(warning.message)]
+
+
+def test_workers_that_stay_are_the_trainings_alone(tmp_path, processor):
+    trainer = make_trainer(
+        tmp_path, processor, task=make_task(), dataloader_num_workers=1, dataloader_persistent_workers=True
+    )
+    assert trainer.get_train_dataloader().persistent_workers
+    assert not trainer.get_eval_dataloader().persistent_workers and trainer.args.dataloader_persistent_workers
+
+
+def test_tf32_is_off_unless_it_is_asked_for_and_then_recorded(tmp_path, monkeypatch):
+    switched = []
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.enable_tf32", switched.append)
+    for given in ({}, {"torch_compile": True}, {"tf32": True}):
+        args = CaptTrainingArguments(str(tmp_path), use_cpu=True, **given)
+        assert args.to_dict()["tf32"] is given.get("tf32", False)
+    assert [switched[0], switched[-1]] == [False, True] and switched[-2] is False  # the last word on torch_compile's
+
+
+def test_tf32_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="--tf32 requires Ampere"):
+        CaptTrainingArguments(str(tmp_path), use_cpu=True, tf32=True)
+
+
+def test_an_evaluation_says_that_float32_was_rounded(monkeypatch):
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert tf32_in_use(torch.device("cuda")) and not tf32_in_use(torch.device("cpu"))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert not tf32_in_use(torch.device("cuda"))
+    model, pixels = make_model(), some_images(6)
+    data, attack = (pixels, model(pixels).argmax(1)), PGD(epsilon_for("linf", 4), steps=1)
+    plain = evaluate(model, data, attack, progress=False)
+    for module in ("batch", "signs"):
+        monkeypatch.setattr(f"capt_peft.evaluation.{module}.tf32_in_use", lambda device: True)
+    found = evaluate(model, data, attack, progress=False)
+    sign = {sign.name: sign for sign in found.signs}["low_precision"]
+    assert sign.raised and "in tf32" in sign.sentence and "(tf32)" in sign.sentence
+    assert not {sign.name: sign for sign in plain.signs}["low_precision"].raised
+    assert found.clean == plain.clean
+
+
+def test_an_evaluation_of_another_kind_of_device_is_not_gone_on_with(tmp_path, caplog):
+    output = tmp_path / "r.json"
+    model, pixels = make_model(), some_images(6)
+    data, attack = (pixels, model(pixels).argmax(1)), PGD(epsilon_for("linf", 4), steps=1)
+    first = evaluate(model, data, attack, output=output, progress=False)
+    assert "device" not in first.configuration  # of the CPU, as ever
+    content = json.loads(output.read_text())
+    content["configuration"]["device"] = "cuda"
+    output.write_text(json.dumps(content))
+    evaluate(model, data, attack, output=output, progress=False)
+    assert 'device is null now and was "cuda"' in caplog.text and (tmp_path / "r.old1.json").exists()

@@ -20,10 +20,12 @@ from ..clip.classifier import ZeroShotClassifier
 from ..randomness import example_generators
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
+from ..utils.devices import tf32_in_use
 from ..utils.embedded import embedded_name
 from ..utils.modules import arrays_in, modules_in
 
 TARGETS = ("tuned", "frozen")
+OF_FLOAT32 = ("float32", "tf32")  # precisions of float32 weights
 _ROUNDING = 1e-6
 _CLEAN = ("index", "label", "prediction")  # what is recorded where nothing was attacked
 
@@ -37,7 +39,7 @@ class Subject:
         scored: What decides whether an answer is right: the same in float32.
         attacked_is_other: Whether attacks see another function than the one that decides: of other texts, weights or precision.
         white_box: Whether attacks see the very model that is scored; robust accuracy is measured no other way.
-        precision: The lowest precision of the parameters and of autocast around attacks, such as "float32" or "bfloat16".
+        precision: The lowest precision of the parameters and of autocast around attacks, such as "float32", "tf32" or "bfloat16".
         device: Where the pixels go.
         description: Base model, adapter, their fingerprints, classes and template, for results.
     """
@@ -72,7 +74,7 @@ def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_templa
 
 def _subject_of_clip(classifier: ZeroShotClassifier, target: str, template: str | None) -> Subject:
     precision = _precision(classifier)
-    precise = classifier if precision == "float32" else copy.deepcopy(classifier).float()
+    precise = classifier if precision in OF_FLOAT32 else copy.deepcopy(classifier).float()
     scored = precise.with_fixed_texts()
     attacked = scored if precise is classifier else classifier.with_fixed_texts()
     seen = classifier
@@ -102,7 +104,7 @@ def _subject_of_callable(function: LogitsFn) -> Subject:
     if isinstance(function, nn.Module):
         device = next((value.device for _, value in _tensors(function)), device)
         precision = _precision(function)
-        precise = function if precision == "float32" else copy.deepcopy(function).float()
+        precise = function if precision in OF_FLOAT32 else copy.deepcopy(function).float()
     return Subject(
         attacked=Guarded(function),
         scored=Guarded(_in_float32(precise, device)),
@@ -168,10 +170,11 @@ def _in_float32(function: LogitsFn, device: torch.device) -> LogitsFn:
 
 def _precision(model: nn.Module) -> str:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    return lowest(dtypes)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    found = lowest(dtypes)
+    return "tf32" if found == "float32" and tf32_in_use(device) else found
 
 
 def lowest(dtypes: Iterable[torch.dtype]) -> str:

@@ -103,6 +103,9 @@ def evaluate(
                 "batch_size": batch_size,
                 "signs": signs and subject.white_box,
                 "save_images": save_images,
+                **(
+                    {} if subject.device.type == "cpu" else {"device": subject.device.type}
+                ),  # other random numbers are drawn
                 "versions": versions(),
             }
         )

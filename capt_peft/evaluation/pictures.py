@@ -100,7 +100,8 @@ def attacked_and_noise(
     places: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Returns adversarial examples, the noise scaled to fill the range around grey, both (B, 3, H, W), and that scale."""
-    generators = example_generators(seed, range(len(pixels)) if places is None else places, stream="evaluation")
+    places = range(len(pixels)) if places is None else places
+    generators = example_generators(seed, places, stream="evaluation", device=pixels.device)
     attacked = attack(classifier.with_fixed_texts(), pixels, labels, generators)
     scale = 0.5 / max(attack.threat_model.norm_of(attacked - pixels).max().item(), 1e-9)
     return attacked, (0.5 + scale * (attacked - pixels)).clamp(0, 1), scale

@@ -17,6 +17,7 @@ from ..attacks.base import pixel_gradient
 from ..attacks.losses import cross_entropy
 from ..randomness import example_generators
 from ..results.evaluation import Sign
+from ..utils.devices import tf32_in_use
 from .batch import Attacked, Subject, lowest
 from .images import Examples, spread
 
@@ -257,7 +258,7 @@ class _WatchedPrecision(TorchDispatchMode):
 def precision_of(logits_fn: LogitsFn, pixels: Tensor, *, backward: bool = False) -> str | None:
     """Returns the lowest precision in which a model computes its logits and, with `backward`, the gradient at the pixels.
 
-    It is "float32", "bfloat16", ..., or None if the model computes out of sight, as in NumPy, and its logits tell nothing.
+    It is "float32", "tf32", "bfloat16", ..., or None if the model computes out of sight (NumPy), and its logits tell nothing.
     """
     with _WatchedPrecision() as watched, torch.set_grad_enabled(backward):
         images = pixels.clone().requires_grad_(backward)
@@ -268,7 +269,7 @@ def precision_of(logits_fn: LogitsFn, pixels: Tensor, *, backward: bool = False)
     if any(torch.finfo(dtype).bits < 32 for dtype in watched.dtypes):
         return lowest(watched.dtypes)
     if computed:
-        return "float32"
+        return "tf32" if tf32_in_use(pixels.device) else "float32"
     values = logits.detach().float().unique()
     fractions = values[values != values.round()]
     if len(fractions) < _FEW:

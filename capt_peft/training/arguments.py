@@ -60,7 +60,11 @@ class CaptTrainingArguments(TrainingArguments):
     `lr_scheduler_type="cosine"`, `num_train_epochs=50`, `per_device_train_batch_size=32`,
     `per_device_eval_batch_size=128`, `logging_steps=10`, `report_to="none"`, `remove_unused_columns=False`,
     `hub_strategy="end"`, `label_names=["labels"]`; `metric_for_best_model="eval_robust_accuracy"` where a best checkpoint is
-    asked for. Arguments that would have no effect, or a wrong one, are refused by name; this module lists them.
+    asked for; `logging_nan_inf_filter=False`, because a loss that is not finite stops a run before it is logged, and the filter
+    would wait for a GPU in every step; `tf32=False`, because transformers would switch it on with `torch_compile`. Where there is
+    an accelerator, images are loaded into pinned memory and copied without waiting (unless an `accelerator_config` is given), and
+    workers stay from epoch to epoch (unless `dataloader_persistent_workers` is given). Arguments that would have no effect, or a
+    wrong one, are refused by name; this module lists them.
     """
 
     epsilon: str = "4/255"
@@ -91,6 +95,8 @@ class CaptTrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = 128
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
+    tf32: bool | None = False
+    dataloader_persistent_workers: bool | None = None
     report_to: None | str | list[str] = "none"  # noqa: RUF036  (HfArgumentParser takes the second type)
     remove_unused_columns: bool = False
     hub_strategy: str = "end"
@@ -108,7 +114,9 @@ class CaptTrainingArguments(TrainingArguments):
         if self.optim == "sgd" and not self.optim_args:
             self.optim_args = "momentum=0.9"
         metric, greater = self.metric_for_best_model, self.greater_is_better
+        own_transfer = self.accelerator_config is None
         super().__post_init__()
+        self._load_for_device(own_transfer)
         self._refuse_combinations()
         if self.image_chunk_size:
             # with it DDP makes one graph of both towers' features, and the first chunk would free that of the texts
@@ -116,6 +124,15 @@ class CaptTrainingArguments(TrainingArguments):
         if metric is None and (self.metric_for_best_model is not None or self.save_strategy == SaveStrategy.BEST):
             self.metric_for_best_model = BEST_METRIC  # instead of a loss, which is not evaluated
             self.greater_is_better = True if greater is None else greater
+
+    def _load_for_device(self, own_transfer: bool) -> None:
+        """Chooses how images are loaded, where the arguments leave that open."""
+        loaded: Any = self.accelerator_config
+        self.dataloader_pin_memory &= self.device.type not in ("cpu", "mps")  # torch would warn that it cannot
+        if own_transfer:
+            loaded.non_blocking = self.dataloader_pin_memory
+        if self.dataloader_persistent_workers is None:
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0 and self.device.type != "cpu"
 
     def _refuse_combinations(self) -> None:
         chunk = self.image_chunk_size

@@ -236,13 +236,18 @@ class CaptTrainer(Trainer):
         return self.args.dataloader_drop_last and images >= self.args.train_batch_size * self.args.world_size
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Makes a loader; `dataloader_drop_last` drops training images only, and not those of a set smaller than a batch."""
-        asked = self.args.dataloader_drop_last
-        self.args.dataloader_drop_last = kwargs.get("is_training", False) and self._drops_last(len(dataset))
+        """Makes a loader; what drops images and keeps workers is for training, whose loader is used more than once.
+
+        `dataloader_drop_last` drops no images of a set smaller than a batch.
+        """
+        training, own = kwargs.get("is_training", False), self.args
+        asked = own.dataloader_drop_last, own.dataloader_persistent_workers
+        own.dataloader_drop_last = training and self._drops_last(len(dataset))
+        own.dataloader_persistent_workers = training and own.dataloader_persistent_workers
         try:
             return super()._get_dataloader(dataset, *args, **kwargs)
         finally:
-            self.args.dataloader_drop_last = asked
+            own.dataloader_drop_last, own.dataloader_persistent_workers = asked
 
     # ------------------------------------------------------------------------------------------------------ the step
 
@@ -482,8 +487,6 @@ class CaptTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Returns the loader of an evaluation, always of this very split."""
-        # the Trainer keeps persistent workers under one name for all splits, and would hand out those of another
-        getattr(self, "_eval_dataloaders", {}).clear()
         split = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(None if split is None else self._pixels(split))
 

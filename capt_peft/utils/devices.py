@@ -1,9 +1,17 @@
-"""The device that something is computed on: copies to it for which nobody waits."""
+"""The device that something is computed on: copies to it for which nobody waits, and float32 that is rounded there."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def tf32_in_use(device: torch.device) -> bool:
+    """Tells whether products of float32 matrices on a device are rounded to TF32, by `--tf32` or torch's own switches."""
+    if device.type != "cuda":
+        return False
+    products = torch.backends.cuda.matmul
+    return bool(products.fp32_precision == "tf32" if hasattr(products, "fp32_precision") else products.allow_tf32)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
