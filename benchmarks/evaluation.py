@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from capt_peft import PGD, ThreatModel, ZeroShotClassifier, evaluate, load_task
-from capt_peft.results.evaluation import describe_machine, versions
 from capt_peft.toy import TINY_CLIP
+from capt_peft.utils.machine import describe_machine, versions
 
 
 def tiny(images: int) -> tuple[ZeroShotClassifier, torch.Tensor, torch.Tensor]:

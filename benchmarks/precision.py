@@ -34,8 +34,8 @@ from torch import Tensor
 from transformers import CLIPModel, set_seed
 
 from capt_peft import CaptConfig, load_task
-from capt_peft.results.evaluation import describe_machine, versions
 from capt_peft.training.chunks import compiled_towers
+from capt_peft.utils.machine import describe_machine, versions
 
 LEARNING_RATE, TEST_IMAGES = 0.3, 200
 FP16_ON_CPU = (

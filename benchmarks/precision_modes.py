@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from typing import Any
 
 import torch
+from measuring import seconds
 from step_reference import Setting, invent_names, make_model, make_processor, make_task
 from torch import Tensor
 from transformers import PrinterCallback
@@ -103,12 +103,7 @@ class Mode:
 
     def seconds(self) -> float:
         """Returns the wall time of a step."""
-        synchronize = torch.cuda.synchronize if self.setting.device == "cuda" else lambda: None
-        synchronize()
-        start = time.perf_counter()
-        self.step()
-        synchronize()
-        return time.perf_counter() - start
+        return seconds(self.step, self.setting.device)[0]
 
     def values(self, points: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Returns a step's loss, the prompts' gradient as one vector, and the attack's gradients (K, B, 3, H, W) at points."""

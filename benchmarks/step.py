@@ -20,20 +20,20 @@ the floor's, are counted by the shapes of their tensors, which needs no time.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import peak, reset_peak, seconds
 from safetensors.torch import load_file, save_file
 from step_reference import Setting, Setup, floor_images, floor_texts, our_first_step, our_step, reference_step
 from step_report import compare, ratios, summarise, table, targets
@@ -41,8 +41,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from capt_peft.results.evaluation import describe_machine, versions
 from capt_peft.tuner import PromptLayer
+from capt_peft.utils.machine import describe_machine, versions
 
 DEFAULT_SET = ((4, 100, 2), (32, 100, 3))
 
@@ -76,7 +76,7 @@ def run_reference(setting: Setting, folder: Path) -> dict[str, Any]:
     """Runs the published step once; returns its time and memory, and leaves its loss and gradients in a file."""
     setup = Setup(setting)
     before = reset_peak(setting.device)
-    taken, loss = seconds(reference_step, setup)
+    taken, loss = seconds(partial(reference_step, setup), setting.device)
     memory = {"before_bytes": before, "peak_bytes": peak(setting.device)}
     save_file(outcome(setup, loss), folder / "reference.safetensors")
     return {"seconds": taken, "memory": memory}
@@ -106,27 +106,6 @@ def count_by_shapes(step: Callable[[Setup], Any], setup: Setup) -> int:
     return operations
 
 
-def reset_peak(device: str) -> int:
-    """Starts a new peak of the memory in use; returns the bytes in use now."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux; elsewhere the peak is that of the whole process
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak(device)
-
-
-def peak(device: str) -> int:
-    """Returns the peak of the memory in use, in bytes: on a GPU what torch took there, else the whole process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage of a child starts from its parent's peak
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def in_a_process(task: str, setting: Setting, folder: Path, **options: int) -> dict[str, Any]:
     """Calls one of `TASKS` in a process of its own, which is what its peak of memory is of.
 
@@ -153,19 +132,9 @@ def obey(order: str) -> None:
 # -------------------------------------------------------------------------------------------------------------------- time
 
 
-def seconds(run: Callable[[Setup], Any], setup: Setup) -> tuple[float, Any]:
-    """Returns the wall time of a run, and what it returns."""
-    synchronize = torch.cuda.synchronize if setup.setting.device == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    result = run(setup)
-    synchronize()
-    return time.perf_counter() - start, result
-
-
 def time_in_turns(setup: Setup, repetitions: int) -> dict[str, list[float]]:
     """Returns the times of our step and the floor's two parts, taken in turns, and one of our first step."""
-    rounds: dict[str, list[float]] = {"ours_first": [seconds(our_first_step, setup)[0]]}
+    rounds: dict[str, list[float]] = {"ours_first": [seconds(partial(our_first_step, setup), setup.setting.device)[0]]}
     runs: dict[str, Callable[[Setup], Any]] = {
         "ours": our_step,
         "floor_images": floor_images,
@@ -173,7 +142,7 @@ def time_in_turns(setup: Setup, repetitions: int) -> dict[str, list[float]]:
     }
     for _ in range(repetitions):
         for name, run in runs.items():
-            rounds.setdefault(name, []).append(seconds(run, setup)[0])
+            rounds.setdefault(name, []).append(seconds(partial(run, setup), setup.setting.device)[0])
     return rounds
 
 

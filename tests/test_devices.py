@@ -13,7 +13,8 @@ from capt_peft import CaptTrainingArguments, FareTrainer, evaluate
 from capt_peft.attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
 from capt_peft.randomness import example_generators
 from capt_peft.training import train_image_tower_alone
-from capt_peft.utils.devices import tf32_in_use
+from capt_peft.training.callbacks import CheckGradients
+from capt_peft.utils.machine import tf32_in_use
 
 SMALL = ("fgsm", "pgd-3", "pgd-3x2", "pgd-3-kl", "pgd-3-margin", "apgd-ce-6x2", "apgd-dlr-6", "apgd-t-6", "fab-t-4x2", "fab-4",
          "square-70")  # fmt: skip
@@ -115,6 +116,8 @@ def step_elsewhere(trainer, inputs, elsewhere):
         found = step(trainer, inputs)
         seen.waits.clear()
         step(trainer, inputs)
+        check = next(c for c in trainer.callback_handler.callbacks if isinstance(c, CheckGradients))
+        check.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, model=trainer.classifier.model)
         waits = dict(seen.waits)
         trainer._means()
     made = [place for place in seen.made_here if place not in LOOKED_UP]
@@ -146,6 +149,7 @@ def test_a_training_step_stays_where_the_images_are(options, tmp_path, processor
 WAITS = {  # as docs/performance.md lists them
     "chunks.py:split_batch": 1, "threat.py:check_images": 1, "threat.py:check_label_range": 1,
     "base.py:check_logits": 3, "base.py:gradient_at": 3, "trainer.py:_check_loss": 1,
+    "callbacks.py:on_pre_optimizer_step": 1,
 }  # fmt: skip
 
 

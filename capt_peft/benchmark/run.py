@@ -27,11 +27,11 @@ from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import evaluate
 from ..methods import make_trainer
 from ..results.accuracy import Accuracy
-from ..results.evaluation import describe_machine, versions
 from ..results.run import count_parameters
 from ..training import CaptTrainingArguments
 from ..tuner.fingerprint import adapter_fingerprint
 from ..utils.files import make_writable, write_json, written_whole
+from ..utils.machine import describe_machine, versions
 from ..utils.outputs import OutputLock, main_process_says
 from .inputs import TUNED_WITH, Inputs, Root, _load_task, drawn, load_base, read_task, template_of, training_task
 from .lines import Lines, is_whole

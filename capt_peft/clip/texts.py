@@ -23,7 +23,7 @@ from ..tuner.clip import (
     vocabulary_size,
 )
 from ..tuner.switching import adapted_modules
-from ..utils.devices import moved
+from ..utils.machine import moved
 from ..utils.text import shown, some
 
 WHOLE = 256  # up to so many texts run at once, unless a size is given

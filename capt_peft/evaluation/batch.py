@@ -20,8 +20,8 @@ from ..clip.classifier import ZeroShotClassifier
 from ..randomness import example_generators
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
-from ..utils.devices import tf32_in_use
 from ..utils.embedded import embedded_name
+from ..utils.machine import tf32_in_use
 from ..utils.modules import arrays_in, modules_in
 
 TARGETS = ("tuned", "frozen")

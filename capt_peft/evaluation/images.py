@@ -19,7 +19,7 @@ from ..clip.classifier import ZeroShotClassifier
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, digest_images
 from ..data.task import kind_of
-from ..utils.devices import moved
+from ..utils.machine import moved
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
-from ..results.evaluation import Evaluation, changes, examples_path, versions
+from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
+from ..utils.machine import versions
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.text import some

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from ..attacks import Attack
 from ..results.accuracy import Accuracy
-from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation, describe_machine
+from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation
+from ..utils.machine import describe_machine
 from .batch import Attacked, BatchRecord, Subject
 from .signs import read_signs
 

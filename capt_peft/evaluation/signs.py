@@ -17,7 +17,7 @@ from ..attacks.base import pixel_gradient
 from ..attacks.losses import cross_entropy
 from ..randomness import example_generators
 from ..results.evaluation import Sign
-from ..utils.devices import tf32_in_use
+from ..utils.machine import tf32_in_use
 from .batch import Attacked, Subject, lowest
 from .images import Examples, spread
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from ..utils.markup import escape
 from ..utils.text import cut, differences, some
 from .accuracy import Accuracy, known_fields, readable
 
-PACKAGES = ("capt-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 EVALUATION = "evaluation.json"  # in an adapter's folder
 ROBUST, TRANSFER = "robust", "transfer"
 CLEAN = b"clean_correct"  # in the metadata of the examples
@@ -382,25 +379,3 @@ def set_aside(path: Path, suffixes: Sequence[str], changed: Sequence[str]) -> No
         some(changed, 5, separator="; "),
         path.with_name(f"{path.stem}.old{number}{path.suffix}"),
     )
-
-
-# --------------------------------------------------------------------------------------- what it was computed with
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that decide a result: Python and the packages."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def describe_machine() -> str:
-    """Returns what the run was computed on, without naming the machine."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}"

@@ -14,9 +14,10 @@ from ..attacks import ThreatModel
 from ..tuner.fingerprint import adapter_fingerprint
 from ..tuner.switching import active_adapter
 from ..utils.files import read_json
+from ..utils.machine import describe_machine, versions
 from ..utils.markup import Markdown, escape, plain, table_row
 from .accuracy import Accuracy, known_fields, readable
-from .evaluation import EVALUATION, Evaluation, describe_machine, versions
+from .evaluation import EVALUATION, Evaluation
 
 RESULTS = "results.json"
 # the training arguments that a card shows

@@ -21,7 +21,7 @@ from ..data.task import Task
 from ..evaluation import Accuracy
 from ..evaluation.pictures import image_grid
 from ..tuner.switching import base_parameters
-from ..utils.devices import moved
+from ..utils.machine import moved
 from ..utils.modules import eval_mode
 from ..utils.text import some
 from .checkpoints import last_good

@@ -18,7 +18,7 @@ from ..data.pixels import PixelDataset
 from ..objectives import Objective
 from ..tuner.clip import image_features
 from ..tuner.switching import base_parameters
-from ..utils.devices import moved
+from ..utils.machine import moved
 from ..utils.modules import eval_mode
 
 BATCH = 64  # always the same batches, or the last bits of the features would depend on a step's

@@ -27,7 +27,8 @@ from transformers.trainer_utils import (
 )
 
 from ..attacks import Attack, AttackResult
-from ..clip.classifier import ZeroShotClassifier, lean_activations, normalize
+from ..clip.activations import lean_activations
+from ..clip.classifier import ZeroShotClassifier, normalize
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, PixelTransform
 from ..data.task import Task, kind_of

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..utils.devices import moved
+from ..utils.machine import moved
 from .clip import Site, first_end, prompt_places
 from .config import CaptConfig
 

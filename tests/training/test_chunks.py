@@ -7,7 +7,7 @@ from training_helpers import adapter_of, losses, make_model, make_task, make_tra
 from transformers.activations import QuickGELUActivation
 
 from capt_peft import CaptTrainingArguments
-from capt_peft.clip.classifier import lean_activations
+from capt_peft.clip.activations import lean_activations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
