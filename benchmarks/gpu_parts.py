@@ -144,7 +144,8 @@ def measure_step(
         tiny: A small CLIP.
         repetitions: Timed turns, after one that warms up.
     """
-    use_tf32(precision == "tf32")
+    if device == "cuda":
+        use_tf32(precision == "tf32")
     step = make_step(batch, device=device, tiny=tiny, bf16=precision == "bf16")
     if compiled:
         for tower in clip.tower_modules(clip.base_model(step.model)):
@@ -171,7 +172,8 @@ def measure_attack(*, attack: str, images: int, device: str, tiny: bool) -> dict
         device: "cpu" or "cuda".
         tiny: A small CLIP.
     """
-    use_tf32(False)
+    if device == "cuda":
+        use_tf32(False)
     step = make_step(images, device=device, tiny=tiny)
     model = step.model.eval().requires_grad_(False)
     passes = 0
@@ -188,9 +190,10 @@ def measure_attack(*, attack: str, images: int, device: str, tiny: bool) -> dict
     passes = 0
     run: Callable[[], Any] = partial(parse_attack(attack, NARROW).run, logits_fn, step.pixels, labels, 0)
     taken, found = seconds(run, device)
+    used = passes
     with torch.no_grad():
         standing = int((logits_fn(found.images).argmax(1) == labels).sum())
     return {
         "attack": attack, "images": images, "standing": standing, "seconds": taken, "images_per_second": images / taken,
-        "passes_per_image": passes / images, "passes_per_second": passes / taken,
+        "passes_per_image": used / images, "passes_per_second": used / taken,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..results.evaluation import describe_machine
+from ..utils.machine import describe_machine
 from .parser import Parser
 
 PACKAGES = (

@@ -32,17 +32,17 @@ from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import TARGETS, describe
 from ..evaluation.curve import robustness_curves
 from ..results.card import is_capt
-from ..results.evaluation import versions
 from ..results.hub import check_update, update_card
 from ..tuner.config import check_template
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
+from ..utils.machine import use_tf32, versions
 from .data import DataArguments, measured
 from .ending import check_installed, loading
 from .options import values_in
 from .parser import Parser
 from .places import check_places
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
 
 
 @dataclass
@@ -87,7 +87,9 @@ class Arguments(DataArguments):
     )
     save_images: bool = field(default=False, metadata={"help": "Keep the adversarial images."})
     batch_size: int = field(default=128, metadata={"help": "Images per piece of work."})
-    dtype: str = field(default="float32", metadata={"help": "float32; bfloat16 or float16 are faster and less honest."})
+    dtype: str = field(
+        default="float32", metadata={"help": "float32; tf32 (GPUs), bfloat16 or float16 are faster and less honest."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
 
@@ -154,7 +156,7 @@ def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroSh
             name,
             class_names=task.class_names,
             template=args.template or (None if args.adapter else task.template),
-            dtype=getattr(torch, args.dtype),
+            dtype=torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype),
             **({"base": args.base} if args.adapter and args.base else {}),
         )
     adapted = isinstance(classifier.model, PeftModel)
@@ -204,6 +206,10 @@ def main(argv: list[str]) -> Evaluation:
     attacks = parse_attacks(args)
     # Accelerate does not see by itself that the processes of torchrun have no GPU, and each would measure everything
     state = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    if state.device.type == "cuda":
+        use_tf32(args.dtype == "tf32")
+    elif args.dtype == "tf32":
+        raise ValueError("dtype='tf32' is for CUDA GPUs, and there is none here, or --use_cpu is given. Give float32.")
     task = args.load()
     data = measured(task, args.split, args.limit)
     classifier = load_classifier(args, task, state.device)

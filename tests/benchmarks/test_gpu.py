@@ -14,7 +14,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
 import gpu_parts  # noqa: E402
-from step_reference import Setting, Setup, our_step  # noqa: E402
+from precision_modes import Mode  # noqa: E402
+from step_reference import Setting  # noqa: E402
 
 MISSING = ("datasets", "dill", "joblib", "multiprocess", "pandas", "pyarrow", "pytest", "sklearn", "xxhash")
 WITHOUT = f"""
@@ -28,26 +29,24 @@ def prompts(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_its_step_is_that_of_the_trainer(bf16):
-    setup = Setup(Setting(batch=3, classes=4, steps=2, attack_loss="ce", tiny=True))
-    trainer, pixels, labels = setup.trainer, setup.inputs["pixels"], setup.inputs["labels"]
-    indices = setup.inputs["index"].tolist()
-    model = setup.model
-    if bf16:
-        trainer.accelerator.state._mixed_precision = "bf16"
-        trainer.accelerator.native_amp = True
-    loss, expected = our_step(setup), prompts(setup.model)
+@pytest.mark.parametrize("mode", ["float32", "bf16"])
+def test_its_step_is_that_of_the_trainer(mode):
+    measured = Mode(mode, Setting(batch=3, steps=2, attack_loss="ce", tiny=True))
+    trainer, inputs = measured.trainer, measured.inputs
+    measured.step()
+    loss, expected = measured.step(), prompts(measured.model)
+    indices = inputs["index"].tolist()
     step = gpu_parts.Step(
-        model, trainer.classifier.text_inputs(), pixels, labels, indices, trainer._frozen(pixels, indices),
-        trainer.args.train_attack, bf16, trainer.args.seed,
+        measured.model, trainer.classifier.text_inputs(), inputs["pixels"], inputs["labels"], indices,
+        trainer._frozen(inputs["pixels"], indices), trainer.args.train_attack, mode == "bf16", trainer.args.seed,
     )  # fmt: skip
-    torch.testing.assert_close(step.run(), loss, rtol=1e-3 if bf16 else 1e-6, atol=0)
-    found = prompts(setup.model)
+    torch.testing.assert_close(step.run(), loss)
+    found = prompts(measured.model)
     assert found.keys() == expected.keys()
-    if not bf16:
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+    step.seed += 1
+    assert not torch.equal(step.run(), loss)
 
 
 def test_it_runs_where_nothing_but_torch_transformers_and_peft_is_installed(tmp_path):
