@@ -15,7 +15,8 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Set
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 
 from ..attacks import Attack, ThreatModel, parse_attack
@@ -33,9 +36,11 @@ from ..evaluation.batch import TARGETS, describe
 from ..evaluation.curve import robustness_curves
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
+from ..results.run import RESULTS, RunResults
 from ..tuner.config import check_template
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
+from ..utils.text import cut
 from .data import DataArguments, measured
 from .ending import check_installed, loading
 from .options import values_in
@@ -63,7 +68,10 @@ class Arguments(DataArguments):
     )
     norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
     epsilon: str = field(
-        default="4/255", metadata={"help": "Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255."}
+        default="4/255",
+        metadata={
+            "help": "Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255; by default that of the adapter's tuning."
+        },
     )
     attack_target: str = field(
         default="tuned", metadata={"help": "tuned (white box), or frozen: attack the base model and transfer."}
@@ -102,10 +110,13 @@ class Arguments(DataArguments):
 def parse_args(argv: list[str]) -> Arguments:
     """Reads the command line, and refuses what cannot work or would have no effect before anything is loaded."""
     (args,) = Parser(Arguments).into_dataclasses(argv)
-    named = values_in(argv)
+    named = {*values_in(argv)}
     if args.adapter is None and args.base is None:
         raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
     check_places(asdict(args))
+    if args.adapter is not None:
+        take_over(args, named)
+        check_places(asdict(args))
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if args.attack_target not in TARGETS:
@@ -130,6 +141,41 @@ def parse_args(argv: list[str]) -> Arguments:
     if args.curve:
         check_installed("matplotlib", "capt-peft[plot]", "--curve")
     return args
+
+
+def take_over(args: Arguments, named: Set[str]) -> None:
+    """Measures an adapter on the data and with the threat model that it was tuned with, unless others are named."""
+    record = read_record(args.model)
+    if record is None:
+        if "dataset_name" not in named and not os.path.isfile(
+            Path(args.model, "config.json")
+        ):  # a bare CLIP is told later
+            raise ValueError(
+                f"{args.model} has no {RESULTS}, which would say what it was tuned on: give --dataset_name, and --epsilon."
+            )
+        return
+    training, script = (record.configuration.get(name) or {} for name in ("training", "script"))
+    known = {name: training[name] for name in ("norm", "epsilon") if name in training}
+    if not named & {field.name for field in fields(DataArguments)}:
+        known |= {"dataset_name": record.task.source, "split": record.evaluation.split}
+        known |= {name: value for name, value in script.items() if name in {f.name for f in fields(DataArguments)}}
+    taken = {name: value for name, value in known.items() if name not in named and getattr(args, name) != value}
+    for name, value in taken.items():
+        setattr(args, name, value)
+    if taken:
+        words = " ".join(f"--{name} {cut(value, 80)}" for name, value in taken.items())
+        logging.info("As %s was tuned: %s", args.model, words)
+
+
+def read_record(adapter: str) -> RunResults | None:
+    """Returns the record of the run that made an adapter: of a folder, or of a repository on the Hub; None without one."""
+    path = Path(adapter, RESULTS)
+    if not os.path.isdir(adapter):
+        try:
+            path = Path(hf_hub_download(adapter, RESULTS))
+        except (OSError, HFValidationError):  # it has none, or there is no such adapter, which loading it will tell
+            return None
+    return RunResults.load(path) if path.is_file() else None
 
 
 def parse_attacks(args: Arguments) -> list[Attack]:

@@ -72,10 +72,11 @@ class FrozenOutputs:
             generator=torch.Generator(),
         )  # fmt: skip  (a generator of its own: the run's is not touched)
         features = torch.zeros(number, self._text_features().shape[1])
-        bar = tqdm(loader, "Features of the frozen model", disable=self._args.disable_tqdm or rank > 0)
-        with self._frozen() as frozen:
-            for batch in bar:
+        total, hidden = sum(map(len, batches)), self._args.disable_tqdm or rank > 0
+        with self._frozen() as frozen, tqdm(total=total, desc="Frozen model", unit="image", disable=hidden) as bar:
+            for batch in loader:
                 features[batch["index"]] = embed(frozen, moved(batch["pixels"], self._args.device)).float().cpu()
+                bar.update(len(batch["index"]))
         self._features = reduce(features.to(self._args.device), "sum").cpu() if world > 1 else features
 
     def _text_features(self) -> Tensor:

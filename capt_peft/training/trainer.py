@@ -47,6 +47,7 @@ from .callbacks import StopOnCollapse, TrainingStopped, advice, default_callback
 from .checkpoints import Checkpoints
 from .chunks import COUNTED, Batch, compiled_towers, fill_batch, split_batch, sum_of_losses, without_repeats
 from .frozen import FrozenOutputs, check_frozen, load_teacher
+from .progress import show_progress
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ class CaptTrainer(Trainer):
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         check_best_metric(args, held_out, from_test=eval_dataset is None and "validation" not in task.splits)
         self.at_chance: str | None = None  # what WarnAtChance found
+        show_progress(self)
         for callback in default_callbacks(self):
             self.add_callback(callback)
         # the loss is a sum over the step's images, whatever the batches they come in

@@ -1,5 +1,6 @@
 """CAPT as a PEFT method: deep text and vision prompts for CLIP. Importing this module registers it with PEFT."""
 
+import warnings
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -35,3 +36,6 @@ def register(config_cls: type[CaptConfig], model_cls: type[CaptModel]) -> None:
 
 
 register(CaptConfig, CaptModel)
+
+# PEFT asks every model for this name of transformers 4 when an adapter is put on it; there is nothing that a user could do
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

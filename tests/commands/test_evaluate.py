@@ -18,9 +18,12 @@ from transformers import CLIPModel
 
 from capt_peft import CaptConfig, load_task
 from capt_peft.commands.evaluate import main
+from capt_peft.commands.train import main as train
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
 QUICK = [
+    "--dataset_name",
+    "digits",
     "--limit",
     "23",
     "--batch_size",
@@ -76,7 +79,7 @@ def test_every_evaluation_has_a_file_of_its_own_beside_the_adapter(adapter, tmp_
     one, other = (Path(shutil.copytree(adapter, tmp_path / name)) for name in ("one", "other"))
     weights = load_file(other / "adapter_model.safetensors")
     save_file({name: tensor + 0.1 for name, tensor in weights.items()}, other / "adapter_model.safetensors")
-    clean = ["--attacks", "clean", "--use_cpu", "--limit", "4"]
+    clean = ["--attacks", "clean", "--use_cpu", "--limit", "4", "--dataset_name", "digits"]
     main(["--adapter", str(other), *clean])
     for settings in ([], ["--limit", "5"], ["--split", "validation"], ["--seed", "1"], ["--template", "the digit {}."]):
         main(["--adapter", str(one), *clean, *settings])
@@ -87,6 +90,38 @@ def test_every_evaluation_has_a_file_of_its_own_beside_the_adapter(adapter, tmp_
     assert len(list((one / "evaluations").glob("*.json"))) == 6
     main(["--adapter", str(one), *clean, "--epsilon", "2/255,4/255", "--attacks", "clean,pgd-1"])
     assert list((one / "evaluations").glob("digits-test-4-linf-2of255+4of255-clean+pgd-1-*.json"))
+
+
+def test_a_tuned_adapter_needs_no_more_than_its_name(tmp_path, monkeypatch, capsys, caplog):
+    """It is measured on the data, the split and with the threat model that it was tuned with, unless others are named."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    quick = ["--max_steps", "1", "--eval_limit", "4", "--eval_attack", "pgd-1", "--save_strategy", "no", "--use_cpu"]
+    own = [
+        "--dataset_name",
+        "textures",
+        "--eval_split",
+        "validation",
+        "--epsilon",
+        "0.5",
+        "--norm",
+        "l2",
+        "--shots",
+        "1",
+    ]
+    train(["--model_name_or_path", TINY_CLIP, "--output_dir", "mine", *quick, *own, "--learning_rate", "0.01"])
+    few = ["--limit", "3", "--signs", "false", "--use_cpu"]
+    for adapter in ("mine", "mine"):  # the second time it is there already
+        main(["--adapter", adapter, *few])
+        assert "As mine was tuned: --norm l2 --epsilon 0.5 --dataset_name textures --split validation" in caplog.text
+        shown = capsys.readouterr().out
+        assert "| robust | L2 0.5 | pgd-20 |" in shown and "mine on textures" in shown
+    main(["--adapter", "mine", *few, "--dataset_name", "digits", "--epsilon", "0.25"])
+    assert "| robust | L2 0.25 | pgd-20 |" in capsys.readouterr().out
+    assert len(list(Path("mine", "evaluations").glob("*.json"))) == 2
+    Path("mine", "results.json").unlink()
+    with pytest.raises(ValueError, match=r"mine has no results\.json, which would say what it was tuned on"):
+        main(["--adapter", "mine", *few])
 
 
 def test_without_a_folder_of_its_own_a_model_has_one_in_outputs(adapter, tmp_path, monkeypatch):
@@ -145,7 +180,7 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
 
     monkeypatch.setattr(curve, "EPSILONS", (0, 4))
     monkeypatch.setattr(curve, "STEPS", (1, 2))
-    few = ["--limit", "6", "--attacks", "clean", "--curve", "--use_cpu"]
+    few = ["--dataset_name", "digits", "--limit", "6", "--attacks", "clean", "--curve", "--use_cpu"]
     main(["--adapter", adapter, *few, "--output", str(tmp_path / "r.json")])
     names = {path.name for path in tmp_path.iterdir()}
     assert {
