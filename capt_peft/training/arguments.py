@@ -96,7 +96,7 @@ class CaptTrainingArguments(TrainingArguments):
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
     tf32: bool | None = False
-    dataloader_persistent_workers: bool | None = None  # type: ignore[assignment]  (None: as the device has it)
+    dataloader_persistent_workers: bool | None = None  # type: ignore[assignment]  # None: as the device has it
     report_to: None | str | list[str] = "none"  # noqa: RUF036  (HfArgumentParser takes the second type)
     remove_unused_columns: bool = False
     hub_strategy: str = "end"

@@ -53,7 +53,7 @@ def test_the_random_numbers_of_the_run_are_not_touched(tmp_path, processor):
 @pytest.mark.parametrize("quiet", [True, False])
 def test_there_is_a_progress_bar_unless_it_is_not_wanted(tmp_path, processor, capfd, quiet):
     make_trainer(tmp_path, processor, disable_tqdm=quiet)._frozen_outputs.compute()
-    assert ("Features of the frozen model: 100%" in capfd.readouterr().err) is not quiet
+    assert ("Frozen model: 100%" in capfd.readouterr().err) is not quiet
 
 
 def test_with_augmentation_no_image_is_kept(tmp_path, processor, runs):
