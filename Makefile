@@ -1,13 +1,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+FLOOR ?= .venv-floor
+# for the floor, another build of torch than the one on PyPI can be named here
+TORCH ?= 2.6.0
 
-.PHONY: help demo app test test-all tables bench docs lint clean
+.PHONY: help demo app test test-all test-floor tables bench docs lint clean
 
 help:
 	@echo "make demo   train a CAPT adapter on handwritten digits, measure it, load it back (about 5 minutes)"
 	@echo "make test   run the tests"
 	@echo "make test-all  and those that take minutes"
+	@echo "make test-floor  with the oldest packages that it runs with, on Python 3.11 (TESTS=... for some of them)"
 	@echo "make app    a page to try the demo's adapter on"
 	@echo "make tables rebuild docs/results from the lines of the benchmarks"
 	@echo "make bench  what a training step costs, beside the published one (10 minutes on 2 cores, 13 GB of memory)"
@@ -27,6 +31,9 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" -n auto --dist loadfile
+
+test-floor: $(FLOOR)/ready
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -n auto --dist loadfile $(TESTS)
 
 tables: $(VENV)/ready
 	for lines in docs/results/*/lines.jsonl; do \
@@ -54,6 +61,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(FLOOR)/ready: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-floor.txt torch==$(TORCH) --editable '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) outputs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,12 +12,12 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, R
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModel, AutoProcessor
-from transformers.utils import resolve_revision
 
 from ..tuner import CaptConfig
 from ..tuner.loading import load_pretrained
 from ..utils.embedded import model_path, recorded_path
 from ..utils.text import cut
+from ..utils.versions import resolve_revision
 
 _WHERE = {"revision", "token", "cache_dir", "subfolder", "local_files_only"}
 
@@ -48,7 +48,7 @@ def load_model(
     loading = {"dtype": dtype, **{k: kwargs.pop(k) for k in set(kwargs) - _WHERE}}
     where = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir")}
     # one commit for all files, whatever is pushed meanwhile
-    kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), **where)
+    kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), kwargs.get("subfolder"), **where)
     try:
         config = CaptConfig.from_pretrained(name_or_path, **kwargs)
     except ValueError as error:

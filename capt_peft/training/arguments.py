@@ -10,13 +10,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from accelerate.state import AcceleratorState
-from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
 from ..utils.text import shown
+from ..utils.versions import FSDP_OFF, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +303,7 @@ def refuse_sharding(args: TrainingArguments) -> None:
     """Raises a ValueError if parameters are to be sharded over processes: a step calls a CLIP's towers past its `forward`."""
     state = AcceleratorState._shared_state
     found = [
-        *(name for name in SHARDING_ARGUMENTS if getattr(args, name, None)),
+        *(name for name in SHARDING_ARGUMENTS if (given := getattr(args, name, None)) and given != FSDP_OFF),
         *(name for name in SHARDING_ENVIRONMENT if os.environ.get(name, "").lower() in ("true", "1", "yes", "on")),
         *(f"Accelerate's {name}" for name in SHARDING_PLUGINS if state.get(name)),
     ]

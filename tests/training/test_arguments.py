@@ -30,6 +30,7 @@ WORKS = {
     "save_strategy", "save_total_limit", "seed", "skip_memory_metrics", "tf32", "torch_compile", "torch_compile_backend",
     "torch_compile_mode", "torch_empty_cache_steps", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
     "use_cpu", "warmup_steps", "weight_decay",
+    "logging_dir", "warmup_ratio",  # of older versions
 }  # fmt: skip
 HARMLESS = {
     "do_eval": "for scripts; the Trainer does not read it",
