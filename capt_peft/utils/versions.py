@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from huggingface_hub import hf_hub_download
@@ -56,7 +56,7 @@ else:
         activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
             default=None, metadata={"help": "Arguments of `torch.utils.checkpoint.checkpoint`."}
         )
-        _VALID_DICT_FIELDS = [*transformers.TrainingArguments._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
+        _VALID_DICT_FIELDS: ClassVar[list[str]] = [*transformers.TrainingArguments._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -500,11 +500,7 @@ def test_a_browser_refuses_a_broken_upload_with_a_sentence(browser, tmp_path):
 
 def test_the_space_installs_what_the_package_needs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = [
-        *project["dependencies"],
-        *project["optional-dependencies"]["app"],
-        *project["optional-dependencies"]["toy"],
-    ]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["app"]]
     assert set(needed) <= set((SPACE / "requirements.txt").read_text().splitlines())
 
 
