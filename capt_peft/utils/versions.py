@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from huggingface_hub import hf_hub_download
 from transformers.utils import hub
@@ -66,3 +67,9 @@ else:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = (
                 self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
             )
+
+        @property
+        def device(self) -> torch.device:
+            """The device of this process; "cpu" without the number that transformers < 5.18 cannot resume a run with."""
+            device = super().device
+            return torch.device("cpu") if device.type == "cpu" else device
