@@ -261,7 +261,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, f"You don't have the rights to create a model under {name.split('/')[0]!r}")
         exists = name in self.hub.repos
         if not exists:
-            repo = self.hub.repos[name] = Repo(wish.get("visibility") == "private")
+            repo = self.hub.repos[name] = Repo(
+                wish.get("visibility") == "private" or wish.get("private") is True
+            )  # the second: an older client
             repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self.answer_json({"url": f"{self.hub.endpoint}/{name}", "name": name}, 409 if exists else 200)
 

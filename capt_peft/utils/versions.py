@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
@@ -57,16 +57,16 @@ else:
         activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
             default=None, metadata={"help": "Arguments of `torch.utils.checkpoint.checkpoint`."}
         )
-        _VALID_DICT_FIELDS: ClassVar[list[str]] = [*transformers.TrainingArguments._VALID_DICT_FIELDS, "activation_checkpointing_kwargs"]
 
         def __post_init__(self) -> None:
-            super().__post_init__()
-            self.activation_checkpointing = self.gradient_checkpointing = bool(
-                self.gradient_checkpointing if self.activation_checkpointing is None else self.activation_checkpointing
-            )
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = (
+            if self.activation_checkpointing is not None:
+                self.gradient_checkpointing = self.activation_checkpointing
+            self.gradient_checkpointing_kwargs = (
                 self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs
             )
+            super().__post_init__()
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
         @property
         def device(self) -> torch.device:

@@ -7,13 +7,17 @@ The client is the real one of huggingface_hub, in processes of its own (`hub_cli
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import transformers
 import yaml
 from helpers import TINY_CLIP
 from hub_client import Client, StepFailed
 from hub_server import Hub, Repo
+from packaging.version import Version
 
 from capt_peft.results.hub import UPLOADED
 
@@ -21,6 +25,8 @@ TOKEN, STRANGER = "hf_" + "Secret" * 5, "hf_" + "Stranger" * 4
 BASE, ADAPTER = "someone/tiny-clip", "someone/tiny-capt"
 WEIGHTS = "adapter_model.safetensors"
 SAVED_BY_PEFT = {WEIGHTS, "adapter_config.json", "README.md"}
+# an older client ends with an error, keeps what came, and goes on from there in the next call
+GOES_ON_AT_ONCE = Version(huggingface_hub.__version__) >= Version("1.20")
 LOADERS = ["PeftModel", "AutoPeftModel", "CLIPModel", "ZeroShotClassifier", "pipeline"]
 
 
@@ -322,23 +328,32 @@ def test_a_lookup_that_fails_once_is_tried_again(client, shared, hub, loader):
 def test_an_adapter_is_never_taken_for_a_bare_model_because_the_hub_failed(client, shared, hub):
     hub.repos["someone/both"] = Repo()
     hub.repos["someone/both"].commit("main", {**files(hub, BASE), **files(hub, ADAPTER)})
-    hub.fail("GET", "someone/both/resolve/.*/adapter_config.json", status=500)
+    reads = 1 if hasattr(transformers.utils.hub, "resolve_revision") else 2  # an older one: the commit, then the file
+    hub.fail("GET", "someone/both/resolve/.*/adapter_config.json", status=500, times=reads)
     with pytest.raises(StepFailed, match=r"can be read neither from the Hub nor from the cache: .*500") as caught:
         load(client, "ZeroShotClassifier", "someone/both")
     assert caught.value.kind == "OSError"
     assert load(client, "ZeroShotClassifier", "someone/both") == shared["a"]
 
 
+def load_cut(client):
+    """Loads an adapter whose download is cut."""
+    if not GOES_ON_AT_ONCE:
+        with suppress(StepFailed):
+            load(client, "PeftModel", ADAPTER)
+    return load(client, "PeftModel", ADAPTER)
+
+
 @pytest.mark.parametrize("path", ["adapter_config.json", "/storage/"])
 def test_a_download_that_is_cut_starts_again(client, shared, hub, path):
     hub.fail("GET", path, cut=300)
-    assert load(client, "PeftModel", ADAPTER) == shared["a"]
+    assert load_cut(client) == shared["a"]
 
 
 def test_a_download_that_is_cut_goes_on_where_it_stopped(client, shared, hub):
     client("in_chunks", 1000)
     hub.fail("GET", "/storage/", cut=5500)
-    assert load(client, "PeftModel", ADAPTER) == shared["a"]
+    assert load_cut(client) == shared["a"]
     client("in_chunks", 10 * 2**20)
     assert hub.log("GET", "/storage/")[-1].range == "bytes=5000-"
 
@@ -349,7 +364,8 @@ def test_nothing_of_a_broken_download_is_kept(client, shared, hub, tmp_path, loa
     with pytest.raises(StepFailed):
         load(client, loader, ADAPTER)
     kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and "capt" in str(path)]
-    assert not [path for path in kept if path.name.endswith(".incomplete") or path.name == WEIGHTS]
+    assert not [path for path in kept if path.name == WEIGHTS]
+    assert not [path for path in kept if path.name.endswith(".incomplete")] or not GOES_ON_AT_ONCE
     assert load(client, loader, ADAPTER) == shared["a"]
 
 
