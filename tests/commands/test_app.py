@@ -21,7 +21,7 @@ from helpers import TINY_CLIP
 from PIL import Image
 
 from capt_peft import ThreatModel, ZeroShotClassifier, parse_attack
-from capt_peft.commands.app.attack_page import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
+from capt_peft.commands.app.attack import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
 from capt_peft.commands.train import main as train
 from capt_peft.randomness import example_generator
 
@@ -130,6 +130,7 @@ def move(adapter, folder):
 
 
 GOOD = {"class_names": "a, b", "template": "a photo of a {}.", "epsilon_levels": 10, "steps": 2, "true_class": None}
+LONG = {**GOOD, "steps": 200}
 HOSTILE = {
     "no classes": ({"class_names": ",,"}, "2 to 100 class names are needed, got 0"),
     "one class": ({"class_names": "a,, "}, "got 1"),
@@ -309,13 +310,21 @@ class Api:
         (stored,) = self.http.post("/upload", files={"files": Path(path).read_bytes()}).json()
         return {"path": stored, "meta": {"_type": "gradio.FileData"}}
 
-    def attack(self, *values):
+    def attack(self, *values, session=None):
         """Returns what the API answers: the event, and its data."""
-        # not json=values, which could not send half a character, nan or a number of 400 digits
-        content, kind = json.dumps({"data": values}), {"content-type": "application/json"}
-        request = self.http.post("/call/attack", content=content, headers=kind)
+        return self.listen(self.send(*values, session=session))
+
+    def send(self, *values, session=None):
+        """Sends a request, and returns its number; a session is who sends it."""
+        # not json=..., which could not send half a character, nan or a number of 400 digits
+        content = json.dumps({"data": values, "session_hash": session})
+        request = self.http.post("/call/attack", content=content, headers={"content-type": "application/json"})
         assert request.status_code == 200, request.text
-        text = self.http.get(f"/call/attack/{request.json()['event_id']}").text
+        return request.json()["event_id"]
+
+    def listen(self, number):
+        """Waits for the answer to a request."""
+        text = self.http.get(f"/call/attack/{number}").text
         event, data = re.fullmatch(r"event: (\w+)\ndata: (.*)", text.strip()).groups()
         return event, json.loads(data)
 
@@ -366,17 +375,39 @@ def test_the_api_refuses_too_few_values_with_a_sentence(api):
     check_sentence(data["error"])
 
 
-def test_requests_that_nobody_waits_for_do_not_hold_the_page(api, digits):
-    slow = json.dumps({"data": [api.upload(digits[0]), *{**GOOD, "steps": 200}.values()]})
-    alone = timed(api, digits)
-    for _ in range(30):
-        assert api.http.post("/call/attack", content=slow, headers={"content-type": "application/json"}).is_success
+@pytest.mark.parametrize("whose", ["of one address", "of as many sessions"])
+def test_requests_that_nobody_waits_for_do_not_hold_the_page(api, digits, whose):
+    image, alone = api.upload(digits[0]), timed(api, digits)
+    for i in range(30):
+        api.send(image, *LONG.values(), session=f"ghost {i}" if "sessions" in whose else None)
     assert timed(api, digits) < alone + 8  # all of them would take a minute
+
+
+def test_clients_that_listen_and_leave_do_not_hold_the_page(api, digits):
+    image, alone = api.upload(digits[0]), timed(api, digits)
+    for i in range(30):
+        api.send(image, *LONG.values(), session=f"leaving {i}")
+        with api.http.stream("GET", "/queue/data", params={"session_hash": f"leaving {i}"}) as stream:
+            assert stream.is_success
+    assert timed(api, digits) < alone + 8
+
+
+def test_a_user_has_one_request_running_and_three_waiting_and_is_told_so_of_more(api, digits):
+    image = api.upload(digits[0])
+    for _ in range(6):
+        api.send(image, *{**GOOD, "steps": 60}.values(), session="busy")
+    with api.http.stream("GET", "/queue/data", params={"session_hash": "busy"}) as stream:
+        messages = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line]
+    answers = [message for message in messages if message["msg"] == "process_completed"]
+    assert [answer["success"] for answer in answers] == [False] * 2 + [True] * 4  # the refused ones hear of it at once
+    for answer in answers[:2]:
+        check_sentence(answer["output"]["error"])
+        assert "3 wait, which is the most" in answer["output"]["error"]
 
 
 def timed(api, digits):
     start = time.monotonic()
-    event, _ = api.attack(api.upload(digits[0]), *GOOD.values())
+    event, _ = api.attack(api.upload(digits[0]), *GOOD.values(), session="timed")
     assert event == "complete"
     return time.monotonic() - start
 
@@ -385,7 +416,7 @@ def test_20_users_of_the_api_at_once_get_their_own_results(app, api, page, digit
     def ask(i):
         path, *settings = user(i, digits)
         mine = Api(app)
-        return mine.attack(mine.upload(path), *settings, None)
+        return mine.attack(mine.upload(path), *settings, None, session=f"user {i}")
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, range(20)))
@@ -469,15 +500,63 @@ def test_a_browser_attacks_once_there_is_an_image_and_shows_an_error_once(browse
     browser.wait_for_selector(".toast-body")
     browser.wait_for_timeout(500)
     assert browser.locator(".toast-body").count() == 1
-    assert browser.locator(".wrap span.error").count() == 1  # Gradio's stamp on an output
+    assert (
+        not browser.locator(".wrap span.error").filter(visible=True).count()
+    )  # Gradio's stamp, which would hide the image
     browser.click("#upload button[aria-label='Remove Image']")
     browser.wait_for_function("document.querySelector('#attack').disabled")
 
 
-def test_a_browser_that_leaves_cancels_its_attack(app, browser, api, digits):
+def start_long_attack(browser):
+    """Returns the seconds that an attack took, and starts it again."""
     browser.locator("#examples img").nth(3).click()
     browser.locator("#steps input[type=number]").fill("200")
     browser.locator("#steps input[type=number]").press("Tab")
+    browser.wait_for_function("!document.querySelector('#attack').disabled")
+    start = time.monotonic()
+    browser.click("#attack")
+    browser.wait_for_selector("#capt_verdict div.held, #capt_verdict div.fooled")
+    took = time.monotonic() - start
+    browser.click("#attack")
+    browser.wait_for_selector("#upload .wrap:has-text('steps')")
+    return took
+
+
+@pytest.mark.parametrize("how", ["by removing the image", "by choosing another"])
+def test_a_browser_cancels_its_attack(browser, how):
+    took, before = start_long_attack(browser), browser.inner_html("#clip_verdict")
+    start = time.monotonic()
+    if "removing" in how:
+        browser.click("#upload button[aria-label='Remove Image']")
+    else:
+        browser.locator("#examples img").nth(4).click()
+    browser.wait_for_selector("#upload .wrap:has-text('steps')", state="hidden")
+    assert time.monotonic() - start < took / 2
+    assert browser.inner_html("#clip_verdict") == before and not browser.locator(".toast-body").count()
+    assert browser.locator("#attack").is_disabled() == ("removing" in how)
+
+
+def test_a_browser_that_asks_again_gets_the_last_answer_alone(browser):
+    start_long_attack(browser)
+    browser.evaluate(
+        """() => {
+          window.events = new Set();
+          const look = () => events.add(document.querySelector("#clip_verdict [data-event]")?.dataset.event);
+          look();
+          new MutationObserver(look).observe(document.body, { childList: true, subtree: true, attributes: true });
+        }"""
+    )
+    browser.locator("#steps input[type=number]").fill("7")
+    browser.locator("#steps input[type=number]").press("Tab")
+    browser.click("#attack")
+    browser.wait_for_selector("#description:has-text('PGD-7')")
+    browser.wait_for_timeout(1000)
+    assert browser.evaluate("events.size") == 2  # the first answer, and the last
+    assert not browser.locator(".toast-body").count()
+
+
+def test_a_browser_that_leaves_cancels_its_attack(browser, api, digits):
+    start_long_attack(browser)
     for _ in range(3):
         browser.click("#attack")
     browser.wait_for_timeout(300)
@@ -493,6 +572,23 @@ def test_a_browser_refuses_a_broken_upload_with_a_sentence(browser, tmp_path):
     browser.click("#attack")
     toast = browser.wait_for_selector(".toast-body")
     assert "The image is damaged or cut short" in toast.inner_text()
+
+
+@pytest.mark.parametrize("width, height", [(1366, 768), (390, 844)])
+def test_image_button_and_results_can_be_seen_on_a_laptop_and_on_a_phone(browser, width, height):
+    browser.set_viewport_size({"width": width, "height": height})
+    browser.locator("#examples img").nth(3).click()
+    browser.wait_for_function("!document.querySelector('#attack').disabled")
+    image, button = (browser.locator(name).bounding_box() for name in ("#upload", "#attack"))
+    assert image["y"] + image["height"] <= button["y"] and button["y"] + button["height"] <= height
+    browser.evaluate("scrollTo(0, document.body.scrollHeight)")
+    browser.click("#attack")  # which scrolls up to it
+    browser.wait_for_selector("#capt_verdict div.held, #capt_verdict div.fooled")
+    browser.wait_for_function("document.querySelector('#clip_verdict').getBoundingClientRect().top >= 0")
+    browser.wait_for_function("document.querySelector('#clip_attacked').getBoundingClientRect().bottom <= innerHeight")
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    for part in ("image", "attacked", "noise"):
+        assert browser.locator(f"#clip_{part} img").bounding_box()["width"] >= 150
 
 
 # ------------------------------------------------------------------------------------------------------ the Space

@@ -1,82 +1,153 @@
-"""Who still waits for an answer of the page of `capt-peft app`; there is no Gradio here."""
+"""Whose turn it is on the page, and who still waits for an answer; there is no Gradio here."""
 
 from __future__ import annotations
 
-import math
+import asyncio
 import re
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
+
+from .attack import Cancelled, Refused
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that waits or runs.
+
+    Attributes:
+        user: The browser tab or client that sent it; an address, where the sender did not say.
+        streams: Under which names its sender may listen for the answer.
+        arrived: When it came, in seconds of the monotonic clock.
+        running: Whether its turn has come.
+        stopped: Whether its sender wants no answer any more.
+    """
+
+    user: str
+    streams: tuple[str, ...]
+    arrived: float
+    running: bool = False
+    stopped: bool = False
 
 
 class Visitors:
-    """Who waits for an answer: a request runs while somebody listens, and only the last one of each visitor does.
+    """Lets requests run in the order in which they came, few at once and one per user, for as long as somebody listens.
 
-    Gradio itself forgets those that wait in its queue when a browser leaves, but neither those that run nor those of a client
-    that never listened, and 30 of these would hold the page for a minute.
+    Gradio's own queue does not know users, goes on with what runs when a browser leaves, and answers senders that never listen.
+    Everything here happens on the server's event loop; only the work itself is done in threads.
     """
 
+    RUNNING = 2  # requests at once
+    WAITING = 3  # requests of a user that wait while another one of them runs
     GRACE = 3.0  # seconds from a request to the moment when its sender listens
+    POLL = 0.05  # seconds
 
     def __init__(self) -> None:
         self._listening: Counter[str] = Counter()
-        self._left: deque[str] = deque(maxlen=1000)
-        self._latest: dict[str, object] = {}
-        self._lock = threading.Lock()
+        self._line: list[Ticket] = []
 
     def watch(self, app: Any) -> Any:
         """Wraps the server's application, to see who listens."""
 
         async def watched(scope: Any, receive: Any, send: Any) -> None:
-            session = listener(scope)
+            stream = listened(scope)
             scope["arrived"] = time.monotonic()
-            if session is None:
+            if stream is None:
                 return await app(scope, receive, send)
-            with self._lock:
-                self._listening[session] += 1
+            self._listening[stream] += 1
             try:
                 await app(scope, receive, send)
             finally:
-                with self._lock:
-                    self._listening[session] -= 1
-                    if not self._listening[session]:
-                        del self._listening[session]
-                        self._left.append(session)
+                self._listening[stream] -= 1
+                if not self._listening[stream]:
+                    del self._listening[stream]
 
         return watched
 
-    @contextmanager
-    def request(self, request: Any) -> Iterator[Callable[[], bool]]:
-        """Gives a function that tells whether this `gr.Request` is cancelled: its sender left, or has sent another one."""
-        me = object()
-        session, arrived = str(request.session_hash or id(me)), request.request.scope.get("arrived", math.inf)
-        with self._lock:
-            self._latest[session] = me
+    async def serve(
+        self, request: Any, event: str, work: Callable[[Callable[[], bool]], T], wait: Callable[[int], None]
+    ) -> T:
+        """Does the work of a request when its turn comes.
 
-        def cancelled() -> bool:
-            with self._lock:
-                replaced = self._latest.get(session) is not me
-                return replaced or (self._is_gone(session) and time.monotonic() > arrived + self.GRACE)
+        Args:
+            request: The `gr.Request`.
+            event: Gradio's number of the request.
+            work: What is done in a thread; it is given a function that tells whether to stop.
+            wait: Told how many requests come first, whenever that has changed.
 
+        Returns:
+            What `work` returns.
+
+        Raises:
+            Refused: The user has too many requests here, or nobody listens for the answer.
+            Cancelled: The page wants no answer any more.
+        """
+        session = str(request.session_hash)
+        user = session if session != event else f"address {request.client.host}"
+        ticket = Ticket(user, (session, event), request.request.scope["arrived"])
+        if sum(other.user == user for other in self._line) > self.WAITING:
+            raise Refused(
+                f"One request of yours runs here and {self.WAITING} wait, which is the most; send more when one is answered."
+            )
+        self._line.append(ticket)
         try:
-            yield cancelled
+            await self._turn(ticket, wait)
+            return await self._run(ticket, work)
         finally:
-            with self._lock:
-                if self._latest.get(session) is me:
-                    del self._latest[session]
+            self._line.remove(ticket)
 
-    def _is_gone(self, session: str) -> bool:
-        # who listens under the number of a request, and not of a session, has that as its session, unless it gave one
-        known = session in self._left or re.fullmatch("[0-9a-f]{32}", session) is not None
-        return known and session not in self._listening
+    def stop(self, session: str | None) -> None:
+        """Cancels what a browser tab has asked for."""
+        for ticket in self._line:
+            ticket.stopped |= ticket.user == session
+
+    async def _turn(self, ticket: Ticket, wait: Callable[[int], None]) -> None:
+        told = 0
+        while (first := self._first(ticket)) > 0:
+            self._check(ticket)
+            if first != told:
+                wait(told := first)
+            await asyncio.sleep(self.POLL)
+        ticket.running = True
+
+    def _first(self, ticket: Ticket) -> int:
+        """Returns how many requests have to be answered before one can run."""
+        running = [other for other in self._line if other.running]
+        mine = {other.user for other in running}
+        before = self._line[: self._line.index(ticket)]
+        own = sum(other.user == ticket.user for other in before)
+        ready = [other for other in before if not other.running and other.user not in mine]
+        return max(own, len({other.user for other in ready}) + len(running) - self.RUNNING + 1)
+
+    async def _run(self, ticket: Ticket, work: Callable[[Callable[[], bool]], T]) -> T:
+        over = threading.Event()
+        done = asyncio.ensure_future(asyncio.to_thread(work, over.is_set))
+        try:
+            while not done.done():
+                self._check(ticket)
+                await asyncio.wait({done}, timeout=self.POLL)
+            if ticket.stopped:
+                raise Cancelled
+            return done.result()
+        finally:  # also when Gradio cancels this: a turn is over when its thread is
+            over.set()
+            await asyncio.gather(done, return_exceptions=True)
+
+    def _check(self, ticket: Ticket) -> None:
+        if ticket.stopped:
+            raise Cancelled
+        if time.monotonic() > ticket.arrived + self.GRACE and not any(s in self._listening for s in ticket.streams):
+            raise Refused("Nobody listened for the answer, so the request was cancelled.")
 
 
-def listener(scope: Any) -> str | None:
-    """Returns for whose answers an HTTP request waits: a session, or the number of a single request."""
+def listened(scope: Any) -> str | None:
+    """Returns under which name an HTTP request listens for answers: a session, or the number of a single request."""
     if scope["type"] != "http" or scope["method"] != "GET":
         return None
     if scope["path"].endswith("/queue/data"):

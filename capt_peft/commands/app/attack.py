@@ -1,4 +1,4 @@
-"""What the page of `capt-peft app` does: checks what it is given, attacks each model, puts the outcome in words.
+"""What the page does: checks what it is given, attacks each model, puts the outcome in words.
 
 There is no Gradio here, and no state but the models: any number of threads may call `Page.run` at once.
 """
@@ -10,7 +10,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from ...data import load_task
 from ...data.images import load_image
 from ...randomness import example_generators
 from ...tuner.config import check_template
-from ...utils.embedded import TINY_CLIP, recorded_path
+from ...utils.embedded import TINY_CLIP, embedded_name, recorded_path
 
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
 DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
@@ -40,7 +39,7 @@ class Refused(ValueError):
 
 
 class Cancelled(Exception):
-    """Nobody waits for the answer any more."""
+    """The answer is not wanted any more."""
 
 
 @dataclass(frozen=True)
@@ -94,32 +93,30 @@ class Page:
     """
 
     def __init__(self, adapter: str | None = None, base: str | None = None) -> None:
-        self.class_names, self.template, revision = DIGITS, DIGITS_TEMPLATE, None
-        self.adapter = adapter
+        self.class_names, self.template = DIGITS, DIGITS_TEMPLATE
+        self.base, revision = base or TINY_CLIP, None
         if adapter is not None:
             config: Any = PeftConfig.from_pretrained(adapter)
             if base is None:
-                base, revision = recorded_path(config.base_model_name_or_path or ""), config.revision
+                self.base, revision = recorded_path(config.base_model_name_or_path or ""), config.revision
             self.class_names = list(getattr(config, "class_names", None) or DIGITS)[:MAX_CLASSES]
             self.template = getattr(config, "template", None) or DIGITS_TEMPLATE
         separator = "\n" if any("," in name for name in self.class_names) else ", "
         self.class_text = separator.join(self.class_names)
-        self.base = base or TINY_CLIP
         self.models = {CLIP: load_model(self.base, revision=revision)}
         if isinstance(self.models[CLIP][0], PeftModel):
             raise ValueError(
                 f"{self.base} is an adapter. Give it as the adapter, and as the base the CLIP that it was tuned on."
             )
         if adapter is not None:
-            self.models[CAPT] = load_model(adapter, base=self.base if revision is None else None)
+            self.models[CAPT] = load_model(adapter, base=base)
         for model, _ in self.models.values():
             model.requires_grad_(False)
         self._lock = threading.Lock()
 
     def called(self, name: str) -> str:
         """Returns what people read for a model's name: tiny CLIP is called that, never CLIP."""
-        tiny = Path(self.base).name.startswith(Path(TINY_CLIP).name)
-        return name.replace("CLIP", "Tiny CLIP") if tiny else name
+        return name if embedded_name(self.base) is None else name.replace("CLIP", "Tiny CLIP")
 
     def run(
         self,
