@@ -126,7 +126,7 @@ def make_trainer(
     by_hand = mode == "fp16" and setting.device == "cpu"
     args = CaptTrainingArguments(
         tempfile.gettempdir(), use_cpu=setting.device == "cpu", per_device_train_batch_size=setting.batch, epsilon=EPSILON,
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, seed=seed,
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed,
         **({} if by_hand else MODES[mode]), **arguments,
     )  # fmt: skip
     trainer = CaptTrainer(model, args, task=task, processor=processor)

@@ -70,7 +70,6 @@ def train(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     arguments = CaptTrainingArguments(
         str(folder), use_cpu=on_cpu, per_device_train_batch_size=options.batch // processes, num_train_epochs=1,
         attack_steps=2, learning_rate=1e-3, logging_steps=1, save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=not on_cpu,
     )  # fmt: skip
     times = StepTimes()
     model = make_model(options.tiny, processor.tokenizer)

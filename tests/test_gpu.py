@@ -7,7 +7,9 @@ from peft import LoraConfig, get_peft_model
 from training_helpers import adapter_of, losses, make_model, make_task, make_trainer
 
 from capt_peft import PGD, ThreatModel, ZeroShotClassifier, evaluate, parse_attack
+from capt_peft.randomness import example_generators
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
+from capt_peft.utils.machine import use_tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 NAMES = ("red circle", "green square", "seven")
@@ -57,6 +59,32 @@ def test_attacks_run_and_stay_in_their_ball(name, norm, epsilon, processor):
     result = parse_attack(name, threat).run(classifier, pixels, labels, 0)
     assert result.images.device == pixels.device
     assert threat.norm_of(result.images - pixels).max() <= threat.epsilon + 1e-6
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_noise_is_drawn_on_the_gpu_by_an_images_place_alone_and_without_waiting(norm):
+    threat, pixels = ThreatModel(norm, "0.1"), images()
+
+    def starts(rows):
+        return threat.random_start(pixels[rows[0] : rows[-1] + 1], example_generators(0, rows, device=pixels.device))
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        whole, parts = starts(range(6)), [starts(rows) for rows in (range(4), range(4, 5), range(5, 6))]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert whole.is_cuda and torch.equal(whole, torch.cat(parts)) and not torch.equal(whole, pixels)
+
+
+def test_an_evaluation_names_the_gpu_and_its_precision(processor):
+    classifier, pixels = on_gpu(processor), images()
+    data, attack = (pixels, classifier(pixels).argmax(1)), PGD(ThreatModel("linf", "8/255"), steps=1)
+    found = {}
+    for enabled in (True, False):
+        use_tf32(enabled)
+        found[enabled] = evaluate(classifier, data, attack, progress=False).configuration
+    assert [found[enabled]["model"]["precision"] for enabled in (True, False)] == ["tf32", "float32"]
+    assert found[True]["device"] == "cuda"
 
 
 def test_an_evaluation_is_reused_for_the_same_model_only(processor, tmp_path):

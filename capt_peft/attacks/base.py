@@ -147,8 +147,8 @@ class Attack(ABC):
             logits_fn: images (B, 3, H, W) in [0, 1] -> logits (B, N); differentiable, if the attack uses gradients.
             images: (B, 3, H, W) float32 or float64 in [0, 1].
             labels: (B,) int64 in [0, N): the true classes, or the targets of a targeted `PGD`.
-            generator: source of the random numbers: a seed, or one generator for each image (an image's attack then does not
-                depend on the batch it comes in), or one for the batch.
+            generator: source of the random numbers: a seed (numbers are then drawn where the images are), or one generator for
+                each image (an image's attack then does not depend on the batch it comes in), or one for the batch.
             clean_logits: (B, N) logits of `images`, which save a forward where the attack needs them.
             report: called with (name, images left, images standing) before each attempt.
 
