@@ -1,4 +1,4 @@
-"""matplotlib, where it is installed: figures without pyplot's state, their style, and files that come out the same."""
+"""Pictures by matplotlib: figures without pyplot's state, their style, and files that come out the same."""
 
 from __future__ import annotations
 
@@ -12,25 +12,10 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Returns an empty figure of a size in inches.
+    """Returns an empty figure of a size in inches."""
+    from matplotlib.figure import Figure  # here, for it takes a second that most commands do not need
 
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    return import_figure()(figsize=(width, height), layout="constrained")
-
-
-def import_figure() -> Any:
-    """Returns matplotlib's Figure.
-
-    Raises:
-        ImportError: matplotlib is missing; the message says how to install it.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'capt-peft[plot]'.") from error
-    return Figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def add_panels(figure: Any, count: int, columns: int, **shared: bool) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 import re
 import sys
@@ -111,9 +110,3 @@ def loading(name: str) -> Iterator[None]:
         reason = shorten(str(error).strip().split("\n")[0], MAX_FOREIGN)
         where = "" if os.path.isdir(name) else "There is no such folder here, and as a Hub id it failed: "
         raise ValueError(f"{name} cannot be loaded. {where}{reason}") from error
-
-
-def check_installed(module: str, extra: str, option: str) -> None:
-    """Raises an ImportError unless a module that an option needs is there: before the work, and not at its end."""
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{option} needs {module}: pip install '{extra}'.")

@@ -42,7 +42,7 @@ from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
 from ..utils.text import cut
 from .data import DataArguments, measured
-from .ending import check_installed, loading
+from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import check_places
@@ -138,8 +138,6 @@ def parse_args(argv: list[str]) -> Arguments:
         if not (args.adapter and is_capt(Path(args.adapter))):
             raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
         check_update(args.adapter)
-    if args.curve:
-        check_installed("matplotlib", "capt-peft[plot]", "--curve")
     return args
 
 

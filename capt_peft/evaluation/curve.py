@@ -16,7 +16,7 @@ from accelerate import PartialState
 from ..attacks import PGD, ThreatModel
 from ..attacks.threat import format_fraction
 from ..clip.classifier import ZeroShotClassifier
-from ..plotting import COLOURS, GREY, import_figure, new_figure, open_axis, save_figure
+from ..plotting import COLOURS, GREY, new_figure, open_axis, save_figure
 from ..results.accuracy import Accuracy
 from ..tuner import adapters_in_use
 from ..utils.files import make_writable, write_json, written_whole
@@ -88,10 +88,8 @@ def robustness_curves(
         The curves by name: "zero-shot", and "CAPT" with an adapter.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: As for `evaluate`.
     """
-    import_figure()
     path = Path(path)
     main_process_says(lambda: make_writable(path.parent, *(f"{path.name}.{kind}" for kind in ("json", "png", "svg"))))
     scale = 1.0 if threat_model.norm == "linf" else threat_model.epsilon / (4 / 255)

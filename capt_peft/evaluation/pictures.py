@@ -37,9 +37,6 @@ def attack_picture(
 
     Returns:
         The path.
-
-    Raises:
-        ImportError: matplotlib is missing (the extra `plot`).
     """
     figure = new_figure(1.25 * len(images) + 1.1, 1.42 * 3 * len(classifiers))
     first = next(iter(classifiers.values()))

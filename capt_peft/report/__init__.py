@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..plotting import import_figure, save_figure
+from ..plotting import save_figure
 from ..utils.files import written_whole
 from .plots import differences_figure, scatter_figure, shots_figure
 from .sections import Section, read_sections
@@ -31,10 +31,8 @@ def write_report(
         The paths of the files.
 
     Raises:
-        ImportError: matplotlib is missing.
         ValueError: See `read_sections`.
     """
-    import_figure()  # before any long work
     sections = read_sections(lines_path, attack)
     parts = [(section, tables) for section in sections if (tables := section_tables(section))]
     figures: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The pictures: accuracy against shots, clean against robust, and paired differences. They need the extra `plot`."""
+"""The pictures: accuracy against shots, clean against robust, and paired differences."""
 
 from __future__ import annotations
 

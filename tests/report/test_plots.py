@@ -1,6 +1,5 @@
 """The pictures, and the report as a whole."""
 
-import builtins
 from itertools import pairwise
 
 import pytest
@@ -11,7 +10,6 @@ from capt_peft.report import read_sections, write_report
 from capt_peft.report.plots import differences_figure, row_styles, scatter_figure, shots_figure
 from capt_peft.report.statistics import rows_of
 
-pytest.importorskip("matplotlib")
 PICTURES = ["shots.png", "shots.svg", "scatter.png", "scatter.svg", "differences.png", "differences.svg"]
 
 
@@ -150,16 +148,3 @@ def test_a_refused_file_leaves_no_half_of_a_report(tmp_path):
     with pytest.raises(ValueError, match="all of them failed"):
         write_report(write(tmp_path / "failed.jsonl", [line(error="nan")]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_without_matplotlib_the_message_says_how_to_get_it(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def missing(name, *args, **kwargs):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install 'capt-peft\[plot\]'"):
-        write_report(write(tmp_path / "lines.jsonl", [line()]), tmp_path / "out")
