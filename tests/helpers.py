@@ -1,5 +1,6 @@
 """Small random CLIPs and what goes into them."""
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch.utils._pytree import tree_map
@@ -7,9 +8,14 @@ from transformers import CLIPConfig, CLIPModel
 
 from capt_peft import CaptConfig
 from capt_peft.toy import TINY_CLIP  # noqa: F401 (tests take it from here)
+from capt_peft.utils.versions import COMPILING_TORCH
 
 VOCABULARY, START, END = 60, 58, 59
 TEMPLATE_IDS = [START, 5, 6, 7]
+# the arguments refuse torch_compile there, which a test of its own sees
+compiles = pytest.mark.skipif(
+    torch.__version__ < COMPILING_TORCH, reason=f"torch.compile needs torch {COMPILING_TORCH} here"
+)
 COUPLINGS = ("text_to_vision", "vision_to_text", "none")
 
 

@@ -242,6 +242,7 @@ def test_workers_that_stay_are_the_trainings_alone(tmp_path, processor):
 
 def test_tf32_is_off_unless_it_is_asked_for_and_then_recorded(tmp_path, monkeypatch):
     switched = []
+    monkeypatch.setattr("capt_peft.training.arguments.COMPILING_TORCH", "2")
     monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
     monkeypatch.setattr("transformers.training_args.enable_tf32", switched.append)
     for given in ({}, {"torch_compile": True}, {"tf32": True}):

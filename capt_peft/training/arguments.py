@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -16,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
 from ..utils.text import shown
-from ..utils.versions import FSDP_OFF, TrainingArguments
+from ..utils.versions import COMPILING_TORCH, FSDP_OFF, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +168,11 @@ class CaptTrainingArguments(TrainingArguments):
                 self.lr_schedule == "epoch" and shape,
                 "lr_schedule='epoch' is a cosine with a first epoch at 1e-5, so that lr_scheduler_type, lr_scheduler_kwargs and "
                 "warmup_steps have no effect. Leave them out, or set lr_schedule='step'.",
+            ),
+            (
+                self.torch_compile and torch.__version__ < COMPILING_TORCH,
+                f"torch_compile=True needs torch {COMPILING_TORCH} or newer, which can compile a tower of CLIP as one graph; "
+                f"this is torch {torch.__version__}. Update torch, or leave torch_compile out.",
             ),
             (
                 self.fp16 and self.device.type == "cpu",

@@ -12,6 +12,10 @@ import transformers
 from huggingface_hub import hf_hub_download
 from transformers.utils import hub
 
+# ------------------------------------------------------------------------------------------------ torch 2.9
+
+COMPILING_TORCH = "2.9"  # torch.compile of an older one stops, or breaks its graphs, inside of transformers' CLIP
+
 # ------------------------------------------------------------------------------------------------ transformers 5.10
 
 # `TrainingArguments.fsdp_config` of a run that shards nothing

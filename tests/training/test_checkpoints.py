@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import fork_server, train, train_as_rank, train_without_space
+from helpers import compiles
 from safetensors.torch import load_file
 from training_helpers import NAMES, Scripted, adapter_of, make_model, make_task, make_trainer
 
@@ -117,6 +118,7 @@ def test_twenty_of_twenty_killed_runs_end_where_the_uninterrupted_one_does(tmp_p
     assert sum(equal) == 20
 
 
+@compiles
 @pytest.mark.long
 @pytest.mark.timeout(14400)
 def test_twenty_of_twenty_killed_runs_that_compile_and_read_with_workers_end_there_too(tmp_path):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch._dynamo
+from helpers import compiles
 from training_helpers import adapter_of, losses, make_model, make_task, make_trainer
 from transformers import TrainerCallback
 
+from capt_peft import CaptTrainingArguments
 from capt_peft.training.chunks import fill_batch
 
 
@@ -39,6 +41,7 @@ def run(tmp_path, processor, **arguments):
     return trainer, graphs.counts
 
 
+@compiles
 @pytest.mark.parametrize("arguments", [{}, {"text_chunk_size": 2}, {"image_chunk_size": 3}, {"bf16": True}])
 def test_nothing_breaks_a_graph_and_nothing_is_compiled_after_the_first_step(tmp_path, processor, arguments):
     trainer, counts = run(tmp_path, processor, torch_compile=True, torch_compile_backend="aot_eager", **arguments)
@@ -56,11 +59,20 @@ def test_nothing_breaks_a_graph_and_nothing_is_compiled_after_the_first_step(tmp
             torch.testing.assert_close(adapter_of(trainer)[name], expected, atol=1e-4, rtol=1e-4)
 
 
+@compiles
 @pytest.mark.long
 def test_the_default_backend_follows_the_eager_run(tmp_path, processor):
     trainer, counts = run(tmp_path, processor, torch_compile=True)
     assert not torch._dynamo.utils.counters["graph_break"] and set(counts) == {3}
     assert losses(trainer) == pytest.approx(losses(run(tmp_path, processor)[0]), rel=1e-3)
+
+
+def test_a_torch_that_cannot_compile_a_tower_as_one_graph_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("capt_peft.training.arguments.COMPILING_TORCH", "99.1")
+    with pytest.raises(
+        ValueError, match=r"^torch_compile=True needs torch 99\.1 or newer.*this is torch 2.*Update torch"
+    ):
+        CaptTrainingArguments(str(tmp_path), use_cpu=True, torch_compile=True)
 
 
 def test_a_batch_is_filled_with_black_images():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from helpers import shake
+from helpers import compiles, shake
 from training_helpers import make_model, make_task, make_trainer
 
 from capt_peft import CaptTrainingArguments, get_method
@@ -137,7 +137,9 @@ GROUPS = {
     "workers": Group(EXACT, ("capt",), {"2": {"dataloader_num_workers": 2}}),
 }  # fmt: skip
 CASES = [
-    pytest.param(group, method, settings, id=f"{name}: {variant}, {method}")
+    pytest.param(
+        group, method, settings, marks=[compiles] * ("torch_compile" in settings), id=f"{name}: {variant}, {method}"
+    )
     for name, group in GROUPS.items()
     for method in group.methods
     for variant, settings in group.variants.items()
@@ -184,6 +186,7 @@ def test_another_seed_or_a_hundredth_more_violates_every_tolerance(tmp_path, pro
 # ---------------------------------------------------------------------------------------- activation checkpointing
 
 
+@compiles
 @pytest.mark.long
 def test_compiled_towers_can_be_checkpointed(tmp_path, processor, reference):
     settings = {"torch_compile": True, "torch_compile_backend": "aot_eager", "activation_checkpointing": True}

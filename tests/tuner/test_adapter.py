@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import COUPLINGS, TEMPLATE_IDS, adapted, clip_inputs, shake
+from helpers import COUPLINGS, TEMPLATE_IDS, adapted, clip_inputs, compiles, shake
 from peft import (
     AutoPeftModel,
     PeftConfig,
@@ -280,6 +280,7 @@ def test_autocast_gives_nearly_the_same(clip):
         assert (logits(model) - expected).abs().max() < 0.05 * expected.abs().max() + 0.1
 
 
+@compiles
 @pytest.mark.parametrize("prompts", [PROMPTS[0], PROMPTS[-1]])
 def test_torch_compile_finds_one_graph_without_a_break(clip, prompts):
     model = adapted(clip, **prompts)
