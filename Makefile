@@ -63,7 +63,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(FLOOR)/ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-floor.txt torch==$(TORCH) --editable '.[test]'
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints-floor.txt torch==$(TORCH) --editable '.[test]'
 	@touch $@
 
 clean:

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 
-TRAINER = ("capt_peft.training.arguments", "transformers.training_args")
+TRAINER = ("capt_peft.training.arguments", "transformers.training_args", "capt_peft.utils.versions")
 DATA = ("capt_peft.commands.data",)
 
 

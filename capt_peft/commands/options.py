@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from .ending import refuse, shorten
 from .places import check_places
 
-ELSEWHERE = ("transformers.training_args",)  # in the help after ours
+ELSEWHERE = ("transformers.training_args", "capt_peft.utils.versions")  # transformers' own, in the help after ours
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import transformers
 from huggingface_hub import hf_hub_download
 from transformers.utils import hub
 
-# ------------------------------------------------------------------------------------------------ torch 2.9
+# ------------------------------------------------------------------------------------------------ torch 2.11
 
-COMPILING_TORCH = "2.9"  # torch.compile of an older one stops, or breaks its graphs, inside of transformers' CLIP
+COMPILING_TORCH = "2.11"  # torch.compile of an older one stops, or breaks its graphs, inside of transformers' CLIP
 
 # ------------------------------------------------------------------------------------------------ transformers 5.10
 
