@@ -84,12 +84,17 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _WithPeft(importlib.abc.MetaPathFinder):
-    """Registers CAPT as soon as PEFT is imported, by whomever: nothing of PEFT is needed before."""
+# what else is imported once a module is: CAPT is registered with PEFT, adapters are saved with their card, `load_task` knows
+# the tasks that need no download, and none of the modules on the left has to know those on the right
+_AFTER = {"peft": "tuner", f"{__name__}.tuner": "results.hub", f"{__name__}.data.loading": "toy.tasks"}
+
+
+class _ImportMore(importlib.abc.MetaPathFinder):
+    """Finds modules as ever; those of `_AFTER` import another one after they have run, whoever imports them."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """Returns PEFT's own specification, whose loader imports our tuner afterwards."""
-        if fullname != "peft":
+        """Returns the module's own specification, whose loader does so."""
+        if fullname not in _AFTER:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, found), None)
@@ -98,13 +103,12 @@ class _WithPeft(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 load(module)
-                importlib.import_module(".tuner", __name__)
+                importlib.import_module(f".{_AFTER[fullname]}", __name__)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+sys.meta_path.insert(0, _ImportMore())
 if "peft" in sys.modules:
     importlib.import_module(".tuner", __name__)
-else:
-    sys.meta_path.insert(0, _WithPeft())

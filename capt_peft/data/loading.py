@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from .task import SPLITS, Task, encoded_images, kind_of, one_line, without_image
 
 logger = logging.getLogger(__name__)
 
-MADE: dict[str, Callable[[int], Task]] = {}  # tasks that are made from a seed, by name; see `made_tasks`
+MADE: dict[str, Callable[[int], Task]] = {}  # tasks that are made from a seed, by name: `capt_peft.toy` adds its own
 COOP_FRACTIONS = (0.5, 0.2, 0.3)
 VALIDATION_FRACTION = 0.2
 MAX_VALIDATION_PER_CLASS = 50
@@ -102,7 +101,7 @@ def load_task(
         class_names = check_given(class_names)
     source, given = str(name_or_path), {"train": train_split, "validation": validation_split, "test": test_split}
     columns = {"image_column": image_column, "label_column": label_column}
-    if isinstance(name_or_path, str) and source in made_tasks():
+    if isinstance(name_or_path, str) and source in MADE:
         _refuse(source, root=root, name=name, revision=revision, **columns, **given)
         return _customized(MADE[source](seed), class_names, template)
     entry = CATALOG.get(source) if isinstance(name_or_path, str) else None
@@ -138,15 +137,9 @@ def load_task(
     return task
 
 
-def made_tasks() -> dict[str, Callable[[int], Task]]:
-    """Returns what makes tasks from a seed, by name; `capt_peft.toy`, which builds on this module, adds its own."""
-    import_module("capt_peft.toy.tasks")
-    return MADE
-
-
 def list_tasks() -> list[str]:
     """Returns the names that `load_task` knows: first those without a network or files, then those of `CATALOG`."""
-    return [*made_tasks(), *CATALOG]
+    return [*MADE, *CATALOG]
 
 
 def check_images(task: Task, splits: Iterable[str] | None = None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("class_specific",), bool, "True or False"),
     (("init_std",), int | float, "a number"),
 )
+# set by `capt_peft.results.card`: writes the model card of an adapter that is being saved (folder, configuration, whether its
+# weights are in the folder already)
+write_saved_card: Callable[[Path, CaptConfig, bool], None] | None = None
 
 
 @dataclass
@@ -264,9 +267,8 @@ class CaptConfig(PeftConfig):
             )
         after_weights = "auto_mapping_dict" in kwargs  # PEFT's way; transformers writes the weights afterwards
         super().save_pretrained(save_directory, **kwargs)
-        # `results` builds on this module; its hub also keeps our card where transformers uploads what is saved
-        import_module("capt_peft.results.hub")
-        import_module("capt_peft.results.card").write_saved_card(Path(save_directory), self, after_weights)
+        if write_saved_card is not None:
+            write_saved_card(Path(save_directory), self, after_weights)
 
 
 def check_template(template: str) -> None:
