@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import cleandoc
 from typing import Any
 
 import torch
@@ -210,7 +211,8 @@ class CaptTrainingArguments(TrainingArguments):
 
 def _describe_fields() -> None:
     """Gives each field the help that the docstring has or, where transformers has the field too, its own."""
-    words = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", CaptTrainingArguments.__doc__ or "", re.MULTILINE))
+    told = cleandoc(CaptTrainingArguments.__doc__ or "")  # which Python 3.13 indents less than those before it
+    words = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", told, re.MULTILINE))
     theirs = {f.name: f.metadata for f in fields(TrainingArguments)}
     for f in fields(CaptTrainingArguments):
         if f.name not in words and f.name not in theirs:
