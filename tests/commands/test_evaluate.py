@@ -203,6 +203,7 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
         (["--norm", "l1"], "unknown norm 'l1'"),
         (["--split", "holdout"], "no split 'holdout'"),
         (["--dtype", "int8"], "dtype='int8' must be"),
+        (["--dtype", "tf32"], "is for CUDA GPUs"),
         (["--limit", "0"], "no images to evaluate"),
         (["--limit", "-3"], "limit=-3"),
         (["--attack_target", "clip"], "attack_target='clip' is unknown"),
