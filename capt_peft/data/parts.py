@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Image
 
+from ..utils.versions import small_bytes
 from .images import printable
 from .task import SPLITS, encoded_images
 
@@ -66,7 +67,7 @@ def placed_images(part: Part, column: str) -> Dataset:
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     # Not `cast`, which would write a copy of the images beside those of a saved dataset.
-    dataset = dataset.cast_column("image", Image())
+    dataset = small_bytes(dataset, "image").cast_column("image", Image())
     table = encoded_images(dataset).with_format("arrow")[:]
     chunks = table.column("image").chunks
     paths = [path for chunk in chunks if chunk.field("bytes").null_count for path in chunk.field("path").to_pylist()]

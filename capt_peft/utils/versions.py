@@ -10,11 +10,24 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from packaging.version import Version
 from transformers.utils import hub
 
 # ------------------------------------------------------------------------------------------------ torch 2.11
 
 COMPILING_TORCH = "2.11"  # torch.compile of an older one stops, or breaks its graphs, inside of transformers' CLIP
+
+# ------------------------------------------------------------------------------------------------ Datasets 5.2
+
+
+def small_bytes(dataset: Any, column: str) -> Any:
+    """Returns a Datasets `Dataset` whose column of bytes can be cast to images, which an older one does not with large ones."""
+    import datasets  # not needed to load a model
+
+    if Version(datasets.__version__) < Version("5.2") and dataset.features[column] == datasets.Value("large_binary"):
+        return dataset.cast_column(column, datasets.Value("binary"))
+    return dataset
+
 
 # ------------------------------------------------------------------------------------------------ transformers 5.10
 
