@@ -84,13 +84,35 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# what else is imported once a module is: CAPT is registered with PEFT, adapters are saved with their card, `load_task` knows
-# the tasks that need no download, and none of the modules on the left has to know those on the right
-_AFTER = {"peft": "tuner", f"{__name__}.tuner": "results.hub", f"{__name__}.data.loading": "toy.tasks"}
+def _write_saved_card(folder: Any, config: Any, whole: bool) -> None:
+    """Writes the card of an adapter that is saved, and keeps it where transformers uploads a folder."""
+    from .results import card, hub  # noqa: F401
+
+    card.write_saved_card(folder, config, whole)
 
 
-class _ImportMore(importlib.abc.MetaPathFinder):
-    """Finds modules as ever; those of `_AFTER` import another one after they have run, whoever imports them."""
+def _after_peft() -> None:
+    """Registers CAPT with PEFT."""
+    importlib.import_module(".tuner", __name__)
+
+
+def _after_tuner() -> None:
+    """Lets configurations be saved with the card of their adapter."""
+    config: Any = importlib.import_module(".tuner.config", __name__)
+    config.write_saved_card = _write_saved_card
+
+
+def _after_loading() -> None:
+    """Lets `load_task` know the tasks that need no download."""
+    importlib.import_module(".toy.tasks", __name__)
+
+
+# what follows once a module has been imported, by whomever: none of them has to know what builds on it
+_AFTER = {"peft": _after_peft, f"{__name__}.tuner": _after_tuner, f"{__name__}.data.loading": _after_loading}
+
+
+class _Follow(importlib.abc.MetaPathFinder):
+    """Finds modules as ever; those of `_AFTER` are followed by what stands there."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """Returns the module's own specification, whose loader does so."""
@@ -103,12 +125,12 @@ class _ImportMore(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 load(module)
-                importlib.import_module(f".{_AFTER[fullname]}", __name__)
+                _AFTER[fullname]()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-sys.meta_path.insert(0, _ImportMore())
+sys.meta_path.insert(0, _Follow())
 if "peft" in sys.modules:
-    importlib.import_module(".tuner", __name__)
+    _after_peft()

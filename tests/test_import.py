@@ -44,6 +44,29 @@ def test_the_tasks_without_a_download_are_known():
     assert run("from capt_peft.data.loading import load_task\nprint(load_task('digits').num_classes)") == "10"
 
 
+def test_every_module_can_be_the_first_that_is_imported():
+    """Each in a process of its own, which has the heavy packages already; PEFT begins again there."""
+    root = Path(capt_peft.__file__).parent
+    names = [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in sorted(root.rglob("*.py"))]
+    names = [name.removesuffix(".__init__") for name in names if ".app" not in name and not name.endswith("__main__")]
+    code = f"""
+import os, accelerate, datasets, pandas, peft, pyarrow.parquet, torch, transformers
+from transformers import Trainer
+del sys.modules["peft"]
+for name in {names}:
+    child = os.fork()
+    if not child:
+        try:
+            __import__(name)
+            assert sys.modules["peft"].PEFT_TYPE_TO_CONFIG_MAPPING["CAPT"] if "peft" in sys.modules else True
+        except BaseException as error:
+            print(name, repr(error), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    assert run(code) == ""
+
+
 def test_every_public_name_is_there_and_listed_once_in_each_place():
     assert sorted(capt_peft._ROOM_OF) == sorted(capt_peft.__all__)
     assert sum(map(len, capt_peft._ROOMS.values())) == len(capt_peft.__all__)

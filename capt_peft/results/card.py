@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..attacks import PGD, ThreatModel
 from ..attacks.registry import known_attack
 from ..tuner import CaptConfig
-from ..tuner import config as tuner_config
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..utils.embedded import embedded_name
 from ..utils.files import write_text
@@ -210,9 +209,6 @@ def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
     _write_unless_kept(folder, folder, unsaved=None if whole else config)
     if whole:
         _put_right_above(folder.parent)
-
-
-tuner_config.write_saved_card = write_saved_card
 
 
 def is_capt(folder: Path) -> bool:

@@ -41,7 +41,7 @@ TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("class_specific",), bool, "True or False"),
     (("init_std",), int | float, "a number"),
 )
-# set by `capt_peft.results.card`: writes the model card of an adapter that is being saved (folder, configuration, whether its
+# set by `capt_peft` itself: writes the model card of an adapter that is being saved (folder, configuration, whether its
 # weights are in the folder already)
 write_saved_card: Callable[[Path, CaptConfig, bool], None] | None = None
 
