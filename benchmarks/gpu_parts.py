@@ -5,11 +5,6 @@ The step here is that of `CaptTrainer`, written out from the same parts; `tests/
 
 from __future__ import annotations
 
-# ruff: noqa: E402
-import capt_peft
-
-capt_peft._AFTER.pop("capt_peft.tuner", None)  # cards, with which adapters are saved: they need datasets and pyarrow
-
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
