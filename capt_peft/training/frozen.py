@@ -22,6 +22,7 @@ from ..utils.machine import moved
 from ..utils.modules import eval_mode
 
 BATCH = 64  # always the same batches, or the last bits of the features would depend on a step's
+BAR_AFTER = 1.0  # seconds: what is done by then needs no bar
 
 
 class FrozenOutputs:
@@ -73,7 +74,8 @@ class FrozenOutputs:
         )  # fmt: skip  (a generator of its own: the run's is not touched)
         features = torch.zeros(number, self._text_features().shape[1])
         total, hidden = sum(map(len, batches)), self._args.disable_tqdm or rank > 0
-        with self._frozen() as frozen, tqdm(total=total, desc="Frozen model", unit="image", disable=hidden) as bar:
+        bar = tqdm(total=total, desc="Frozen model", unit="image", disable=hidden, delay=BAR_AFTER)
+        with self._frozen() as frozen, bar:
             for batch in loader:
                 features[batch["index"]] = embed(frozen, moved(batch["pixels"], self._args.device)).float().cpu()
                 bar.update(len(batch["index"]))

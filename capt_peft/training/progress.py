@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import is_in_notebook
 
 from ..results.accuracy import Accuracy
 
@@ -42,8 +43,12 @@ class LogTable:
             return [head + attack, row] if begins else [row]
         if "train_runtime" in logs:
             return [f"Trained to step {step} in {logs['train_runtime']:.0f} s."]
-        prefixes = [key.removesuffix("_robust_accuracy") for key in logs if key.endswith("_robust_accuracy")]
-        return [evaluated(logs, prefix, step) for prefix in prefixes]
+        return [evaluated(logs, prefix, step) for prefix in evaluations(logs)]
+
+
+def evaluations(logs: Mapping[str, Any]) -> list[str]:
+    """Returns the prefixes of the evaluations whose accuracies a log holds."""
+    return [key.removesuffix("_robust_accuracy") for key in logs if key.endswith("_robust_accuracy")]
 
 
 def evaluated(metrics: Mapping[str, Any], prefix: str, step: int) -> str:
@@ -106,8 +111,14 @@ class PrintLogs(PrinterCallback):
 
 
 def show_progress(trainer: Any) -> None:
-    """Puts these callbacks in the place of the Trainer's own; what a user or a notebook put there stays."""
-    ours = {ProgressCallback: ShowProgress, PrinterCallback: PrintLogs}
+    """Puts these callbacks in the place of the Trainer's own; what a user put there stays."""
+    ours: dict[type, type] = {ProgressCallback: ShowProgress, PrinterCallback: PrintLogs}
+    if is_in_notebook():
+        from transformers.utils.notebook import NotebookProgressCallback
+
+        from .notebook import ShowInNotebook  # imports IPython
+
+        ours[NotebookProgressCallback] = ShowInNotebook
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in ours:
             trainer.remove_callback(callback)

@@ -51,7 +51,8 @@ def test_the_random_numbers_of_the_run_are_not_touched(tmp_path, processor):
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_there_is_a_progress_bar_unless_it_is_not_wanted(tmp_path, processor, capfd, quiet):
+def test_what_takes_long_has_a_progress_bar_unless_it_is_not_wanted(tmp_path, processor, capfd, monkeypatch, quiet):
+    monkeypatch.setattr("capt_peft.training.frozen.BAR_AFTER", 0)
     make_trainer(tmp_path, processor, disable_tqdm=quiet)._frozen_outputs.compute()
     assert ("Frozen model: 100%" in capfd.readouterr().err) is not quiet
 
