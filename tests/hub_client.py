@@ -228,6 +228,20 @@ def train_script(*arguments):
     main(list(arguments))
 
 
+def command(name, *words):
+    """Runs a command of the command line and returns what it printed."""
+    from contextlib import redirect_stdout
+    from importlib import import_module
+    from io import StringIO
+
+    from capt_peft.commands import COMMANDS, options
+
+    told = StringIO()
+    with redirect_stdout(told):
+        import_module(f"capt_peft.commands.{name}").main(options.with_names(list(words), COMMANDS[name].given))
+    return told.getvalue()
+
+
 def serve():
     """Reads steps from stdin and answers on stdout, which nothing else may write to."""
     answers = os.fdopen(os.dup(1), "w")

@@ -6,30 +6,20 @@ capt-peft env
 from __future__ import annotations
 
 import platform
-import sys
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..utils.machine import describe_machine
+from ..utils.machine import describe_machine, versions
 from .parser import Parser
 
-PACKAGES = (
-    "capt-peft", "torch", "transformers", "peft", "accelerate", "datasets", "huggingface_hub", "safetensors", "numpy", "pillow",
-    "pyarrow", "pandas", "matplotlib", "gradio",
-)  # fmt: skip
+MORE = ("huggingface_hub", "pyarrow", "pandas", "matplotlib", "gradio")
 
 
 def main(argv: list[str]) -> None:
     """Prints a Markdown list."""
     Parser([]).parse_args(argv)
-    rows = {"Python": sys.version.split()[0], "platform": platform.platform(), "computes on": describe_machine()}
-    for name in PACKAGES:
-        try:
-            rows[name] = version(name)
-        except PackageNotFoundError:
-            rows[name] = "not installed"
+    rows = {"platform": platform.platform(), "computes on": describe_machine()}
     if torch.cuda.is_available():
         rows["bfloat16"] = str(torch.cuda.is_bf16_supported())
-    for name, value in rows.items():
+    for name, value in (rows | versions(*MORE)).items():
         print(f"- {name}: {value}")

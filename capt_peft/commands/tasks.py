@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..data import list_tasks, load_task
 from ..data.catalog import CATALOG
+from ..toy.tasks import procedural_class_names
 from .parser import Parser
 from .places import check_places
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> None:
         raise ValueError("--root has no effect without the name of a data set.")
     print("| name | classes | where from |\n|---|---|---|")
     for name in list_tasks():
-        entry = CATALOG.get(name)
-        where = "comes with capt-peft" if entry is None else entry.hub_id or f"a folder (--root): {entry.coop_folder}"
-        print(f"| {name} | {load_task(name).num_classes if entry is None else entry.num_classes} | {where} |")
+        if name not in CATALOG:
+            print(f"| {name} | {len(procedural_class_names(name))} | comes with capt-peft |")
+            continue
+        entry = CATALOG[name]
+        print(f"| {name} | {entry.num_classes} | {entry.hub_id or f'a folder (--root): {entry.coop_folder}'} |")

@@ -114,6 +114,15 @@ def procedural_tasks() -> list[str]:
     return ["digits", *TOY_TASKS, *SHIFTS]
 
 
+def procedural_class_names(name: str) -> tuple[str, ...]:
+    """Returns the class names of any of `procedural_tasks()`, without drawing an image."""
+    if name == "digits":
+        return DIGITS
+    drawn, _ = SHIFTS.get(name, (name, None))
+    values = FACTS[TOY_TASKS[drawn].fact]
+    return tuple(f"{value} shapes" for value in values) if name == "counts" else values
+
+
 def load_procedural_task(name: str, seed: int = 0) -> Task:
     """Returns any of `procedural_tasks()`; the digits are the same for every seed."""
     return load_digits_task() if name == "digits" else load_toy_task(name, seed=seed)
@@ -141,8 +150,7 @@ def load_toy_task(
         if size < 1:
             raise ValueError(f"{split}_per_class is {size}; it must be at least 1.")
     drawn, render = SHIFTS.get(name, (name, None))
-    task, values = TOY_TASKS[drawn], FACTS[TOY_TASKS[drawn].fact]
-    class_names = tuple(f"{value} shapes" for value in values) if name == "counts" else values
+    task, values, class_names = TOY_TASKS[drawn], FACTS[TOY_TASKS[drawn].fact], procedural_class_names(name)
     splits = {}
     for number, (split, size) in enumerate(sizes.items()):
         if render is not None and split != "test":

@@ -11,10 +11,10 @@ from torch import Tensor
 PACKAGES = ("capt-peft", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions that decide a result: Python and the packages."""
+def versions(*more: str) -> dict[str, str]:
+    """Returns the versions that decide a result, of Python and packages, and those of more packages."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
