@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..randomness import Generators, draw, resolve_generator
+from ..utils.fractions import format_fraction, parse_fraction
 
 NORMS = {"linf": "L-inf", "l2": "L2"}
 PIXEL_TOLERANCE = 1e-6
@@ -21,45 +19,8 @@ PIXEL_TOLERANCE = 1e-6
 # Four float32 roundings (norm, factor, product, difference) lie between a step and its length as a caller measures it:
 # aiming this much inside the L2 ball keeps the result inside it whatever they add up to.
 _L2_MARGIN = 1 - 2**-21
-_FRACTION = re.compile(r"\s*(-?\d+\.?\d*)\s*/\s*(\d+\.?\d*)\s*")
 
 LogitsFn = Callable[[Tensor], Tensor]
-
-
-def parse_fraction(value: float | int | str) -> float:
-    """Returns a non-negative number, exact where it is written as a fraction.
-
-    Args:
-        value: a number, or a text such as `"4/255"` or `"0.03"`.
-
-    Returns:
-        The float nearest to the value.
-
-    Raises:
-        TypeError: `value` is neither a number nor a text.
-        ValueError: the text cannot be read, or the number is negative or not finite.
-    """
-    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
-        raise TypeError(f"a number or a text such as '4/255' is needed, got {value!r} of type {type(value).__name__}")
-    try:
-        fraction = _FRACTION.fullmatch(value) if isinstance(value, str) else None
-        number = float(Fraction(fraction[1]) / Fraction(fraction[2])) if fraction else float(value)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(
-            f"{value!r} is not a number: write a fraction such as '4/255' or a decimal such as '0.03'"
-        ) from None
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{value!r} is not allowed: the value must be finite and at least 0, such as '4/255' or 0.03")
-    return number + 0.0  # minus zero becomes zero
-
-
-def format_fraction(value: float) -> str:
-    """Writes a number as this field does: a short decimal if that is exact, else n/255 if that is, else six digits."""
-    levels = round(value * 255)
-    short = f"{value:.6g}"
-    if float(short) != value and math.isclose(levels / 255, value, rel_tol=1e-12):
-        return f"{levels}/255"
-    return short
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -78,8 +78,7 @@ def main(name: str | None = None) -> None:
     if name is None:
         sys.argv[0] = "capt-peft"
         if not argv or argv[0] in ("-h", "--help", "help"):
-            print(overview())
-            return
+            return ending.run(lambda: print(overview(), flush=True))
         if argv[0] == "--version":
             from .. import __version__
 
@@ -91,5 +90,5 @@ def main(name: str | None = None) -> None:
         sys.argv = [f"capt-peft {name}", *argv]
     command = COMMANDS[name]
     argv, debug = options.without_debug(options.with_names(argv, command.given))
-    options.check_early(name, argv, command.sources, command.given, command.needs)
+    ending.run(lambda: options.check_early(name, argv, command.sources, command.given, command.needs))
     ending.run(lambda: import_module(f".{command.module}", __name__).main(argv), debug)

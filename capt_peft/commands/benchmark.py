@@ -114,6 +114,8 @@ def parse_args(argv: list[str]) -> Namespace:
         raise ValueError(
             f"--root has no effect with --suite {args.suite}: its data sets do not lie there. Leave it out."
         )
+    if args.workers < 1:
+        raise ValueError(f"workers={args.workers} must be at least 1.")
     check_places({"root": args.root, "model_name_or_path": args.model_name_or_path})
     return args
 
@@ -150,7 +152,7 @@ def own_suite(tasks: str | None) -> Suite:
     """Returns a suite of data sets given as name=path; the first one is the source of cross-dataset."""
     pairs = [pair.partition("=") for pair in names(tasks or "")]
     if not pairs or not all(name and path for name, _, path in pairs):
-        raise ValueError(f"--suite own needs --tasks name=path,name=path; given: {tasks}.")
+        raise ValueError(f"--suite own needs --tasks name=path,name=path{f'; given: {tasks}' if tasks else ''}.")
     for name, _, path in pairs:
         if is_path(path) and not os.path.exists(os.path.expanduser(path)):
             raise ValueError(f"There is no folder or file {path} (--tasks {name}=...).")

@@ -25,8 +25,13 @@ def run(main: Callable[[], Any], debug: bool = False) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # a bar may stand in this line
         say("Interrupted.")
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever reads, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except Exception as error:
         if debug or not is_intended(error):
             raise
@@ -94,6 +99,8 @@ def suggestion(text: str) -> str:
     if found is None or "Did you mean" in text:
         return ""
     word = found["a"] or found["b"]
+    if word in ("nan", "inf"):
+        return ""
     listed = [name for name in re.findall(r"\w[\w./:-]*\w", text[found.end() :]) if name != word]
     near = difflib.get_close_matches(word, listed, 1, 0.65)
     return f" Did you mean {near[0]}?" if near else ""

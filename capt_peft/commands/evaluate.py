@@ -299,9 +299,16 @@ def show(evaluation: Evaluation, args: Arguments) -> None:
         for note in outcome.notes:
             print(f"  {outcome.threat_model}: {note}")
     if evaluation.signs:
-        print("\nSigns of masked gradients:")
+        raised = sum(sign.raised is True for sign in evaluation.signs)
+        found = (
+            f"{raised} of {len(evaluation.signs)} raised: the figures above may be too high"
+            if raised
+            else "none raised"
+        )
+        print(f"\nSigns of masked gradients, {found}:")
     for sign in evaluation.signs:
-        print(f"  {'?' if sign.raised is None else '!' if sign.raised else ' '} {sign.name}: {sign.sentence}")
+        mark = "?" if sign.raised is None else "!" if sign.raised else " "
+        print(f"  {mark} {sign.name.replace('_', ' ')}: {sign.sentence}")
 
 
 def draw(classifier: ZeroShotClassifier, data: Dataset, args: Arguments, output: Path, common: dict[str, Any]) -> None:

@@ -12,10 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .ending import refuse, shorten
+from ..utils.fractions import parse_fraction
+from .ending import refuse, sentence, shorten
 from .places import check_places
 
 ELSEWHERE = ("transformers.training_args", "capt_peft.utils.versions")  # transformers' own, in the help after ours
+# where the words are written down that an option takes
+WORDS = {
+    "method": ("capt_peft.methods", "METHODS", "ALIASES"),
+    "methods": ("capt_peft.methods", "METHODS", "ALIASES"),
+    "protocols": ("capt_peft.benchmark.plan", "PROTOCOLS"),
+    "norm": ("capt_peft.attacks.threat", "NORMS"),
+    "coupling": ("capt_peft.tuner.config", "COUPLINGS"),
+    "init": ("capt_peft.tuner.config", "INITS"),
+    "attack_target": ("capt_peft.evaluation.batch", "TARGETS"),
+}
+FRACTIONS = ("epsilon", "attack_step_size", "eval_step_size")
+LISTS = ("methods", "protocols", "epsilon")  # with commas, where the command says so
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ def check_early(
         check_options(argv, options)
         check_places(values_in(argv))
     except ValueError as error:
-        refuse(str(error))
+        refuse(sentence(error))
 
 
 def source(module: str) -> Path:
@@ -133,9 +146,10 @@ def show_help(name: str, module: str, options: Mapping[str, Option], given: Sequ
     for group in dict.fromkeys(option.group for option in options.values()):
         print(f"\n{group}:")
         for name, option in options.items():
-            if option.group == group:
-                default = "" if option.default in (None, False, "") else f" (default: {option.default})"
-                print(f"  --{name}\n        {' '.join(option.help.split())}{default}")
+            if option.group == group and name != "debug":
+                told = " ".join(option.help.replace("%%", "%").split()) or "See transformers.TrainingArguments."
+                shown = option.default not in (None, False, "") and "by default" not in told
+                print(f"  --{name}\n        {told}{f' (default: {option.default})' if shown else ''}")
     print("\nalways:\n  --debug\n        Show the traceback of an error.")
     raise SystemExit(0)
 
@@ -168,9 +182,11 @@ def values_in(argv: Iterable[str]) -> dict[str, str]:
 
 
 def check_options(argv: Iterable[str], options: Mapping[str, Option]) -> None:
-    """Raises a ValueError for an option that does not exist, with the one that was probably meant, and for a bad number."""
+    """Raises a ValueError for an option that does not exist, with the one that was probably meant, and for a bad value of one."""
     argv = list(argv)
-    for word in argv:
+    for before, word in zip(["", *argv], argv, strict=False):
+        if word == "" or (word.startswith("--") and word.endswith("=")):
+            raise ValueError(f"{before or word} is given without a value: leave it out, or write the value behind it.")
         if word.startswith("--") and len(word) > 2:
             name = word[2:].partition("=")[0].replace("-", "_")
             negated = name.startswith("no_") and options.get(name[3:], Option("")).default is True
@@ -184,6 +200,34 @@ def check_options(argv: Iterable[str], options: Mapping[str, Option]) -> None:
             kind(value or 0)
         except ValueError:
             raise ValueError(f"argument --{name}: invalid {kind.__name__} value: {shorten(value, 80)!r}") from None
+        for part in value.split(",") if name in LISTS else [value]:
+            check_value(name, part.strip())
+
+
+def check_value(name: str, value: str) -> None:
+    """Raises a ValueError for a word that an option does not take, or for a fraction that is none."""
+    if name in WORDS and value:
+        allowed = [word for variable in WORDS[name][1:] for word in words_of(WORDS[name][0], variable)]
+        if value not in allowed:
+            what = {"methods": "method", "protocols": "protocol"}.get(name, name)
+            raise ValueError(f"Unknown {what} {shorten(value, 80)!r}. Allowed: {', '.join(allowed)}.")
+    if name in FRACTIONS and value:
+        try:
+            parse_fraction(value)
+        except ValueError as error:
+            raise ValueError(f"--{name}: {error}.") from error
+
+
+def words_of(module: str, variable: str) -> list[str]:
+    """Returns the names in a tuple, or the keys of a dictionary, that a module writes down; imports nothing."""
+    for node in ast.parse(source(module).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if ast.unparse(target) == variable:
+                content: Any = node.value
+                items = content.keys if isinstance(content, ast.Dict) else content.elts
+                return [str(_literal(item)) for item in items]
+    raise LookupError(f"{module} has no {variable}.")
 
 
 def unknown_command(name: str, names: Iterable[str]) -> str:

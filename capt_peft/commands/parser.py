@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends with a sentence and exit status 2."""
+        message = re.sub(r"(--[\w-]+)/--[\w-]+", r"\1", message)  # the same option, with - for _
         refuse(f"{self.where}: {message}" if self.where else message)
 
     @property

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..results.hub import push_adapter
@@ -35,7 +36,10 @@ def main(argv: list[str]) -> None:
     folder = adapter_folder(args.adapter)
     if not args.repo_id:
         raise ValueError(f"Give the name that {args.adapter} gets on the Hub: capt-peft push {args.adapter} you/name.")
-    validate_repo_id(args.repo_id)
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{args.repo_id!r} cannot be a name on the Hub: {error}") from error
     if constants.HF_HUB_OFFLINE:
         raise ValueError("Nothing can be uploaded while HF_HUB_OFFLINE is set.")
     commit = push_adapter(folder, args.repo_id, private=args.private or None, revision=args.revision)

@@ -5,6 +5,8 @@ accelerate launch -m capt_peft train --model_name_or_path openai/clip-vit-base-p
         --shots 16 --epsilon 1/255 --output_dir outputs/pets
 torchrun --nproc_per_node 2 -m capt_peft train --use_cpu   # two processes on a CPU
 capt-peft train --config my.yaml --seed 1              # the command line wins over the file
+
+Without --config and --model_name_or_path the settings are those of `--config digits`, which differ from the defaults below.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .options import values_in
 from .parser import Parser
 from .places import CONFIGS, check_places
 
-DIGITS = str(CONFIGS / "digits.yaml")
+DIGITS, SHOTS = str(CONFIGS / "digits.yaml"), 16
 
 
 @dataclass
@@ -39,7 +41,10 @@ class ScriptArguments(DataArguments):
     model_name_or_path: str = field(
         default="tiny_clip", metadata={"help": "Folder or Hub id of a CLIP; tiny CLIP by default."}
     )
-    shots: str = field(default="16", metadata={"help": "Training images per class, or 'all'."})
+    shots: str | None = field(
+        default=None,
+        metadata={"help": "Training images per class, or 'all'; by default 16, or all where a class has fewer."},
+    )
     eval_split: str = field(default="test", metadata={"help": "Split that the accuracies are measured on."})
     eval_limit: int | None = field(
         default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
@@ -97,16 +102,22 @@ def _not_for(method: str) -> set[str]:
     return {*recipe.unused, *(["num_vision_tokens"] if coupled else [])}
 
 
-def few_shot(task: Task, shots: int, seed: int) -> Task:
-    """Returns the task with this many training images per class, or says how many there are."""
+def few_shot(task: Task, shots: str | None, seed: int) -> tuple[Task, str]:
+    """Returns the task with this many training images per class and their number, or says how many there are."""
     counts = np.bincount(task.labels("train"), minlength=task.num_classes)
-    if not 1 <= shots <= counts.min():
-        smallest = task.class_names[counts.argmin()]
+    smallest = task.class_names[counts.argmin()]
+    if shots is None:
+        if counts.min() < SHOTS:
+            print(f"All training images are used: the smallest class, {smallest!r}, has {counts.min()} (--shots).")
+        shots = "all" if counts.min() < SHOTS else str(SHOTS)
+    if shots == "all":
+        return task, shots
+    if not 1 <= int(shots) <= counts.min():
         allowed = f"Give 1 to {counts.min()}, or 'all'" if counts.min() else "Give 'all'"
         raise ValueError(
             f"shots={shots}: the smallest class, {smallest!r}, has {counts.min()} training images. {allowed}."
         )
-    return task.few_shot(shots, seed)
+    return task.few_shot(int(shots), seed), shots
 
 
 def main(argv: list[str]) -> RunResults:
@@ -114,15 +125,13 @@ def main(argv: list[str]) -> RunResults:
     script, args = parse_args(argv)
     if get_method(script.method).objective is None:
         raise ValueError(f"{script.method} tunes nothing; capt-peft evaluate --base measures it.")
-    script.shots = str(script.shots)  # a number in a YAML file
-    if script.shots != "all" and not script.shots.isdecimal():
+    if script.shots not in (None, "all") and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
     if script.eval_limit is not None and script.eval_limit < 1:
         raise ValueError(f"eval_limit={script.eval_limit} must be at least 1 image.")
     check_places(asdict(script))
     task = script.load()
-    if script.shots != "all":
-        task = few_shot(task, int(script.shots), args.seed)
+    task, script.shots = few_shot(task, script.shots, args.seed)
     images = measured(task, script.eval_split, script.eval_limit)
 
     set_seed(args.seed)

@@ -14,12 +14,12 @@ import datasets
 from accelerate import PartialState
 
 from ..attacks import PGD, ThreatModel
-from ..attacks.threat import format_fraction
 from ..clip.classifier import ZeroShotClassifier
 from ..plotting import COLOURS, GREY, new_figure, open_axis, save_figure
 from ..results.accuracy import Accuracy
 from ..tuner import adapters_in_use
 from ..utils.files import make_writable, write_json, written_whole
+from ..utils.fractions import format_fraction
 from ..utils.outputs import main_process_says
 from .loop import evaluate
 

@@ -21,13 +21,13 @@ from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from ..attacks.threat import format_fraction
 from ..data.pixels import digest_images
 from ..results.hub import UPLOADED
 from ..results.run import plain_settings
 from ..tuner.fingerprint import configuration_digest, tensors_fingerprint
 from ..tuner.switching import base_parameters
 from ..utils.files import DamagedFileError, make_writable, read_json, sync
+from ..utils.fractions import format_fraction
 from ..utils.outputs import OutputLock, free_space, is_failed_write, main_process_says
 from ..utils.text import cut, differences, some
 

@@ -3,20 +3,23 @@
 import importlib
 import inspect
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers import TINY_CLIP
+from peft import get_peft_model
+from transformers import CLIPModel
 
 import capt_peft
-from capt_peft import METHODS, CaptTrainingArguments, TrainingStopped, load_task
+from capt_peft import METHODS, CaptConfig, CaptTrainingArguments, TrainingStopped, load_task
 from capt_peft.benchmark import PROTOCOLS, SUITES
 from capt_peft.commands import COMMANDS
 from capt_peft.commands import main as command_line
 from capt_peft.commands.ending import run, suggestion
-from capt_peft.commands.options import options_in
+from capt_peft.commands.options import WORDS, options_in, words_of
 from capt_peft.commands.parser import Parser
 from capt_peft.commands.places import CONFIGS, is_path
 from capt_peft.methods import ALIASES
@@ -32,8 +35,9 @@ WRONG = [
     ("train --learning_rate much", "argument --learning_rate: invalid float value: 'much'"),
     ("train --epsilon", "expected one argument"),
     ("train --epsilon 4", "more than the whole range of a pixel"),
+    ("train --epsilon abc", "--epsilon: 'abc' is not a number: write a fraction"),
     ("train --epsilon=-1/255", "must be finite and at least 0"),
-    ("train --norm l3", "unknown norm 'l3'"),
+    ("train --norm l3", "Unknown norm 'l3'. Allowed: linf, l2."),
     ("train --eval_attack pdg-20", "Did you mean pgd-20?"),
     ("train --method cpat", "Did you mean capt?"),
     ("train --method zero-shot", "tunes nothing"),
@@ -51,6 +55,14 @@ WRONG = [
     ("train --config nowhere.yaml", "There is no file nowhere.yaml (--config)"),
     ("train --save_strategy sometimes", "sometimes"),
     ("train --eval_strategy steps --save_strategy epoch --load_best_model_at_end", "do not fit together"),
+    ("train --dataset_name ''", "--dataset_name is given without a value"),
+    ("train --dataset_name=", "--dataset_name= is given without a value"),
+    ("tasks ''", "--name is given without a value"),
+    ("evaluate x --epsilon 1/255,abc", "'abc' is not a number"),
+    ("benchmark --workers 0 --list", "workers=0 must be at least 1"),
+    ("benchmark --suite own", "--suite own needs --tasks name=path,name=path."),
+    ("push {adapter} a/b/c", "'a/b/c' cannot be a name on the Hub"),
+    ("app --port 99999999", "port=99999999 must be between 0 and 65535"),
     ("trian", "There is no command trian; did you mean train?"),
     ("fine", "There is no command fine; did you mean finetune-backbone?"),
     ("xyzzy", "There is no command xyzzy; there are demo, train, evaluate,"),
@@ -96,14 +108,27 @@ WRONG = [
 
 
 @pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), CaptConfig()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     return tmp_path_factory.mktemp("elsewhere")
 
 
 @pytest.mark.parametrize(("line", "words"), WRONG, ids=[line for line, _ in WRONG])
-def test_wrong_input_is_one_line_and_exit_status_2(line, words, elsewhere, monkeypatch, capfd):
-    places = {"examples": EXAMPLES, "configs": CONFIGS, "tiny": TINY_CLIP, "out": elsewhere / "converted"}
-    name, *arguments = line.format(**places).split()
+def test_wrong_input_is_one_line_and_exit_status_2(line, words, elsewhere, adapter, monkeypatch, capfd):
+    places = {
+        "examples": EXAMPLES,
+        "configs": CONFIGS,
+        "tiny": TINY_CLIP,
+        "out": elsewhere / "converted",
+        "adapter": adapter,
+    }
+    name, *arguments = shlex.split(line.format(**places))
     if name == "app":
         pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'capt-peft[app]'")
     monkeypatch.setattr(sys, "argv", ["capt-peft", name, *arguments])
@@ -141,6 +166,8 @@ def launch(*command, **environment):
         ("trian", 2, ""),
         ("evaluate ./nowhere", 2, ""),
         ("train --per_device_train_batch_size many", 2, ""),
+        ("train --method cpat", 2, ""),
+        ("train --epsilon abc", 2, ""),
     ],
 )
 def test_help_and_wrong_input_need_no_torch(words, status, told):
@@ -157,6 +184,22 @@ print(ended, *({{"torch", "transformers", "peft", "gradio", "datasets"}} & sys.m
     found, out, err = launch("-c", code)
     assert found == 0 and told in out and out.splitlines()[-1] == str(status)
     assert len(err.splitlines()) == (status == 2)
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "tasks"])
+def test_a_reader_that_has_enough_is_no_error(words):
+    command = f"{sys.executable} -m capt_peft {words} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode in (0, 141) and done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+def test_the_words_of_an_option_are_those_that_the_code_takes():
+    assert words_of("capt_peft.methods", "METHODS") == list(METHODS)
+    for module, *variables in WORDS.values():
+        for variable in variables:
+            content = getattr(importlib.import_module(module), variable)
+            assert words_of(module, variable) == list(content) and content
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from helpers import TINY_CLIP
 from PIL import Image
 from safetensors.torch import load_file
 
-from capt_peft import CaptTrainer, ZeroShotClassifier
+from capt_peft import CaptTrainer, ZeroShotClassifier, load_task
 from capt_peft.commands.train import main, parse_args
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
@@ -112,6 +112,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     [
         (["--method", "magic"], "Unknown method 'magic'"),
         (["--shots", "500"], "shots=500: the smallest class, '8', has 77 training images. Give 1 to 77, or 'all'."),
+        (["--shots", "78"], "shots=78: the smallest class, '8', has 77"),
         (["--shots", "0"], "Give 1 to 77, or 'all'."),
         (["--eval_limit", "0"], "eval_limit=0"),
         (["--root", "./nowhere"], "There is no folder ./nowhere (--root)"),
@@ -221,3 +222,34 @@ def test_a_published_protocol_runs(name, class_specific, tmp_path):
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     inputs = next(tensor for name, tensor in tensors.items() if "token_embedding" in name)
     assert inputs.shape[:-1] == (*[10] * class_specific, config["num_text_tokens"])
+
+
+def test_without_shots_small_classes_give_all_their_images_with_a_word(tmp_path, monkeypatch, capsys):
+    """A folder of 9 images per class: half of them are training images."""
+    monkeypatch.chdir(tmp_path)
+    digits = load_task("digits")["train"]
+    for label in range(10):
+        for i in [i for i, found in enumerate(digits["label"]) if found == label][:9]:
+            path = tmp_path / "images" / str(label) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            digits[i]["image"].save(path)
+    quick = ["--max_steps", "1", "--eval_limit", "4", "--eval_attack", "pgd-1", "--use_cpu", "--save_strategy", "no"]
+    results = main(["--model_name_or_path", TINY_CLIP, "--dataset_name", "images", "--output_dir", "out", *quick])
+    out = capsys.readouterr().out
+    assert "All training images are used: the smallest class," in out and "(--shots)" in out
+    assert results.task.shots == "all"
+    assert main(["--output_dir", "digits", *quick]).task.shots == "16"
+    with pytest.raises(ValueError, match="shots=16: the smallest class"):
+        main(
+            [
+                "--model_name_or_path",
+                TINY_CLIP,
+                "--dataset_name",
+                "images",
+                "--output_dir",
+                "out",
+                *quick,
+                "--shots",
+                "16",
+            ]
+        )

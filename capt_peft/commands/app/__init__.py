@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=None, help="by default the first free one from 7860")
     args = parser.parse_args(argv)
     check_places({"adapter": args.adapter, "base": args.base})
+    if args.port is not None and not 0 <= args.port < 2**16:
+        raise ValueError(f"port={args.port} must be between 0 and 65535.")
     logging.basicConfig(level=logging.WARNING)
     adapter = args.adapter or (str(DEMO) if (DEMO / "adapter_config.json").exists() else None)
     with loading(adapter or args.base or "tiny CLIP"):
