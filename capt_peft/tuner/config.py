@@ -30,6 +30,7 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
+OTHER_METHOD = "capt_peft loads CAPT adapters"
 MAX_BYTES = 1 << 24  # of a configuration file: class names by the hundred thousand
 MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 NUMBERS = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
@@ -226,6 +227,8 @@ class CaptConfig(PeftConfig):
             if str(error).startswith("Can't find"):
                 raise
             path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            if OTHER_METHOD in str(error):
+                raise ValueError(f"{path} cannot be used: {cut(error)} `peft.PeftModel` loads others.") from error
             raise ValueError(
                 f"{path} cannot be used: {cut(error)} Correct it, or download the adapter again."
             ) from error
@@ -248,7 +251,7 @@ class CaptConfig(PeftConfig):
         if not isinstance(content, dict):
             raise ValueError(f"it is not a JSON object but a {type(content).__name__}.")
         if content.get("peft_type") != CAPT:
-            raise ValueError(f"it is a {shown(content.get('peft_type'))} adapter; capt_peft loads CAPT adapters.")
+            raise ValueError(f"it is a {shown(content.get('peft_type'))} adapter; {OTHER_METHOD}.")
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
