@@ -418,6 +418,13 @@ def card_data(
     elif records.evaluation is not None:
         measured = records.evaluation.configuration.get("task") or {}
         dataset, source, split = (measured.get(key) for key in ("name", "source", "split"))
+    # the Hub shows figures without their n, so that of one name only the figure of most images may be there
+    shown: dict[str, Row] = {}
+    for row in rows:
+        name = f"robust accuracy ({row.attack}, {row.threat_model})" if row.attack else "clean accuracy"
+        if row.model != "zero-shot" and dataset and (name not in shown or _weight(row) > _weight(shown[name])):
+            shown[name] = row
+    several = len({row.accuracy.n for row in shown.values()}) > 1
     metrics = [
         EvalResult(
             task_type=_TASK,
@@ -425,14 +432,11 @@ def card_data(
             dataset_name=_metadata(shown_path(dataset)),
             dataset_split=None if split is None else _metadata(split),
             metric_type="accuracy",
-            metric_name=_metadata(
-                f"robust accuracy ({row.attack}, {row.threat_model})" if row.attack else "clean accuracy"
-            ),
+            metric_name=_metadata(f"{name}, n = {row.accuracy.n}" if several else name),
             metric_value=round(row.accuracy.value, 6),
             metric_args={"n": row.accuracy.n, "interval_95": [round(value, 6) for value in row.accuracy.interval]},
         )
-        for row in rows
-        if row.model != "zero-shot" and dataset
+        for name, row in shown.items()
     ]
     tags = [*_TAGS, *details.tags, *details.tasks]
     return ModelCardData(
@@ -448,6 +452,11 @@ def card_data(
         model_name=_metadata(details.model_name or PureWindowsPath(adapter).name) if metrics else None,
         eval_results=metrics or None,
     )
+
+
+def _weight(row: Row) -> tuple[int, float]:
+    """Returns what decides between figures of one name: more images, and of as many the lower one."""
+    return row.accuracy.n, -row.accuracy.value
 
 
 def _metadata(text: Any) -> str:

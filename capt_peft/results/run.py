@@ -209,6 +209,15 @@ class RunResults:
         return {("consistency (λ)" if name == "consistency" else name): value for name, value in settings.items()}
 
     @property
+    def length(self) -> str:
+        """How long it was tuned: the steps that were run, and the epochs that were planned where `max_steps` did not decide."""
+        steps, most = self.training.steps, self.arguments.get("max_steps", -1)
+        run = [] if steps is None else [f"{steps:,} step{'' if steps == 1 else 's'}"]
+        if most <= 0:
+            return ", ".join([*run, f"{self.arguments['num_train_epochs']:g} epochs planned"])
+        return run[0] if run else f"{most:,} steps planned"
+
+    @property
     def fingerprint(self) -> str | None:
         """The adapter's fingerprint; None where the record does not say."""
         return None if self.adapter is None else self.adapter.fingerprint
@@ -256,6 +265,7 @@ class RunResults:
             results.versions.items(),
             [results.arguments[name] for name in _SHOWN],
             results.objective,
+            results.length,
         )
         return results
 

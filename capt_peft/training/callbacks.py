@@ -232,36 +232,43 @@ class WarnAtChance(TrainerCallback):
             return
         if any(p.requires_grad for _, p in base_parameters(trainer.classifier.model)):
             return  # switching the adapter off does not give the base model
-        trainer.at_chance = at_chance(self._accuracy(), trainer.task.num_classes)
+        accuracy, splits = self._measured()
+        trainer.at_chance = at_chance(accuracy, trainer.task.num_classes)
         if trainer.at_chance and state.is_world_process_zero:
             logger.warning(
-                "On %s, %s: the base model does not know these classes, or the names do not belong to the images. Prompts can "
-                "only steer what it knows: check the class names, the template (%r) and the base model before you tune for long.",
+                "On %d images of the task %r, at even distances in its %s, %s: the base model does not know these classes, or "
+                "the names do not belong to the images. Prompts can only steer what it knows: check the class names, the "
+                "template (%r) and the base model before you tune for long.",
+                accuracy.n,
                 trainer.task.name,
+                f"split{'s' if len(splits) > 1 else ''} {', '.join(splits)}",
                 trainer.at_chance,
                 trainer.task.template,
             )
 
     @torch.no_grad()
-    def _accuracy(self) -> Accuracy:
-        trainer, right = self.trainer, []
+    def _measured(self) -> tuple[Accuracy, list[str]]:
+        """Returns the base model's accuracy, and the names of the splits whose images it is of."""
+        trainer, right, splits = self.trainer, [], []
         with eval_mode(trainer.classifier), trainer.classifier.frozen() as frozen, trainer._eager():
-            for data in _looked_at(trainer.task):
+            for split, data in _looked_at(trainer.task):
+                splits.append(split)
                 # a generator of its own: the run's is not touched
                 for batch in DataLoader(trainer._pixels(data), BATCH, generator=torch.Generator()):
                     predicted = frozen(moved(batch["pixels"], trainer.args.device)).argmax(-1).cpu()
                     right += (predicted == batch["labels"]).tolist()
-        return Accuracy(sum(right), len(right))
+        return Accuracy(sum(right), len(right)), splits
 
 
-def _looked_at(task: Task) -> Iterator[datasets.Dataset]:
-    """Yields images at even distances: of the training set, and then of other splits until there are enough."""
+def _looked_at(task: Task) -> Iterator[tuple[str, datasets.Dataset]]:
+    """Yields images at even distances, by split: of the training set, and then of others until there are enough."""
     left = IMAGES
-    for data in (task["train"], *(split for name, split in task.splits.items() if name != "train")):
+    for name in ("train", *(name for name in task.splits if name != "train")):
+        data = task[name]
         if left and len(data):
             chosen = data.select(range(0, len(data), math.ceil(len(data) / left)))
             left -= len(chosen)
-            yield chosen
+            yield name, chosen
 
 
 class SetEpoch(TrainerCallback):

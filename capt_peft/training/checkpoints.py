@@ -106,12 +106,12 @@ class Checkpoints:
         folder, manifest = _newest_whole(candidates)
         if other := _changes(self._run, manifest["run"]):
             raise ValueError(
-                f"{folder} is of another run:\n  {other}\nGo on with the settings that it was begun with, or start again: "
-                "without resume_from_checkpoint, and with another output_dir."
+                f"{folder} is of another run. Go on with the settings that it was begun with, or start again: without "
+                f"resume_from_checkpoint, and with another output_dir. What differs: {other}."
             )
         if changed := _changes(describe_schedule(self._trainer.args), manifest["schedule"]):
             logger.warning(
-                "%s was written with other settings:\n  %s\nThe run goes on, but not to where it would have ended without the "
+                "%s was written with other settings: %s. The run goes on, but not to where it would have ended without the "
                 "change. The optimizer's state, with its learning rate, is that of the checkpoint.", folder, changed,
             )  # fmt: skip
         logger.info("Going on from %s.", folder)
@@ -231,13 +231,13 @@ def _settings(thing: Any) -> dict[str, Any]:
 
 
 def _changes(here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """Returns a line for each entry that differs, as "seed: 1 here, 0 in the checkpoint"."""
-    lines = []
+    """Returns the entries that differ, as "seed: 1 here, 0 in the checkpoint; optimizer: ..."."""
+    found = []
     for path, *values in differences(json.loads(_json(here)), there, missing="nothing"):
         shown = [format_fraction(value) if isinstance(value, float) else cut(value, 120) for value in values]
         mine, theirs = shown if shown[0] != shown[1] else map(repr, values)
-        lines.append(f"{' '.join(map(str, path))}: {mine} here, {theirs} in the checkpoint")
-    return some(lines, 12, separator="\n  ")
+        found.append(f"{' '.join(map(str, path))}: {mine} here, {theirs} in the checkpoint")
+    return some(found, 12, separator="; ")
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -323,15 +323,14 @@ def _newest_whole(candidates: list[Path]) -> tuple[Path, dict[str, Any]]:
             if OPTIMIZER_NAME not in manifest["files"]:
                 raise DamagedFileError("it holds the weights alone (save_only_model)")
         except (DamagedFileError, OSError) as error:
-            faults.append(f"{folder}: {error}")
+            faults.append(f"{folder}: {str(error).rstrip('.')}")
             continue
         if faults:
-            logger.warning("Not whole:\n  %s\nThe run goes on from %s instead.", "\n  ".join(faults), folder)
+            logger.warning("Not whole: %s. The run goes on from %s instead.", "; ".join(faults), folder)
         return folder, manifest
-    lines = "\n  ".join(faults)
     raise ValueError(
-        f"There is no whole checkpoint to go on from:\n  {lines}\nName one of another folder, or start again: without "
-        "resume_from_checkpoint, and with another output_dir."
+        "There is no whole checkpoint to go on from. Name one of another folder, or start again: without "
+        f"resume_from_checkpoint, and with another output_dir. What is wrong: {'; '.join(faults)}."
     )
 
 

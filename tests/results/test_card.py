@@ -67,6 +67,22 @@ def test_the_hubs_own_tools_read_the_metadata(results):
     assert robust.metric_args["n"] == 20 and robust.dataset_name == "digits" and robust.dataset_split == "test"
 
 
+@pytest.mark.parametrize(("n", "shown"), [(12, 20), (20, 20), (30, 30)])
+def test_the_metadata_has_one_figure_of_each_name_that_of_most_images(results, evaluation, n, shown):
+    """Whichever is the better one; the table keeps both."""
+    run, own = Accuracy(5, 20), Accuracy(n - 1, n)
+    results["evaluation"]["after"] = dict.fromkeys(("clean", "robust"), run.to_dict())
+    changed = {**evaluation, "clean": own.to_dict(), "worst_case": [], "attacks": evaluation["attacks"][:1]}
+    changed["attacks"] = [{**changed["attacks"][0], **own.to_dict()}]
+    results["evaluation"]["attack"] = changed["attacks"][0]["attack"]
+    card = card_from(results, "a", changed)
+    found = ModelCard(card).data.eval_results
+    assert [one.metric_name for one in found] == ["clean accuracy", "robust accuracy (pgd-2, L-inf 4/255)"]
+    expected = own if n >= 20 else run  # of as many images the later evaluation
+    assert [(one.metric_args["n"], one.metric_value) for one in found] == [(shown, round(expected.value, 6))] * 2
+    assert card.count("\n| capt |") == (2 if n == 20 else 4)
+
+
 def test_a_base_on_the_hub_is_linked(results):
     results["adapter"]["config"]["base_model_name_or_path"] = "openai/clip-vit-base-patch32"
     text = card_from(results, "someone/capt")
@@ -103,6 +119,27 @@ def test_a_number_changed_in_the_results_changes_in_the_card(folder, results, pa
     assert expected in write_card(folder).read_text()
 
 
+@pytest.mark.parametrize(
+    ("steps", "most", "epochs", "words"),
+    [
+        (5, 5, 60.0, "5 steps"),
+        (1, 5, 60.0, "1 step"),
+        (None, 5, 60.0, "5 steps planned"),
+        (1200, -1, 60.0, "1,200 steps, 60 epochs planned"),
+        (3, None, 0.5, "3 steps, 0.5 epochs planned"),
+        (None, -1, 60.0, "60 epochs planned"),
+    ],
+)
+def test_a_card_says_how_long_it_was_tuned_and_not_what_max_steps_cut_short(results, steps, most, epochs, words):
+    training, arguments = results["training"], results["configuration"]["training"]
+    training["steps"], arguments["num_train_epochs"] = steps, epochs
+    arguments["max_steps"] = most
+    for of in (training, arguments):  # as in records that did not say
+        for name in [name for name, value in of.items() if name in ("steps", "max_steps") and value is None]:
+            del of[name]
+    assert f", {words}, batches of up to 32 on 1 process |" in card_from(results, "a")
+
+
 def test_an_evaluation_stands_beside_the_runs_own_figures(results, evaluation):
     card = card_from(results, "someone/capt", evaluation)
     assert "| zero-shot | robust | L-inf 4/255 | pgd-2 |" in card
@@ -113,7 +150,8 @@ def test_an_evaluation_stands_beside_the_runs_own_figures(results, evaluation):
     assert "- not raised: zero_gradients. 0% of the pixel gradients are exactly zero." in card
     assert "square_beats_white_box. " in card
     names = [result.metric_name for result in ModelCard(card).data.eval_results]
-    assert names[-1] == "robust accuracy (worst case, L-inf 4/255)"
+    assert names[-1] == "robust accuracy (worst case, L-inf 4/255), n = 12"
+    assert names[:2] == ["clean accuracy, n = 20", "robust accuracy (pgd-2, L-inf 4/255), n = 20"]
     fewer = copy.deepcopy(results)
     for kind in ("clean", "robust"):
         fewer["evaluation"]["after"][kind] = Accuracy(1, 12).to_dict()  # of as many images as the evaluation

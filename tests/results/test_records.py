@@ -131,7 +131,7 @@ def contents(folder):
     ],
 )
 def test_an_update_that_cannot_be_is_refused_before_the_work(folder, monkeypatch, arguments, message):
-    monkeypatch.setattr("evaluate.evaluate", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr("capt_peft.commands.evaluate.evaluate", lambda *_, **__: pytest.fail("it was measured"))
     before = contents(folder)
     with pytest.raises(ValueError, match=message):
         measure(

@@ -233,7 +233,11 @@ def test_a_base_that_only_guesses_is_said_early_and_once(tmp_path, processor, ca
     with caplog.at_level(logging.WARNING):
         trainer.train()
     found = [r.getMessage() for r in caplog.records if "not clearly above guessing among 3 classes" in r.getMessage()]
-    assert len(found) == 1 and "On patches" in found[0] and trainer.at_chance in found[0]
+    assert len(found) == 1 and trainer.at_chance in found[0]
+    n = int(trainer.at_chance.split("n=")[1].split(")")[0])
+    where = f"split{'s' if len(task.splits) > 1 else ''} {', '.join(task.splits)}"
+    assert n == sum(map(len, task.splits.values())) and f"On {n} images of the task 'patches', at even" in found[0]
+    assert f"distances in its {where}, zero-shot" in found[0]
 
 
 def test_a_base_that_knows_the_task_is_not_warned_of(tmp_path, processor, caplog):
