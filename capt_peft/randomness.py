@@ -10,11 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .utils.text import shown
+
 Generators = torch.Generator | Sequence[torch.Generator]
 Seeds = int | Generators | None
 
+MAX_SEED = 2**32 - 1  # the largest that numpy's global generator takes, and so transformers' set_seed
 STREAMS = {"attack": 0, "augmentation": 1, "evaluation": 2}
 _MODEL = 3  # what random models draw
+
+
+def check_seed(seed: object, name: str = "seed") -> None:
+    """Raises a ValueError unless a run's `seed`, which its caller knows by `name`, is a whole number from 0 to `MAX_SEED`."""
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"{name}={shown(seed, 40)} must be a whole number from 0 to {MAX_SEED}.")
 
 
 def example_generator(

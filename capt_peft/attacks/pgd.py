@@ -34,7 +34,7 @@ class PGD(Attack):
 
     Args:
         threat_model: the ball to stay in.
-        steps: gradient steps, at least 0 (0 returns the start).
+        steps: gradient steps, at least 1: without one nothing is optimised, and noise would be called an attack.
         step_size: length of a step, a fraction of the [0, 1] range above 0 (texts such as "1/255" are read), or None.
         loss: "ce" (cross-entropy), "kl" (divergence from the prediction on the clean image), or "margin" (the best
             other logit less the label's).
@@ -66,7 +66,7 @@ class PGD(Attack):
     clip_each_step: bool = True
 
     def __post_init__(self) -> None:
-        check_settings(self, steps=0, restarts=1)
+        check_settings(self, steps=1, restarts=1)
         if self.loss not in LOSSES:
             raise ValueError(f"unknown loss {self.loss!r}: it must be one of {', '.join(map(repr, LOSSES))}")
         if self.step_size is not None:
@@ -88,7 +88,7 @@ class PGD(Attack):
     def default_step_size(self) -> float:
         """The step size that `step_size=None` stands for."""
         epsilon = self.threat_model.epsilon
-        if self.steps <= 1:
+        if self.steps == 1:
             return 1.25 * epsilon if self.random_start else epsilon
         return epsilon / 4 if self.steps >= 10 else 2 * epsilon / self.steps
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..attacks import ThreatModel, parse_attack
 from ..data.task import SPLITS
 from ..methods import METHODS, PROMPT_FIELDS, conflicts, method_name, method_settings
+from ..randomness import check_seed
 from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
 from .suites import Suite
@@ -194,8 +195,7 @@ class Plan:
             if shots != "all" and (not isinstance(shots, int) or shots < 1):
                 raise ValueError(f"shots={shots!r} must be a whole number of at least 1, or 'all'.")
         for seed in self.seeds:
-            if not isinstance(seed, int) or seed < 0:
-                raise ValueError(f"seed={seed!r} must be a whole number of at least 0.")
+            check_seed(seed)
         if self.limit is not None and self.limit < 0:
             raise ValueError(f"limit={self.limit} must be at least 1, or 0 for all images.")
         for attack in self.attacks or ():

@@ -34,6 +34,7 @@ from ..data import Task
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import TARGETS, describe
 from ..evaluation.curve import robustness_curves
+from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
 from ..results.run import RESULTS, RunResults
@@ -121,11 +122,12 @@ def parse_args(argv: list[str]) -> Arguments:
         raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if args.attack_target not in TARGETS:
         raise ValueError(f"attack_target={args.attack_target!r} is unknown. Allowed: {', '.join(TARGETS)}.")
-    for name in ("limit", "batch_size", "seed"):
-        value, least = getattr(args, name), 0 if name == "seed" else 1
-        if value is not None and value < least:
+    check_seed(args.seed)
+    for name in ("limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
             why = "there would be no images to evaluate; it" if value == 0 else "it"
-            raise ValueError(f"{name}={value}: {why} must be at least {least}.")
+            raise ValueError(f"{name}={value}: {why} must be at least 1.")
     for template in filter(None, (args.template, args.attack_template)):
         check_template(template)
     attacks = parse_attacks(args)

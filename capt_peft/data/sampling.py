@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..randomness import check_seed
+
 
 def sample_shots(
     labels: Any, shots: int, seed: int, *, class_names: Sequence[str] | None = None, allow_fewer: bool = False
@@ -93,8 +95,7 @@ def stratified_split(labels: Any, fractions: Sequence[float], seed: int) -> list
 
 def _permutations(labels: Any, seed: int) -> dict[int, np.ndarray]:
     """Returns the indices of each class that occurs, by ascending label, each in an order of its own."""
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}.")
+    check_seed(seed)
     # The slice turns a column of `datasets`, which reads row by row, into one read.
     values = np.asarray(labels[:])
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):

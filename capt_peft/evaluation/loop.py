@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
+from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
 from ..utils.machine import versions
@@ -62,7 +63,7 @@ def evaluate(
         data: A split of a task (columns `image` and `label`), or, for any classifier, pixels (n, 3, H, W) and labels (n,).
         attacks: Attacks, each with its threat model; none measures clean accuracy alone.
         batch_size: Images per piece of work. It changes no random number.
-        seed: Seed of the attacks.
+        seed: Seed of the attacks, from 0 to 2**32 - 1.
         attack_target: "tuned", or "frozen": attacks see the base model with the adapter off, and transfer.
         attack_template: Text of a class that attacks see instead of the classifier's own, with one `{}`.
         signs: Look for signs of masked gradients.
@@ -79,12 +80,12 @@ def evaluate(
 
     Raises:
         TypeError: Data or classifier of the wrong kind.
-        ValueError: No images, labels that do not fit, two attacks alike, `save_images` without `output`, or an output that cannot
-            be written or holds something else than an evaluation.
+        ValueError: No images, labels that do not fit, a seed out of range, two attacks alike, `save_images` without `output`, or
+            an output that cannot be written or holds something else than an evaluation.
     """
     attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
-    _check(attacks, batch_size, output, save_images)
+    _check(attacks, batch_size, seed, output, save_images)
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
     with mode, buffers_kept(modules_in(classifier)):
         subject = subject_of(classifier, attack_target, attack_template)
@@ -130,9 +131,10 @@ def evaluate(
     return evaluation
 
 
-def _check(attacks: Sequence[Attack], batch_size: int, output: Path | None, save_images: bool) -> None:
+def _check(attacks: Sequence[Attack], batch_size: int, seed: int, output: Path | None, save_images: bool) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
+    check_seed(seed)
     if not all(hasattr(attack, "threat_model") for attack in attacks):
         raise TypeError(
             "attacks must be a list of objects such as parse_attack('pgd-20', ThreatModel('linf', '4/255')), not "

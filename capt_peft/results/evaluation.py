@@ -150,7 +150,7 @@ class Evaluation:
         return [o for o in self.attacks if o.kind == ROBUST and threat in (None, o.threat_model)]
 
     def table(self) -> str:
-        """Returns a Markdown table: which accuracy, under which attack, with n and the 95% interval."""
+        """Returns a Markdown table: which accuracy, under which attack, with the 95% interval, and of which images."""
         lines = ["| accuracy | threat model | attack | % (95% interval) |", "|---|---|---|---|"]
         lines.append(f"| clean | | | {self.clean.percent} |")
         for outcome in self.attacks:
@@ -159,7 +159,11 @@ class Evaluation:
         for threat, accuracy in self.worst_case.items():
             if len(self.white_box(threat)) > 1:
                 lines.append(f"| **robust** | {threat} | worst case | **{accuracy.percent}** |")
-        return "\n".join([*lines, "", f"n = {self.clean.n} images."])
+        task = self.configuration.get("task")
+        known = task if isinstance(task, Mapping) else {}
+        split = f" of the {escape(known['split'])} split" if known.get("split") else ""
+        name = f" of {escape(known['name'])}" if known.get("name") else ""
+        return "\n".join([*lines, "", f"n = {self.clean.n} images{split}{name}."])
 
     def warnings(self) -> list[str]:
         """Returns the sentences of the signs that are raised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..attacks import PGD, Attack, ThreatModel, parse_attack, parse_fraction
 from ..objectives import CaptObjective
+from ..randomness import check_seed
 from ..utils.text import shown
 from ..utils.versions import COMPILING_TORCH, FSDP_OFF, TrainingArguments
 
@@ -33,7 +35,7 @@ class CaptTrainingArguments(TrainingArguments):
     Args:
         epsilon: Radius of the perturbations, as a fraction of the [0, 1] range of the pixels; "4/255" is read exactly.
         norm: Norm of the perturbations: "linf" or "l2".
-        attack_steps: PGD steps of the training attack.
+        attack_steps: PGD steps of the training attack, at least 1.
         attack_step_size: Length of its steps, same unit as `epsilon`; by default 2/3 of epsilon for 3 steps, as APT trains.
         attack_loss: What the training attack raises: "ce", "kl" (to the clean prediction) or "margin".
         attack_clip_each_step: Cut the training attack's perturbation to [0, 1] after every step. False: only what the model sees
@@ -106,6 +108,7 @@ class CaptTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         refuse_arguments(self)
+        refuse_values(self)
         # bad values are refused before anything is set up
         _ = (
             self.threat_model,
@@ -258,6 +261,12 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_num_input_tokens_seen": (("no", False), NO_TOKENS),
     "train_sampling_strategy": (("random", "sequential"), NO_TOKENS),
 }
+# numbers of which transformers takes any, and the smallest that works
+AT_LEAST: dict[str, int] = {
+    "attack_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 0, "max_grad_norm": 0,
+    "per_device_eval_batch_size": 1, "per_device_train_batch_size": 1, "weight_decay": 0,
+}  # fmt: skip
+OF_SGD = ("momentum", "dampening", "weight_decay", "nesterov")  # what transformers hands on to torch's SGD
 # arguments of Trainer.__init__ and of TRL's trainers
 REFUSED_OF_TRAINER: dict[str, str] = {
     "compute_loss_func": "the loss is that of objective=, which maps a step's views to it",
@@ -300,6 +309,47 @@ def refuse_arguments(args: TrainingArguments) -> None:
             raise ValueError(
                 f"{name}={getattr(args, name)} has no effect on optim='sgd'. Give optim='adamw_torch' too."
             )
+
+
+def refuse_values(args: CaptTrainingArguments) -> None:
+    """Raises a ValueError if a number is not finite, or out of a range that neither transformers nor an attack checks."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{f.name}={value} must be a finite number.")
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if isinstance(value, (int, float)) and value < least:  # max_grad_norm may be None
+            raise ValueError(f"{name}={value} must be at least {least}.")
+    for name in ("seed", "data_seed"):
+        if (value := getattr(args, name)) is not None:
+            check_seed(value, name)
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        name = "max_steps" if args.max_steps == 0 else "num_train_epochs"
+        raise ValueError(f"{name}={getattr(args, name)}: nothing would be trained. Give more than 0, or leave it out.")
+    _check_optim_args(args)
+
+
+def _check_optim_args(args: CaptTrainingArguments) -> None:
+    for pair in args.optim_args.replace(" ", "").split(",") if args.optim_args else ():
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value) or "=" in value:
+            raise ValueError(
+                f"optim_args={shown(args.optim_args, 80)} must be names with values, such as 'momentum=0.9,nesterov=true'."
+            )
+        if args.optim == "sgd" and name not in OF_SGD:
+            raise ValueError(
+                f"optim_args: {shown(name, 40)} has no effect on optim='sgd'. Allowed: {', '.join(OF_SGD)}."
+            )
+        if args.optim == "sgd" and name != "nesterov" and not _is_finite(value):
+            raise ValueError(f"optim_args: {name}={shown(value, 40)} must be a finite number.")
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _is_changed(args: Any, name: str) -> bool:
@@ -368,6 +418,7 @@ def check_arguments(args: Any, others: Mapping[str, Any], attack: Attack | None)
         if others.get(name) is not None:
             raise ValueError(f"{name}= is refused: {reason}.")
     refuse_arguments(args)
+    refuse_values(args)
     check_trackers(args)
     check_processes(args)
     for name in ("attack_steps", "attack_step_size", "attack_loss", "attack_clip_each_step"):

@@ -283,7 +283,7 @@ def test_there_are_ablations():
         ({"settings": {"consistency": "high"}}, "'high'"),
         ({"attacks": ["pdg-20"]}, "unknown attack 'pdg-20'. Did you mean pgd-20"),
         ({"seeds": []}, "no seeds"),
-        ({"seeds": [0, "x"]}, "seed='x' must be a whole number of at least 0"),
+        ({"seeds": [0, "x"]}, "seed='x' must be a whole number from 0 to 4294967295"),
         ({"seeds": [-1]}, "seed=-1"),
         ({"shots": []}, "no shots"),
     ],

@@ -148,7 +148,7 @@ def test_two_processes_count_each_example_once_and_end_in_the_same_file(adapter,
     )  # fmt: skip
     assert one.read_bytes() == two.read_bytes()
     assert one.with_suffix(".parquet").read_bytes() == two.with_suffix(".parquet").read_bytes()
-    assert out.count("n = 23 images.") == 1
+    assert out.count("n = 23 images of the") == 1
     assert not two.with_suffix(".partial").exists()
 
 
@@ -206,6 +206,9 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
         (["--dtype", "tf32"], "is for CUDA GPUs"),
         (["--limit", "0"], "no images to evaluate"),
         (["--limit", "-3"], "limit=-3"),
+        (["--seed", "-1"], "seed=-1 must be a whole number from 0 to 4294967295"),
+        (["--seed", "4294967296"], "seed=4294967296 must be a whole number from 0"),
+        (["--attacks", "pgd-0"], "steps=0 must be 1 or more"),
         (["--attack_target", "clip"], "attack_target='clip' is unknown"),
         (["--attack_template", "a photo"], r"must hold exactly one \{\}"),
         (["--attack_target", "frozen"], "--attack_target frozen needs --adapter"),

@@ -72,8 +72,8 @@ def test_shots_must_be_a_whole_number_from_one(shots):
         sample_shots(LABELS, shots, 0)
 
 
-@pytest.mark.parametrize("seed", [-1, 0.5, None])
-def test_a_seed_must_be_a_whole_number_from_zero(seed):
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, None])
+def test_a_seed_must_be_a_whole_number_in_range(seed):
     with pytest.raises(ValueError, match="seed"):
         sample_shots(LABELS, 1, seed)
 

@@ -381,6 +381,24 @@ def test_the_table_says_which_accuracy_it_is(model, data):
     assert table[-1] == "n = 30 images."
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"name": "digits", "split": "test"}, "n = 30 images of the test split of digits."),
+        ({"name": "a|b"}, "n = 30 images of a\\|b."),
+        ("digits", "n = 30 images."),
+    ],
+)
+def test_the_table_says_what_the_images_are_of(model, data, task, words):
+    assert quiet(model, data, details={"task": task}).table().endswith("\n" + words)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(model, data, seed):
+    with pytest.raises(ValueError, match=f"seed={seed} must be a whole number from 0 to 4294967295"):
+        quiet(model, data, seed=seed)
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 

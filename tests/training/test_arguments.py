@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from dataclasses import fields
 
 import pytest
@@ -103,6 +104,49 @@ def test_a_name_that_no_trainer_knows_and_plain_training_arguments_are_refused(t
         CaptTrainer(make_model(), args, task=make_task(), processor=processor, callback=[])
     with pytest.raises(TypeError, match="must be CaptTrainingArguments, not TrainingArguments"):
         CaptTrainer(None, TrainingArguments(str(tmp_path), use_cpu=True), task=None, processor=None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [f.name for f in fields(CaptTrainingArguments) if "float" in str(f.type)])
+def test_a_number_that_is_not_finite_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}={value} (must be a finite number|is refused|has no effect)"):
+        CaptTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"learning_rate": -0.1}, "learning_rate=-0.1 must be at least 0."),
+        ({"weight_decay": -1}, "weight_decay=-1 must be at least 0."),
+        ({"max_grad_norm": -1}, "max_grad_norm=-1 must be at least 0."),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1."),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0 must be at least 1."),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1."),
+        ({"seed": -1}, "seed=-1 must be a whole number from 0 to 4294967295."),
+        ({"seed": 2**32}, "seed=4294967296 must be a whole number from 0 to 4294967295."),
+        ({"data_seed": -1}, "data_seed=-1 must be a whole number from 0 to 4294967295."),
+        ({"num_train_epochs": 0}, "num_train_epochs=0: nothing would be trained"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs=-1.0: nothing would be trained"),
+        ({"max_steps": 0}, "max_steps=0: nothing would be trained"),
+        ({"optim_args": "foo"}, "optim_args='foo' must be names with values, such as 'momentum=0.9,nesterov=true'."),
+        ({"optim_args": "momentum=0.9,"}, "optim_args='momentum=0.9,' must be names with values"),
+        ({"optim_args": "momentum=much"}, "optim_args: momentum='much' must be a finite number."),
+        ({"optim_args": "dampening=nan"}, "optim_args: dampening='nan' must be a finite number."),
+        ({"optim_args": "momentun=0.9"}, "optim_args: 'momentun' has no effect on optim='sgd'. Allowed: momentum, "),
+    ],
+)
+def test_a_number_that_cannot_work_is_refused(tmp_path, settings, words):
+    with pytest.raises(ValueError) as caught:
+        CaptTrainingArguments(str(tmp_path), use_cpu=True, **settings)
+    assert str(caught.value).startswith(words)
+
+
+def test_numbers_at_the_end_of_their_range_are_taken(tmp_path):
+    largest = {"seed": 2**32 - 1, "data_seed": 2**32 - 1, "learning_rate": 0, "max_grad_norm": None}
+    CaptTrainingArguments(str(tmp_path), use_cpu=True, **largest, optim_args="momentum=0, nesterov=false")
+    CaptTrainingArguments(
+        str(tmp_path), use_cpu=True, num_train_epochs=0, max_steps=1, optim="adamw_torch", optim_args="a=b"
+    )
 
 
 def test_settings_of_the_attack_are_refused_beside_an_attack(tmp_path, processor):
