@@ -153,6 +153,30 @@ def test_the_quickstart_runs(tmp_path, monkeypatch):
     assert names["evaluation"].clean.n == 20
 
 
+def test_the_trainers_block_evaluates_both_splits_and_the_record_of_its_run_fills_a_card(tmp_path, monkeypatch):
+    """The block of train.md, then that of share.md, with an epoch and a few images."""
+    [tune] = [code for code in blocks(ROOT / "docs" / "train.md", "python") if "CaptTrainer(" in code]
+    [save] = [code for code in blocks(ROOT / "docs" / "share.md", "python") if "save_run(" in code]
+    monkeypatch.chdir(tmp_path)
+    for old, new in (
+        ("few_shot(16,", "few_shot(1,"),
+        ("num_train_epochs=8,", "num_train_epochs=1, eval_attack='pgd-2', use_cpu=True,"),
+        ("eval_steps=20,", "eval_steps=1,"),
+        ('task["validation"]', 'task["validation"].select(range(10))'),
+        ('load_task("shapes_sketched")["test"]', 'load_task("shapes_sketched")["test"].select(range(10))'),
+    ):
+        assert old in tune
+        tune = tune.replace(old, new)
+    names = {}
+    exec(tune, names)
+    logged = {name for entry in names["trainer"].state.log_history for name in entry}
+    assert {"eval_drawn_robust_accuracy", "eval_sketched_robust_accuracy"} <= logged
+    assert len(names["adversarial"]) == 10
+    assert 'task["test"]' in save
+    exec(save.replace('task["test"]', 'task["test"].select(range(10))'), names)
+    assert "10 images" in (tmp_path / "outputs" / "mine" / "README.md").read_text(encoding="utf-8")
+
+
 def test_documents_name_no_place_on_a_machine():
     notebook = ROOT / "examples" / "quickstart.ipynb"
     for path in [*PAGES, notebook]:

@@ -368,7 +368,7 @@ def refuse_sharding(args: TrainingArguments) -> None:
     if found:
         raise ValueError(
             f"{found[0]} is set, but CaptTrainer does not shard parameters (FSDP, DeepSpeed and the like): leave it out, and run "
-            "several processes with plain data parallelism, examples/accelerate/ddp_gpus.yaml."
+            "several processes with plain data parallelism: accelerate launch --multi_gpu --num_processes N ..."
         )
 
 
@@ -396,8 +396,8 @@ def check_processes(args: Any) -> None:
     if args.n_gpu > 1:
         # the Trainer would split the class texts over the GPUs of one process (torch's DataParallel)
         logger.warning(
-            "One process uses one GPU, the first of %d. Start a process for each: accelerate launch --config_file "
-            "examples/accelerate/ddp_gpus.yaml --num_processes %d ...", args.n_gpu, args.n_gpu,
+            "One process uses one GPU, the first of %d. Start a process for each: accelerate launch --multi_gpu "
+            "--num_processes %d ...", args.n_gpu, args.n_gpu,
         )  # fmt: skip
         args._n_gpu = 1
 
