@@ -34,13 +34,13 @@ class SmallAutoAttack(AutoAttack):
         )
 
 
-def runs(attack, generator=0):
+def runs(attack, generator=0, report=None):
     """An attack on the CPU and elsewhere; returns both results' images and what was seen elsewhere."""
     model, images = make_model(), some_images(12)
     labels = model(images).argmax(1)
     here = attack.run(model, images, labels, generator).images
     with Elsewhere() as seen:
-        found = attack.run(there(make_model()), there(images), there(labels), generator).images
+        found = attack.run(there(make_model()), there(images), there(labels), generator, report=report).images
     return here, found, seen
 
 
@@ -52,6 +52,15 @@ def test_attacks_stay_where_the_images_are(name, norm):
     here, found, seen = runs(attack)
     assert isinstance(found, There) and found.device == DEVICE and seen.made_here == []
     assert torch.equal(found.held, here)  # it was the attack indeed
+
+
+@pytest.mark.parametrize("name", [*SMALL, "autoattack"])
+def test_a_report_waits_for_nothing(name):
+    threat = epsilon_for("linf", 4)
+    attack = SmallAutoAttack(threat) if name == "autoattack" else parse_attack(name, threat)
+    calls = []
+    quiet, told = (runs(attack, report=report)[2].waits for report in (None, lambda *call: calls.append(call)))
+    assert told == quiet and calls
 
 
 @pytest.mark.parametrize("loss, more", [("ce", 0), ("margin", 0), ("kl", 1)])

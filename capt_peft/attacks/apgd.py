@@ -20,6 +20,8 @@ from .base import (
     pixel_gradient,
     size_name,
     size_pattern,
+    stage,
+    tries,
     zero_share,
 )
 from .losses import cross_entropy, dlr, margin, targeted_dlr, targeted_margin
@@ -92,10 +94,10 @@ class APGD(SearchAttack):
             found.append(f"{self.name}: the margin instead of targeted DLR, which needs 4 classes ({num_classes} here)")
         return (*found, *(few_targets(self.name, num_classes, self.targets) if self.loss == "t" else ()))
 
-    def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        for rank in range(1, min(self.targets, num_classes - 1) + 1) if self.loss == "t" else [0]:
-            for _ in range(self.restarts):
-                yield partial(self._ascend, rank)
+    def attempts(self, num_classes: int) -> Iterator[tuple[str, Attempt]]:
+        ranks = range(1, min(self.targets, num_classes - 1) + 1) if self.loss == "t" else [0]
+        for where, rank, _ in tries(ranks, self.restarts):
+            yield where, partial(self._ascend, rank)
 
     def _climbed(self, num_classes: int) -> Loss:
         """Returns the loss, of logits, labels and (for "t") targets."""
@@ -115,6 +117,8 @@ class APGD(SearchAttack):
         checkpoints = set(checkpoint_steps(self.steps))
         for step in range(self.steps + 1):
             last = step == self.steps
+            if not last:
+                batch.tell(self.name, stage("step", step + 1, self.steps), len(state.rows))
             logits, losses, gradient = self._look(loss, state, logits_fn, last)
             if step == 0:
                 share = zero_share(gradient)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -17,8 +17,8 @@ from ..utils.modules import buffers_kept, modules_in
 from .losses import margin
 from .threat import LogitsFn, ThreatModel, check_images, check_label_range, wide_dtype
 
-# name of the running part, images of the batch that it has left, images of the batch that still stand
-Report = Callable[[str, int, int], None]
+# name of the running part, where it is ("target 3 of 9, step 40 of 100", or ""), images that it has left
+Report = Callable[[str, str, int], None]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,19 @@ class Batch:
 
     def rows(self, index: Tensor) -> Batch:
         """Returns the images in `index` (K,) int64, with their labels and generators."""
-        return Batch(self.images[index], self.labels[index], select_generators(self.generators, index))
+        chosen = self.images[index], self.labels[index], select_generators(self.generators, index)
+        return Batch(*chosen, report=self.report)
+
+    def at(self, stage: str) -> Batch:
+        """Returns the batch for a part of the attack, such as "target 3 of 9", which its reports name before their own stage."""
+        if (report := self.report) is None:
+            return self
+        return replace(self, report=lambda name, within, left: report(name, joined(stage, within), left))
+
+    def tell(self, name: str, stage: str, left: int) -> None:
+        """Reports that the attack `name` is at `stage` with `left` images, which it knows without waiting for a GPU."""
+        if self.report is not None:
+            self.report(name, stage, left)
 
     def clean_answers(self, logits_fn: LogitsFn) -> Tensor:
         """Returns the logits (B, N) of the images: a copy of those given, which are checked, or else the model's."""
@@ -150,7 +162,8 @@ class Attack(ABC):
             generator: source of the random numbers: a seed (numbers are then drawn where the images are), or one generator for
                 each image (an image's attack then does not depend on the batch it comes in), or one for the batch.
             clean_logits: (B, N) logits of `images`, which save a forward where the attack needs them.
-            report: called with (name, images left, images standing) before each attempt.
+            report: called before each step with the name of the attack, or of the part that runs, where it is ("target 3 of 9,
+                step 40 of 100"; "" where there is nothing to count), and how many images it has left.
 
         Returns:
             The adversarial images, of the dtype and on the device of `images`, and what the attack saw.
@@ -190,6 +203,24 @@ class Attack(ABC):
 Attempt = Callable[[LogitsFn, Batch, Tensor], AttackResult]
 
 
+def stage(word: str, number: int, total: int) -> str:
+    """Returns where an attack is, such as "target 3 of 9", for its report; "" where there is but one."""
+    return f"{word} {number:,} of {total:,}" if total > 1 else ""
+
+
+def joined(*stages: str) -> str:
+    """Returns stages within each other, the outer first, as one."""
+    return ", ".join(filter(None, stages))
+
+
+def tries(ranks: Sequence[int], restarts: int) -> Iterator[tuple[str, int, int]]:
+    """Yields every restart for every target class: its stage, the target's rank (0: there is none) and the restart, from 0."""
+    for rank in ranks:
+        for restart in range(restarts):
+            where = joined(stage("target", rank, len(ranks)), stage("restart", restart + 1, restarts))
+            yield where, rank, restart
+
+
 class SearchAttack(Attack):
     """An attack that tries for each image until the classifier is wrong on it, and then leaves it.
 
@@ -199,8 +230,8 @@ class SearchAttack(Attack):
     """
 
     @abstractmethod
-    def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        """Yields the attempts in their order: (logits_fn, `Batch`, clean logits (A, N)) -> `AttackResult`."""
+    def attempts(self, num_classes: int) -> Iterator[tuple[str, Attempt]]:
+        """Yields the attempts in their order, as (stage, (logits_fn, `Batch`, clean logits (A, N)) -> `AttackResult`)."""
 
     def notes(self, num_classes: int) -> tuple[str, ...]:
         """Returns what is changed for a model with this number of classes."""
@@ -211,13 +242,11 @@ class SearchAttack(Attack):
         batch, clean, standing = begin(logits_fn, batch)
         best, loss = batch.images.clone(), margin(clean, batch.labels)  # (B, 3, H, W), (B,)
         share = torch.full_like(best[:, 0, 0, 0], torch.nan)
-        for attempt in self.attempts(clean.shape[1]) if self.threat_model.epsilon > 0 else ():
+        for where, attempt in self.attempts(clean.shape[1]) if self.threat_model.epsilon > 0 else ():
             rows = standing.nonzero().squeeze(1)  # (A,)
             if len(rows) == 0:
                 break
-            if batch.report is not None:
-                batch.report(self.name, len(rows), len(rows))
-            tried = batch.rows(rows)
+            tried = batch.rows(rows).at(where)
             found = attempt(logits_fn, tried, clean[rows])
             logits = logits_fn(found.images)
             check_classes(clean, logits)
@@ -227,8 +256,6 @@ class SearchAttack(Attack):
             first = share[rows].isnan()
             share[rows[first]] = found.zero_gradient_share[first]
             standing[rows[wrong]] = False
-        if batch.report is not None:
-            batch.report(self.name, int(standing.sum()), int(standing.sum()))
         return AttackResult(best, share, notes=self.notes(clean.shape[1]))
 
 

@@ -24,6 +24,8 @@ from .base import (
     named_settings,
     size_name,
     size_pattern,
+    stage,
+    tries,
     zero_share,
 )
 from .registry import register_attack
@@ -83,10 +85,10 @@ class FAB(SearchAttack):
     def notes(self, num_classes: int) -> tuple[str, ...]:
         return few_targets(self.name, num_classes, self.targets)
 
-    def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        for rank in range(1, min(self.targets, num_classes - 1) + 1) if self.targets else [0]:
-            for restart in range(self.restarts):
-                yield partial(self._search, rank, restart)
+    def attempts(self, num_classes: int) -> Iterator[tuple[str, Attempt]]:
+        ranks = range(1, min(self.targets, num_classes - 1) + 1) if self.targets else [0]
+        for where, rank, restart in tries(ranks, self.restarts):
+            yield where, partial(self._search, rank, restart)
 
     def _search(self, rank: int, restart: int, logits_fn: LogitsFn, batch: Batch, clean_logits: Tensor) -> AttackResult:
         """Runs algorithm 1; an image leaves once a wrong point within epsilon is known."""
@@ -98,6 +100,7 @@ class FAB(SearchAttack):
         share = images.new_full(labels.shape, torch.nan)
         rows = torch.arange(len(images), device=images.device)
         for step in range(self.steps):
+            batch.tell(self.name, stage("step", step + 1, self.steps), len(rows))
             here, wanted = labels[rows], None if targets is None else targets[rows]
             gap, normal = self._boundary(logits_fn, x, here, wanted)  # (A,), (A, 3, H, W)
             if step == 0:

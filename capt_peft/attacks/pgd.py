@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Attack, AttackResult, Batch, check_classes, check_settings, pixel_gradient, zero_share
+from .base import Attack, AttackResult, Batch, check_classes, check_settings, pixel_gradient, stage, zero_share
 from .losses import LOSSES
 from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, check_label_range, parse_fraction, wide_dtype
@@ -136,18 +136,16 @@ class PGD(Attack):
         reference = batch.labels
         if self.loss == "kl":
             reference = batch.clean_answers(logits_fn).to(batch.images.device)  # (B, N)
-        result = self._ascend(logits_fn, batch, reference)
+        result = self._ascend(logits_fn, batch.at(stage("restart", 1, self.restarts)), reference)
         if self.restarts == 1:
             return result
         best = result.images
         done, losses = self._score(logits_fn, best, batch.labels, reference)
-        for _ in range(1, self.restarts):
+        for restart in range(1, self.restarts):
             alive = (~done).nonzero().squeeze(1)  # (A,) rows
             if len(alive) == 0:
                 break
-            if batch.report is not None:
-                batch.report(self.name, len(alive), len(alive))
-            left = batch.rows(alive)
+            left = batch.rows(alive).at(stage("restart", restart + 1, self.restarts))
             found = self._ascend(logits_fn, left, reference[alive]).images  # (A, 3, H, W)
             won, gained = self._score(logits_fn, found, left.labels, reference[alive])
             better = won | (gained > losses[alive])
@@ -174,6 +172,7 @@ class PGD(Attack):
         first = partial(self._checked_losses, labels=batch.labels, reference=reference)  # once: a GPU is waited for
         later = partial(self._losses, reference=reference)
         for step in range(self.steps):
+            batch.tell(self.name, stage("step", step + 1, self.steps), len(images))
             loss = first if step == 0 else later
             _, _, gradient = pixel_gradient(logits_fn, x if clip else x.clamp(0, 1), loss)
             if step == 0:

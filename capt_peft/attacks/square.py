@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..randomness import Generators, draw
-from .base import AttackResult, Attempt, Batch, SearchAttack, check_settings, size_name, size_pattern
+from .base import AttackResult, Attempt, Batch, SearchAttack, check_settings, size_name, size_pattern, stage, tries
 from .losses import margin
 from .registry import register_attack
 from .threat import LogitsFn, ThreatModel
@@ -68,9 +68,9 @@ class Square(SearchAttack):
     def passes(self) -> float:
         return self.queries * self.restarts / 2  # about half of the images leave early
 
-    def attempts(self, num_classes: int) -> Iterator[Attempt]:
-        for _ in range(self.restarts):
-            yield self._search
+    def attempts(self, num_classes: int) -> Iterator[tuple[str, Attempt]]:
+        for where, *_ in tries([0], self.restarts):
+            yield where, self._search
 
     def _search(self, logits_fn: LogitsFn, batch: Batch, clean_logits: Tensor) -> AttackResult:
         """Runs algorithm 1; an image leaves once it is misclassified."""
@@ -82,6 +82,7 @@ class Square(SearchAttack):
         loss = images.new_full((len(images),), -torch.inf)
         numbers = images  # until the second query draws them
         for query in range(self.queries):
+            batch.tell(self.name, stage("query", query + 1, self.queries), len(rows))
             if query > 0:
                 place = (query - 1) % _BLOCK
                 if place == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
+from ..attacks.base import joined
 from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
@@ -205,14 +206,15 @@ class _Work:
         batches = batches[state.process_index :: state.num_processes]
         title = "clean" if attack is None else f"{attack.name}, {attack.threat_model}"
         total, hidden = sum(len(indices) for _, indices in batches), not (self.progress and state.is_main_process)
-        with tqdm(total=total, desc=title, unit="image", disable=hidden) as bar:
+        # shown again at any step of an attack, at most once a second, with the rate since the start: images fall in bursts
+        with tqdm(total=total, desc=title, unit="image", disable=hidden, miniters=0, mininterval=1, smoothing=0) as bar:
             robust = seen = 0
             for piece, indices in batches:
                 if piece not in self.jobs.done:
                     self.jobs.keep(piece, self._record(piece, indices, attack, bar).to_dict())
                 robust += BatchRecord(**self.jobs.done[piece]).right()
                 seen += len(indices)
-                bar.update(len(indices))
+                bar.update(seen - bar.n)
                 bar.set_postfix_str(f"{'right' if attack is None else 'robust'} so far {100 * robust / seen:.1f}%")
 
     def _record(self, piece: str, indices: list[int], attack: Attack | None, bar: tqdm[Any]) -> BatchRecord:
@@ -220,8 +222,12 @@ class _Work:
         if attack is None:
             return score_batch(self.subject, pixels, labels, indices)
 
-        def report(name: str, left: int, standing: int) -> None:
-            bar.set_postfix_str(f"{name}: {left} images left, {standing} of {len(indices)} robust so far")
+        done = bar.n + len(indices)
+
+        def report(name: str, stage: str, left: int) -> None:
+            part = "" if name == attack.name else f"{name}: "
+            bar.set_postfix_str(part + joined(stage, f"{left} image{'s' * (left != 1)} left"), refresh=False)
+            bar.update(max(done - left - bar.n, 0))  # broken by a rounding error, an image may stand again
 
         record, adversarial = attack_batch(self.subject, attack, pixels, labels, indices, self.seed, report)
         if self.images is not None:

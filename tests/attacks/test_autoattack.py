@@ -179,7 +179,7 @@ def test_no_forward_takes_more_images_than_its_part_was_given(model: nn.Module, 
         list(sizes.values())[-1].append(len(x))
         return model(x)
 
-    def report(name: str, images: int, standing: int) -> None:
+    def report(name: str, stage: str, left: int) -> None:
         sizes.setdefault(name, [])
 
     result = SmallAutoAttack(epsilon_for("linf", 8)).run(counted, *batch, report=report)

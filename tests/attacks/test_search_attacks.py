@@ -321,42 +321,58 @@ def test_autoattack_says_what_changes_in_each_of_its_parts(classes: int, monkeyp
     assert list(result.notes) == [note for name in ONE_STEP for note in expected_notes(name, classes)]
 
 
-@pytest.mark.parametrize("make", [ATTACKS["apgd-ce"], ATTACKS["fab"], ATTACKS["fab-t"], ATTACKS["square"]])
-def test_the_search_is_reported_attempt_by_attempt(
-    model: nn.Module, make: Callable[[ThreatModel], Attack], batch: tuple[Tensor, Tensor]
+def reports(attack: Attack, model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[tuple[str, str, int]]:
+    calls: list[tuple[str, str, int]] = []
+    told = attack.run(model, *batch, report=lambda *call: calls.append(call)).images
+    assert torch.equal(told, attack(model, *batch))
+    return calls
+
+
+STANDS = ThreatModel("linf", 1e-5)  # nothing is broken, so that every attempt runs
+
+
+@pytest.mark.parametrize(
+    ("attack", "stages"),
+    [
+        (APGD(STANDS, steps=2), ["step 1 of 2", "step 2 of 2"]),
+        (APGD(STANDS, loss="t", targets=2, steps=1), ["target 1 of 2", "target 2 of 2"]),
+        (
+            APGD(STANDS, loss="t", targets=2, steps=1, restarts=2),
+            [f"target {target} of 2, restart {restart} of 2" for target in (1, 2) for restart in (1, 2)],
+        ),
+        (FAB(STANDS, targets=0, steps=1), [""]),
+        (FAB(STANDS, targets=2, steps=2), [f"target {t} of 2, step {step} of 2" for t in (1, 2) for step in (1, 2)]),
+        (Square(STANDS, queries=2, restarts=2), [f"restart {r} of 2, query {q} of 2" for r in (1, 2) for q in (1, 2)]),
+        (Square(STANDS, queries=1001), [f"query {q:,} of 1,001" for q in range(1, 1002)]),
+        (PGD(STANDS, steps=2), ["step 1 of 2", "step 2 of 2"]),
+        (PGD(STANDS, steps=2, restarts=2), [f"restart {r} of 2, step {step} of 2" for r in (1, 2) for step in (1, 2)]),
+    ],
+    ids=lambda each: each.name if isinstance(each, Attack) else "",
+)
+def test_every_step_is_reported_with_where_it_is(
+    model: nn.Module, attack: Attack, stages: list[str], batch: tuple[Tensor, Tensor]
 ) -> None:
-    calls: list[tuple[str, int, int]] = []
-    attack = make(ThreatModel("linf", 1e-5))  # nothing is broken, so that every attempt runs
-    assert isinstance(attack, SearchAttack)
-    attack.run(model, *batch, report=lambda *call: calls.append(call))
-    assert calls == [(attack.name, 16, 16)] * (len(list(attack.attempts(CLASSES))) + 1)
-    calls.clear()
-    attack = make(epsilon_for("linf", 4))
-    broken = model(attack(model, *batch)).argmax(1) != batch[1]
-    attack.run(model, *batch, report=lambda *call: calls.append(call))
-    left = [left for _, left, _ in calls]
-    assert left[0] == 16 and left == sorted(left, reverse=True)
-    assert left[-1] == 16 - broken.sum() < 16 and all(standing == left for _, left, standing in calls)
+    assert reports(attack, model, batch) == [(attack.name, where, 16) for where in stages]
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "fab", "fab-t", "square"])
+def test_a_report_counts_the_images_that_are_left(model: nn.Module, name: str, batch: tuple[Tensor, Tensor]) -> None:
+    left = [left for *_, left in reports(ATTACKS[name](epsilon_for("linf", 4)), model, batch)]
+    assert left[0] == 16 and left == sorted(left, reverse=True) and 0 < left[-1] < 16
 
 
 def test_autoattack_reports_the_part_that_runs(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    calls: list[tuple[str, int, int]] = []
-    result = SmallAutoAttack(epsilon_for("linf", 4)).run(model, *batch, report=lambda *call: calls.append(call))
-    starts = {name: left for name, left, _ in reversed(calls)}  # what each part had left at first
+    attack = SmallAutoAttack(epsilon_for("linf", 4))
+    result, calls = attack.run(model, *batch), reports(attack, model, batch)
+    starts = {name: left for name, _, left in reversed(calls)}  # what each part had left at first
     assert starts == {part.name: part.attacked for part in result.parts if part.attacked}
-    assert list(dict.fromkeys(name for name, _, _ in calls)) == [part.name for part in result.parts]
+    assert list(dict.fromkeys(name for name, *_ in calls)) == [part.name for part in result.parts]
 
 
-def test_pgd_reports_its_restarts(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    calls: list[tuple[str, int, int]] = []
-    PGD(ThreatModel("linf", 1e-5), steps=2, restarts=4).run(model, *batch, report=lambda *call: calls.append(call))
-    assert calls == [("pgd-2x4", 16, 16)] * 3
-    calls.clear()
-    attack = PGD(epsilon_for("linf", 4), steps=2, restarts=3)
-    broken = model(PGD(epsilon_for("linf", 4), steps=2)(model, *batch)).argmax(1) != batch[1]
-    quiet = attack(model, *batch)
-    assert torch.equal(attack.run(model, *batch, report=lambda *call: calls.append(call)).images, quiet)
-    assert calls[0] == ("pgd-2x3", 16 - broken.sum(), 16 - broken.sum()) and 0 < broken.sum() < 16
+def test_pgd_reports_what_each_restart_is_given(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    broken = int((model(PGD(epsilon_for("linf", 4), steps=2)(model, *batch)).argmax(1) != batch[1]).sum())
+    calls = reports(PGD(epsilon_for("linf", 4), steps=2, restarts=3), model, batch)
+    assert calls[2] == ("pgd-2x3", "restart 2 of 3, step 1 of 2", 16 - broken) and 0 < broken < 16
 
 
 @both_norms

@@ -393,6 +393,32 @@ def test_the_table_says_what_the_images_are_of(model, data, task, words):
     assert quiet(model, data, details={"task": task}).table().endswith("\n" + words)
 
 
+class Small(AutoAttack):
+    """AutoAttack of two parts with few steps."""
+
+    @property
+    def parts(self):
+        return APGD(self.threat_model, loss="t", targets=2, steps=5), Square(self.threat_model, queries=30)
+
+
+def test_the_bar_counts_images_as_they_are_decided_and_says_where_the_attack_is(model, data, monkeypatch):
+    seen, expected = [], quiet(model, data, Small(THREAT), batch_size=10)
+
+    class Bar(loop_module.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            seen.append((self.desc, self.n, self.postfix))
+
+    monkeypatch.setattr(loop_module, "tqdm", Bar)
+    assert evaluate(model, data, Small(THREAT), batch_size=10) == expected
+    told = [(n, postfix) for desc, n, postfix in seen if desc.startswith("autoattack")]
+    numbers = [n for n, _ in told]
+    assert told[0] == (2, "apgd-t-5-2targets: target 1 of 2, step 1 of 5, 8 images left")  # two are misclassified
+    assert any(postfix.startswith("square-30: query 30 of 30, ") for _, postfix in told)
+    assert numbers == sorted(numbers) and numbers[-1] == 30 and {10, 20} <= {*numbers}
+    assert len({*numbers}) > 6  # more often than by batches
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32])
 def test_a_seed_out_of_range_is_refused(model, data, seed):
     with pytest.raises(ValueError, match=f"seed={seed} must be a whole number from 0 to 4294967295"):
