@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 PROTOCOLS = ("few-shot", "base-to-new", "cross-dataset", "shift")
 TRANSFERS = ("cross-dataset", "shift")  # tuned on the suite's source, measured on it and on other test sets
 ZERO_SHOT = "zero-shot"
+QUICK_LIMIT = 20  # test images of a data set, in a run that only shows that everything works
 Shots = int | str  # training images per class, or "all"
 
 

@@ -24,6 +24,7 @@ import transformers
 from accelerate import PartialState
 
 from ..benchmark import PROTOCOLS, Plan, Suite, get_suite, listing, run_cells
+from ..benchmark.plan import QUICK_LIMIT
 from ..methods import METHODS
 from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
@@ -193,8 +194,8 @@ def make_plan(args: Namespace) -> Plan:
         "transfer_shots": int(args.transfer_shots) if str(args.transfer_shots).isdecimal() else args.transfer_shots,
     }
     if args.quick:
-        plan |= {"tasks": list(suite.tasks[:2]), "shots": [1], "seeds": [0], "limit": 20, "transfer_shots": 1}
-        plan |= {"attacks": ["pgd-5"], "settings": QUICK | settings}
+        plan |= {"tasks": list(suite.tasks[:2]), "shots": [1], "seeds": [0], "limit": QUICK_LIMIT}
+        plan |= {"transfer_shots": 1, "attacks": ["pgd-5"], "settings": QUICK | settings}
     return Plan(suite, model, **plan)
 
 

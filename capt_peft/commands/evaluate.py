@@ -27,6 +27,8 @@ from datasets import Dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
 
 from ..attacks import Attack, ThreatModel, parse_attack
 from ..clip.classifier import ZeroShotClassifier
@@ -37,9 +39,9 @@ from ..evaluation.curve import robustness_curves
 from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
-from ..results.run import RESULTS, RunResults
+from ..results.run import RESULTS, Records, RunResults
 from ..tuner.config import check_template
-from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
+from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
 from ..utils.text import cut
 from .data import DataArguments, measured
@@ -145,14 +147,19 @@ def parse_args(argv: list[str]) -> Arguments:
 
 def take_over(args: Arguments, named: Set[str]) -> None:
     """Measures an adapter on the data and with the threat model that it was tuned with, unless others are named."""
-    record = read_record(args.model)
+    records = read_record(args.model)
+    record, why = records.results, " ".join(f"{args.model}: {reason}" for reason in records.unshown)
     if record is None:
         if "dataset_name" not in named and not os.path.isfile(
             Path(args.model, "config.json")
         ):  # a bare CLIP is told later
             raise ValueError(
-                f"{args.model} has no {RESULTS}, which would say what it was tuned on: give --dataset_name, and --epsilon."
+                f"{why} So nothing says what it was tuned on: give --dataset_name, and --epsilon."
+                if why
+                else f"{args.model} has no {RESULTS}, which would say what it was tuned on: give --dataset_name, and --epsilon."
             )
+        if why:
+            logging.warning("%s Nothing is taken over from it.", why)
         return
     training, script = (record.configuration.get(name) or {} for name in ("training", "script"))
     known = {name: training[name] for name in ("norm", "epsilon") if name in training}
@@ -167,15 +174,23 @@ def take_over(args: Arguments, named: Set[str]) -> None:
         logging.info("As %s was tuned: %s", args.model, words)
 
 
-def read_record(adapter: str) -> RunResults | None:
-    """Returns the record of the run that made an adapter: of a folder, or of a repository on the Hub; None without one."""
-    path = Path(adapter, RESULTS)
-    if not os.path.isdir(adapter):
+def read_record(adapter: str) -> Records:
+    """Returns the record of the run that made an adapter, in a folder or on the Hub, or why it is not that of these weights."""
+    folder = Path(adapter)
+    if not folder.is_dir():
         try:
-            path = Path(hf_hub_download(adapter, RESULTS))
+            folder = Path(hf_hub_download(adapter, RESULTS)).parent
+            for name in (CONFIG_NAME, SAFETENSORS_NAME):
+                hf_hub_download(adapter, name)
         except (OSError, HFValidationError):  # it has none, or there is no such adapter, which loading it will tell
-            return None
-    return RunResults.load(path) if path.is_file() else None
+            return Records()
+    if not (folder / RESULTS).is_file():
+        return Records()
+    try:
+        fingerprint = adapter_fingerprint(folder)
+    except (OSError, ValueError, SafetensorError):  # not an adapter, or a damaged one, which loading it will tell
+        return Records(RunResults.load(folder))
+    return Records.read(folder, fingerprint, names=[RESULTS], strict=False)
 
 
 def parse_attacks(args: Arguments) -> list[Attack]:

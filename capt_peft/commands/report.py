@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..report import write_report
+from ..report.tables import QUICK_NOTE
 from .parser import Parser
 
 
@@ -37,5 +38,8 @@ def main(argv: list[str]) -> None:
 def show_report(lines: Sequence[str | Path], folder: str | Path) -> None:
     """Writes tables and plots, and prints the tables that are averaged over data sets."""
     paths = write_report(lines, folder)
-    print(Path(folder, "tables.md").read_text(encoding="utf-8"))
+    tables = Path(folder, "tables.md").read_text(encoding="utf-8")
+    print(tables)
+    if QUICK_NOTE in tables:
+        print(f"{QUICK_NOTE}\n")  # again, where it is seen after many tables
     print(*paths, sep="\n")

@@ -84,9 +84,9 @@ class Entry:
         return set(self.splits) == {"test"}
 
     def folder(self, root: Path) -> Path:
-        """Returns the folder to open: `root`, or CoOp's folder in it, down to the class folders where CoOp has them."""
-        if self.coop_folder is not None and (root / self.coop_folder).is_dir():
-            root = root / self.coop_folder
+        """Returns the folder to open: CoOp's in `root`, or that of the entry's name, or `root`; down to CoOp's class folders."""
+        inside = (root / name for name in (self.coop_folder, self.name) if name is not None)
+        root = next((folder for folder in inside if folder.is_dir()), root)
         return root / self.coop_images if self.coop_images is not None and (root / self.coop_images).is_dir() else root
 
     def is_coop_root(self, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +66,8 @@ def load_task(
             parquet file, or a folder of them, where their names or folders begin with their split; what `save_to_disk` wrote;
             or a CoOp root with its `split_zhou_*.json` (or that file). A name of `CATALOG` is loaded from its Hub dataset,
             with its columns, splits, class names and template, which also serve CoOp's own folders (`docs/datasets.md`).
-        root: Where a data set of `CATALOG` lies locally: its folder, in CoOp's layout or another, or CoOp's `$DATA`.
+        root: Where a data set of `CATALOG` lies locally: its folder, in CoOp's layout or another, or the folder around that, as
+            CoOp's `$DATA`. With another name, what has that name in `root` is loaded.
         name: Configuration of a Hub dataset.
         image_column: Column of the images; needed if there are several.
         label_column: Column of the labels; needed if there is no or more than one `ClassLabel`. A column of strings
@@ -175,13 +177,18 @@ def _problem(image: Any) -> FileNotFoundError | ValueError | None:
 
 def _local_path(source: str, root: str | Path | None, entry: Entry | None) -> Path | None:
     """Returns what to open locally, or None for the Hub."""
-    if root is not None and entry is None:
-        raise ValueError(
-            f"`root` says where a data set of the catalog lies ({', '.join(CATALOG)}), and {source!r} is not one of them. Give "
-            "the path as the first argument."
-        )
     if root is not None and not Path(root).expanduser().exists():
         raise FileNotFoundError(f"The root {str(root)!r} of {source!r} does not exist. Check the path.")
+    if root is not None and entry is None:
+        inside = Path(os.path.abspath(Path(root).expanduser())) / source
+        if source == inside.name and inside.exists():
+            return inside
+        near = " or ".join(difflib.get_close_matches(source.lower(), CATALOG, 3, 0.5))
+        raise ValueError(
+            f"`root` says where a data set of the catalog lies ({', '.join(CATALOG)}), and {source!r} is not one of them, nor is "
+            f"there anything of that name in {root}.{f' Did you mean {near}?' if near else ''} Give its path as the first "
+            "argument."
+        )
     if entry is not None and root is None:
         return None
     path = Path(os.path.abspath(Path(source if root is None else root).expanduser()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,10 @@ from .sections import Section
 from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Difference, Rows, compare, rows_of
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
-LINES = ((CLEAN, "-"), (ROBUST, "--"))
+LOOKS: tuple[tuple[str, str, Literal["full", "none"]], ...] = (
+    (CLEAN, "-", "full"),
+    (ROBUST, "--", "none"),
+)  # lines, and how markers are filled
 ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
 PREFERRED_SHOTS = 16
@@ -99,7 +102,7 @@ def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:
     trained = [label for label, (colour, _) in styles.items() if colour != GREY]
     frames = [[frame.reindex(list(styles)) for frame in of.averages] for of in rows.values()]
     for label, (colour, marker) in styles.items():
-        for measure, line in LINES:
+        for measure, line, fill in LOOKS:
             means, spreads = ([frame.at[label, measure] for frame in of] for of in zip(*frames, strict=True))
             places = [i for i, mean in enumerate(means) if not np.isnan(mean)]
             means, spreads = [means[i] for i in places], [np.nan_to_num(spreads[i]) for i in places]
@@ -109,7 +112,7 @@ def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:
                 axis.plot(ends, np.repeat(means, 2), color=GREY, ls=line, lw=1.4, zorder=1)
             elif places:
                 shift = DODGE * (trained.index(label) - (len(trained) - 1) / 2)
-                style = {"color": colour, "marker": marker, "ls": line, "markersize": 4, "lw": 1.4}
+                style = {"color": colour, "marker": marker, "fillstyle": fill, "markersize": 4, "ls": line, "lw": 1.4}
                 axis.errorbar([i + shift for i in places], means, yerr=spreads, capsize=2, elinewidth=0.9, **style)
     axis.set_xticks(range(len(rows)), [str(shots) for shots in rows])
     axis.set_xlim(-0.4, len(rows) - 0.6)
@@ -122,7 +125,8 @@ def _legend(figure: Any, styles: Styles) -> None:
     from matplotlib.lines import Line2D
 
     lines = {label: Line2D([], [], color=c, marker="" if c == GREY else m, lw=1.6) for label, (c, m) in styles.items()}
-    lines |= {measure: Line2D([], [], color="black", ls=line, lw=1.4) for measure, line in LINES}
+    for measure, line, fill in LOOKS:
+        lines[measure] = Line2D([], [], color="black", ls=line, lw=1.4, marker=MARKERS[0], fillstyle=fill, markersize=5)
     widest = 0.9 + 0.08 * max(len(label) for label in styles)  # inches
     fitting = max(1, int(figure.get_figwidth() / widest))
     columns = -(-len(lines) // -(-len(lines) // fitting))  # lines of equal length

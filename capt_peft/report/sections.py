@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,14 @@ from typing import Any
 import pandas as pd
 
 from ..benchmark.lines import Line, read_lines
-from ..benchmark.plan import PROTOCOLS, TRANSFERS, Cell, Shots, shots_name
+from ..benchmark.plan import PROTOCOLS, QUICK_LIMIT, TRANSFERS, Cell, Shots, shots_name
 from ..results.accuracy import Accuracy
 from ..utils.text import differences
 
 WORST = "worst of "  # the share of images that none of several attacks broke
 COLUMNS = [
-    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "n_clean", "n", "collapsed", "failure"
+    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "n_clean", "n", "limit", "collapsed",
+    "failure",
 ]  # fmt: skip
 Place = tuple[str, str, str, str, str, str]  # of a section: suite to source
 Figures = dict[tuple[str, str], dict[str, Accuracy]]  # by task and classes, and by attack; "" for clean images
@@ -34,8 +36,8 @@ class Section:
         source: For cross-dataset and shift, the task that was trained on; otherwise "".
         attack: The attack that robust accuracy is of.
         runs: A row for each run and target, of `COLUMNS`: `label` is method and variant, `shots` 0 where nothing was trained,
-            `clean` and `robust` are percent of `n_clean` and `n` images. A run without a figure has a row without a target;
-            `failure` says why, if it failed.
+            `clean` and `robust` are percent of `n_clean` and `n` images; `limit` is the most that it would have taken. A run
+            without a figure has a row without a target; `failure` says why, if it failed.
     """
 
     suite: str
@@ -59,6 +61,11 @@ class Section:
     def shots(self) -> list[Shots]:
         """The numbers of shots that were trained with, "all" last; [0] where nothing was trained."""
         return sorted({*self.runs.shots} - {0}, key=lambda shots: (isinstance(shots, str), shots)) or [0]
+
+    @property
+    def quick(self) -> bool:
+        """Whether runs were measured on so few images, by their own limit, that their figures say nothing about methods."""
+        return bool(self.runs.limit.le(QUICK_LIMIT).any())
 
     def at(self, shots: Shots) -> pd.DataFrame:
         """Returns the runs at a number of shots, with those that nothing was trained for."""
@@ -135,7 +142,8 @@ def _rows(lines: Sequence[Line], figures: Figures, attack: str) -> list[dict[str
     cell = lines[0].cell
     collapsed = next((line.collapsed for line in lines if line.collapsed), None)
     run = {name: getattr(cell, name) for name in ("label", "method", "shots", "seed")}
-    run |= {"name": _name(cell), "collapsed": collapsed}
+    limits = [math.inf if line.cell.limit is None else line.cell.limit for line in lines if line.results]
+    run |= {"name": _name(cell), "collapsed": collapsed, "limit": max(limits, default=math.inf)}
     measured = [
         {**run, "task": task, "classes": classes}
         | {"clean": 100 * of[""].value, "n_clean": of[""].n, "robust": 100 * of[attack].value, "n": of[attack].n}

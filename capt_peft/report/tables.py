@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from ..benchmark.plan import Shots, shots_name
+from ..benchmark.plan import QUICK_LIMIT, Shots, shots_name
 from ..utils.markup import Markdown, escape, table_row
 from ..utils.text import some
 from .sections import Section
@@ -18,6 +18,10 @@ PREAMBLE = "% needs \\usepackage{booktabs,adjustbox}"
 BOOTSTRAP = (
     "Intervals: 95% percentile bootstrap of 10,000 draws over tasks and, within a task, seeds. "
     "They know the tasks and seeds that were run, and are too narrow where those are few."
+)
+QUICK_NOTE = (
+    f"A quick run: figures of at most {QUICK_LIMIT} images of a data set show that everything works, and say nothing about which "
+    "method is better."
 )
 LISTED = 12  # longer lists are cut, with the number of what is left out
 MISSING = "-"
@@ -79,13 +83,18 @@ def section_tables(section: Section) -> list[Table]:
 def to_markdown(parts: Sequence[tuple[Section, Sequence[Table]]]) -> str:
     """Returns the tables of several sections as one Markdown document."""
     texts = [f"## {section}\n\n" + "\n".join(table.markdown() for table in tables) for section, tables in parts]
-    return "\n".join(["# Results\n", *texts]).rstrip() + "\n"
+    return "\n".join(["# Results\n", *(f"**{note}**\n" for note in _warnings(parts)), *texts]).rstrip() + "\n"
 
 
 def to_latex(parts: Sequence[tuple[Section, Sequence[Table]]]) -> str:
     """Returns the tables of several sections as LaTeX, to be read by `input`."""
     texts = [f"% {escape_latex(str(section))}\n\n" + "\n".join(t.latex() for t in tables) for section, tables in parts]
-    return "\n".join([PREAMBLE + "\n", *texts]).rstrip() + "\n"
+    notes = [f"\\noindent\\textbf{{{escape_latex(note)}}}\\par\n" for note in _warnings(parts)]
+    return "\n".join([PREAMBLE + "\n", *notes, *texts]).rstrip() + "\n"
+
+
+def _warnings(parts: Sequence[tuple[Section, Sequence[Table]]]) -> list[str]:
+    return [QUICK_NOTE] if any(section.quick for section, _ in parts) else []
 
 
 def escape_latex(text: str) -> str:

@@ -422,7 +422,7 @@ def card_data(
     shown: dict[str, Row] = {}
     for row in rows:
         name = f"robust accuracy ({row.attack}, {row.threat_model})" if row.attack else "clean accuracy"
-        if row.model != "zero-shot" and dataset and (name not in shown or _weight(row) > _weight(shown[name])):
+        if row.model != "zero-shot" and (name not in shown or _weight(row) > _weight(shown[name])):
             shown[name] = row
     several = len({row.accuracy.n for row in shown.values()}) > 1
     metrics = [
@@ -437,6 +437,7 @@ def card_data(
             metric_args={"n": row.accuracy.n, "interval_95": [round(value, 6) for value in row.accuracy.interval]},
         )
         for name, row in shown.items()
+        if dataset
     ]
     tags = [*_TAGS, *details.tags, *details.tasks]
     return ModelCardData(

@@ -12,6 +12,7 @@ import yaml
 from capt_peft.benchmark import PROTOCOLS, Lines
 from capt_peft.commands.benchmark import main, make_plan, parse_args
 from capt_peft.methods import METHODS
+from capt_peft.report.tables import QUICK_NOTE
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmark.py"
 SMALL = [
@@ -46,6 +47,7 @@ def test_tables_and_plots_lie_beside_the_lines(run):
     assert {"tables.md", "tables.tex"} <= {path.name for path in folder.iterdir()}
     text = (folder / "tables.md").read_text()
     assert all(name in text for name in METHODS)
+    assert QUICK_NOTE in text  # 4 images
 
 
 def test_a_second_call_runs_nothing_and_says_where_everything_is(run, capsys):
@@ -53,6 +55,7 @@ def test_a_second_call_runs_nothing_and_says_where_everything_is(run, capsys):
     main([*SMALL, "--output", str(run)])
     assert run.read_bytes() == before
     shown = capsys.readouterr().out
+    assert f"\n{QUICK_NOTE}\n" in shown
     assert f"8 of 8 cells are finished; their lines are in {run}." in shown
     assert str(run.with_suffix("") / "tables.md") in shown
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, load_task
-from capt_peft.commands.evaluate import main
+from capt_peft.commands.evaluate import main, read_record
 from capt_peft.commands.train import main as train
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
@@ -119,6 +119,16 @@ def test_a_tuned_adapter_needs_no_more_than_its_name(tmp_path, monkeypatch, caps
     main(["--adapter", "mine", *few, "--dataset_name", "digits", "--epsilon", "0.25"])
     assert "| robust | L2 0.25 | pgd-20 |" in capsys.readouterr().out
     assert len(list(Path("mine", "evaluations").glob("*.json"))) == 2
+    weights = load_file("mine/adapter_model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, "mine/adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"mine: results\.json has the figures of other weights: .* give --dataset_name"
+    ):
+        main(["--adapter", "mine", *few])
+    main(["--adapter", "mine", *few, "--dataset_name", "digits", "--attacks", "clean"])
+    assert "Nothing is taken over from it." in caplog.text
+    monkeypatch.setattr("capt_peft.commands.evaluate.hf_hub_download", lambda _, name: str(Path("mine", name)))
+    assert read_record("someone/mine").unshown and read_record("someone/mine").results is None
     Path("mine", "results.json").unlink()
     with pytest.raises(ValueError, match=r"mine has no results\.json, which would say what it was tuned on"):
         main(["--adapter", "mine", *few])

@@ -273,6 +273,21 @@ def test_a_parquet_copy_with_other_columns_and_splits_is_loaded_too(tmp_path):
     check(load_task("cifar100", root=tmp_path), item, ("apple", "crab", "whale"))
 
 
+@pytest.mark.parametrize("name", ["cifar10", "own"])
+def test_a_name_is_that_of_a_folder_in_the_root(name, tmp_path):
+    """Of the catalog or not; the other data sets that lie there do not count."""
+    for folder in (name, "other"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            Dataset.from_dict(
+                {"image": [picture(place) for place in (0, 1)], "label": [0, 1]},
+                features=Features(image=Image(), label=ClassLabel(names=["cat", "dog"])),
+            ).to_parquet(tmp_path / folder / f"{split}.parquet")
+    task = load_task(name, root=tmp_path)
+    assert task.name == name and sorted(task.class_names) == ["cat", "dog"]
+    assert Path(task.source) in (tmp_path, tmp_path / name)
+
+
 def test_a_root_that_is_not_there_or_of_no_data_set_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"root .*nowhere' of 'dtd' does not exist"):
         load_task("dtd", root=tmp_path / "nowhere")
@@ -280,6 +295,12 @@ def test_a_root_that_is_not_there_or_of_no_data_set_is_refused(tmp_path):
         ValueError, match=r"`root` says where a data set of the catalog lies \(imagenet, .*'pets' is not one of them"
     ):
         load_task("pets", root=tmp_path)
+    with pytest.raises(ValueError, match=r"'cifar' is not one of them, .* Did you mean (cifar10|cifar100) or cifar10"):
+        load_task("cifar", root=tmp_path)
+    write_folders(tmp_path / "root" / "own", {0: "cat", 1: "dog"})
+    for path in (str(tmp_path / "root" / "own"), "../root/own", "./own"):  # paths, and not names of what is in the root
+        with pytest.raises(ValueError, match="Give its path as the first argument"):
+            load_task(path, root=tmp_path / "root")
     with pytest.raises(ValueError, match="takes no root"):
         load_task("digits", root=tmp_path)
     with pytest.raises(ValueError, match="takes no revision"):

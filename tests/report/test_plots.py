@@ -45,6 +45,10 @@ def test_clean_is_solid_robust_dashed_and_zero_shot_a_grey_line(tmp_path):
     assert list(clean.lines[0].get_ydata()) == [71, 81]
     assert list(robust.lines[0].get_ydata()) == [40, 40]
     assert (clean.lines[0].get_linestyle(), robust.lines[0].get_linestyle()) == ("-", "--")
+    assert [part.lines[0].get_fillstyle() for part in (clean, robust)] == [
+        "full",
+        "none",
+    ]  # told apart without lines too
     bar = clean.lines[2][0].get_segments()[0]
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 2**0.5)  # the sample standard deviation of 70 and 72, each way
 

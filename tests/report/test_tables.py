@@ -7,7 +7,7 @@ import pytest
 from report.benchmark_lines import base_to_new, figures, line, suite, transfer, write
 
 from capt_peft.report import read_sections, section_tables, to_latex, to_markdown
-from capt_peft.report.tables import Table, escape_latex, numbers
+from capt_peft.report.tables import QUICK_NOTE, Table, escape_latex, numbers
 
 
 def tables(tmp_path, lines, attack=None):
@@ -240,3 +240,17 @@ def test_the_same_figure_is_bold_in_markdown_and_latex(tmp_path):
 def test_a_result_without_any_attack_is_left_out(tmp_path):
     lines = [line(), line(seed=1, results=[{"task": "shapes", "classes": "all", **figures(10)}])]
     assert cells(tables(tmp_path, lines)[0])["capt"][0] == "80.0"
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [([20], True), ([5], True), ([21], False), ([None], False), ([20, 100], False), ([20, None], False)],
+)
+def test_a_quick_run_is_said_at_the_top_to_mean_nothing(tmp_path, limits, said):
+    """Whoever makes the report again: the limit stands in the lines. Figures of more images take the place of those of few."""
+    lines = [line(method, limit=limit, n=limit or 200) for method in ("zero-shot", "capt") for limit in limits]
+    (section,) = read_sections(write(tmp_path / "lines.jsonl", lines))
+    parts = [(section, section_tables(section))]
+    assert (to_markdown(parts).splitlines()[2] == f"**{QUICK_NOTE}**") == said
+    assert (to_latex(parts).splitlines()[2] == f"\\noindent\\textbf{{{QUICK_NOTE}}}\\par") == said
+    assert (QUICK_NOTE in to_markdown(parts)) == (QUICK_NOTE in to_latex(parts)) == said
