@@ -229,12 +229,12 @@ def test_bad_input_is_one_clear_sentence_and_nothing_is_written(tmp_path, capsys
         (
             "--config",
             "variants: {a: {learning_rate: high}}\n",
-            "variants: a: argument --learning_rate/",
+            "variants: a: argument --learning_rate:",
         ),
         (
             "--config",
             "method_settings: {capt: {attack_steps: 1.5}}\n",
-            "method_settings: capt: argument --attack_steps/",
+            "method_settings: capt: argument --attack_steps:",
         ),
         ("--config", None, "cannot be opened"),
         ("--settings", "epsilon: [1]\n", "epsilon=[1] does not suit"),
