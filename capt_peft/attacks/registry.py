@@ -52,12 +52,15 @@ def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str
         step_size: as for `PGD`; the other attacks set their own.
 
     Raises:
-        ValueError: any other name, or a step size for an attack that takes none.
+        ValueError: any other name, a setting out of range (0 steps), or a step size for an attack that takes none.
     """
     text = name if isinstance(name, str) else ""
     for pattern, kind in _KINDS.items():
         if match := re.fullmatch(pattern, text):
-            attack = kind.from_name(match, threat_model)
+            try:
+                attack = kind.from_name(match, threat_model)
+            except ValueError as error:
+                raise ValueError(f"attack {name!r}: {error}") from None
             if step_size is None:
                 return attack
             if not hasattr(attack, "step_size"):

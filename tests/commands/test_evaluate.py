@@ -218,7 +218,7 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
         (["--limit", "-3"], "limit=-3"),
         (["--seed", "-1"], "seed=-1 must be a whole number from 0 to 4294967295"),
         (["--seed", "4294967296"], "seed=4294967296 must be a whole number from 0"),
-        (["--attacks", "pgd-0"], "steps=0 must be 1 or more"),
+        (["--attacks", "pgd-0"], "attack 'pgd-0': steps=0 must be 1 or more"),
         (["--attack_target", "clip"], "attack_target='clip' is unknown"),
         (["--attack_template", "a photo"], r"must hold exactly one \{\}"),
         (["--attack_target", "frozen"], "--attack_target frozen needs --adapter"),
