@@ -171,7 +171,8 @@ def take_over(args: Arguments, named: Set[str]) -> None:
         setattr(args, name, value)
     if taken:
         words = " ".join(f"--{name} {cut(value, 80)}" for name, value in taken.items())
-        logging.info("As %s was tuned: %s", args.model, words)
+        if PartialState().is_main_process:
+            print(f"As {args.model} was tuned: {words}")
 
 
 def read_record(adapter: str) -> Records:
@@ -271,7 +272,14 @@ def main(argv: list[str]) -> Evaluation:
         use_tf32(args.dtype == "tf32")
     elif args.dtype == "tf32":
         raise ValueError("dtype='tf32' is for CUDA GPUs, and there is none here, or --use_cpu is given. Give float32.")
-    task = args.load()
+    try:
+        task = args.load()
+    except FileNotFoundError as error:
+        if args.adapter is None or "dataset_name" in values_in(argv):
+            raise
+        raise ValueError(
+            f"{args.model} was tuned on {cut(args.dataset_name)}, which is not here: give --dataset_name."
+        ) from error
     data = measured(task, args.split, args.limit)
     classifier = load_classifier(args, task, state.device)
     output = Path(args.output or default_output(args, classifier.model))

@@ -25,6 +25,7 @@ from ..results.hub import save_run
 from ..results.run import RunResults
 from ..training import CaptTrainingArguments
 from ..tuner.loading import load_pretrained
+from ..utils.text import some
 from .data import DataArguments, measured
 from .ending import loading
 from .options import values_in
@@ -43,7 +44,9 @@ class ScriptArguments(DataArguments):
     )
     shots: str | None = field(
         default=None,
-        metadata={"help": "Training images per class, or 'all'; by default 16, or all where a class has fewer."},
+        metadata={
+            "help": "Training images per class, or 'all'; by default 16, or what a class has where that is fewer."
+        },
     )
     eval_split: str = field(default="test", metadata={"help": "Split that the accuracies are measured on."})
     eval_limit: int | None = field(
@@ -106,12 +109,13 @@ def few_shot(task: Task, shots: str | None, seed: int) -> tuple[Task, str]:
     """Returns the task with this many training images per class and their number, or says how many there are."""
     counts = np.bincount(task.labels("train"), minlength=task.num_classes)
     smallest = task.class_names[counts.argmin()]
-    if shots is None:
-        if counts.min() < SHOTS:
-            print(f"All training images are used: the smallest class, {smallest!r}, has {counts.min()} (--shots).")
-        shots = "all" if counts.min() < SHOTS else str(SHOTS)
     if shots == "all":
         return task, shots
+    if shots is None and counts.min() < SHOTS:
+        few = [name for name, count in zip(task.class_names, counts, strict=True) if count < SHOTS]
+        print(f"Fewer than {SHOTS} training images: {some(few, 5)}. All that there are of them are used (--shots).")
+        return task.few_shot(SHOTS, seed, allow_fewer=True), f"up to {SHOTS}"
+    shots = shots or str(SHOTS)
     if not 1 <= int(shots) <= counts.min():
         allowed = f"Give 1 to {counts.min()}, or 'all'" if counts.min() else "Give 'all'"
         raise ValueError(

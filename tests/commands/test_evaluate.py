@@ -95,7 +95,6 @@ def test_every_evaluation_has_a_file_of_its_own_beside_the_adapter(adapter, tmp_
 def test_a_tuned_adapter_needs_no_more_than_its_name(tmp_path, monkeypatch, capsys, caplog):
     """It is measured on the data, the split and with the threat model that it was tuned with, unless others are named."""
     monkeypatch.chdir(tmp_path)
-    caplog.set_level("INFO")
     quick = ["--max_steps", "1", "--eval_limit", "4", "--eval_attack", "pgd-1", "--save_strategy", "no", "--use_cpu"]
     own = [
         "--dataset_name",
@@ -113,12 +112,17 @@ def test_a_tuned_adapter_needs_no_more_than_its_name(tmp_path, monkeypatch, caps
     few = ["--limit", "3", "--signs", "false", "--use_cpu"]
     for adapter in ("mine", "mine"):  # the second time it is there already
         main(["--adapter", adapter, *few])
-        assert "As mine was tuned: --norm l2 --epsilon 0.5 --dataset_name textures --split validation" in caplog.text
         shown = capsys.readouterr().out
+        assert "As mine was tuned: --norm l2 --epsilon 0.5 --dataset_name textures --split validation" in shown
         assert "| robust | L2 0.5 | pgd-20 |" in shown and "mine on textures" in shown
     main(["--adapter", "mine", *few, "--dataset_name", "digits", "--epsilon", "0.25"])
     assert "| robust | L2 0.25 | pgd-20 |" in capsys.readouterr().out
     assert len(list(Path("mine", "evaluations").glob("*.json"))) == 2
+    record = json.loads(Path("mine", "results.json").read_text())
+    record["configuration"]["script"]["dataset_name"] = record["task"]["source"] = "moved"
+    Path("mine", "results.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="mine was tuned on moved, which is not here: give --dataset_name"):
+        main(["--adapter", "mine", *few])
     weights = load_file("mine/adapter_model.safetensors")
     save_file({name: tensor + 0.1 for name, tensor in weights.items()}, "mine/adapter_model.safetensors")
     with pytest.raises(

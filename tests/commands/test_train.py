@@ -224,7 +224,7 @@ def test_a_published_protocol_runs(name, class_specific, tmp_path):
     assert inputs.shape[:-1] == (*[10] * class_specific, config["num_text_tokens"])
 
 
-def test_without_shots_small_classes_give_all_their_images_with_a_word(tmp_path, monkeypatch, capsys):
+def test_without_shots_a_class_gives_16_images_or_what_it_has(tmp_path, monkeypatch, capsys):
     """A folder of 9 images per class: half of them are training images."""
     monkeypatch.chdir(tmp_path)
     digits = load_task("digits")["train"]
@@ -236,8 +236,10 @@ def test_without_shots_small_classes_give_all_their_images_with_a_word(tmp_path,
     quick = ["--max_steps", "1", "--eval_limit", "4", "--eval_attack", "pgd-1", "--use_cpu", "--save_strategy", "no"]
     results = main(["--model_name_or_path", TINY_CLIP, "--dataset_name", "images", "--output_dir", "out", *quick])
     out = capsys.readouterr().out
-    assert "All training images are used: the smallest class," in out and "(--shots)" in out
-    assert results.task.shots == "all"
+    assert (
+        "Fewer than 16 training images: 0, 1, 2, 3, 4 and 5 more. All that there are of them are used (--shots)." in out
+    )
+    assert results.task.shots == "up to 16" and "up to 16 images per class" in Path("out", "README.md").read_text()
     assert main(["--output_dir", "digits", *quick]).task.shots == "16"
     with pytest.raises(ValueError, match="shots=16: the smallest class"):
         main(
