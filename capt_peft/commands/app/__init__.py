@@ -15,13 +15,14 @@ from ..ending import loading
 from ..parser import Parser
 from ..places import check_places
 from .attack import Page
-from .page import serve
 
 DEMO = Path("outputs/demo")
 
 
 def main(argv: list[str]) -> None:
     """Loads the models and serves the page until it is stopped."""
+    from .page import serve  # Gradio, which nothing else here needs
+
     parser = Parser([], description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", default=os.environ.get("CAPT_ADAPTER"), help="CAPT adapter: folder or Hub id")
     parser.add_argument("--base", default=os.environ.get("CAPT_BASE"), help="CLIP, if not the adapter's own")
