@@ -111,7 +111,9 @@ def test_the_first_screen_of_readme_runs_from_the_wheel_in_an_empty_folder(wheel
     """In a fresh environment, which takes the other packages from this one: only the wheel is installed into it."""
     python = tmp_path / "environment" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    # elsewhere: pip counts what the current folder has as installed, and a checkout has its own metadata
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(pip, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
     packages = Path(subprocess.check_output([python, "-c", PURELIB], text=True).strip())
     # paths of a .pth file are not searched for further ones: an editable install of this package stays out of it
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -127,9 +129,8 @@ def test_the_first_screen_of_readme_runs_as_it_stands_from_what_pip_installs(whe
     """Everything from the package index, pinned as in this repository, and the whole demo; the user's images are few."""
     python = tmp_path / "environment" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", python.parents[1]], check=True)
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel], check=True
-    )
+    pip = [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel]
+    subprocess.run(pip, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
     (tmp_path / "empty").mkdir()
     run_first_screen(python, tmp_path / "empty", {"train": ["--num_train_epochs", "2"], "evaluate": ["--limit", "4"]})
 

@@ -229,7 +229,7 @@ def test_the_loss_of_fare_is_the_squared_distance_to_the_originals_features(tmp_
 def test_the_attack_of_fare_climbs_the_distance_of_the_features_within_the_ball(tmp_path, task, tiny, processor, norm):
     epsilon = "8/255" if norm == "linf" else "1.0"
     distances = []
-    for steps in (0, 1, 3, 10):
+    for steps in (1, 3, 10):
         args = arguments(tmp_path, epsilon=epsilon, norm=norm, attack_steps=steps, attack_step_size="2/255")
         if norm == "l2":
             args = arguments(tmp_path, epsilon=epsilon, norm=norm, attack_steps=steps, attack_step_size="0.3")

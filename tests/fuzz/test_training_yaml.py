@@ -55,7 +55,7 @@ def check(folder, capsys, content):
         return
     assert isinstance(training.augment, bool)
     assert isinstance(training.seed, int) and isinstance(training.learning_rate, float | int)
-    assert isinstance(script.shots, str) and isinstance(script.class_names, list | None)
+    assert isinstance(script.shots, str | None) and isinstance(script.class_names, list | None)
 
 
 @LENGTHS
@@ -94,7 +94,7 @@ def refusal(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("learning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ("learning_rate: fast", "argument --learning_rate: invalid float value: 'fast'"),
         ("learning_rate: [0.1]", "learning_rate=[0.1]"),
         ("num_train_epochs: [1]", "num_train_epochs=[1]"),
         ("num_train_epochs: true", "num_train_epochs=True"),
