@@ -105,7 +105,7 @@ class CardDetails:
 
 
 def is_hub_id(name: str) -> bool:
-    """Tells whether a name can be the id of a repository: it has the form of one and is no folder here and no embedded model."""
+    """Tells whether a name can be the id of a repository: it has the form, and is neither a folder here nor an embedded model."""
     known = embedded_name(name) is not None or Path(name).exists()
     return len(name) <= 96 and _HUB_ID.fullmatch(name) is not None and not known
 
