@@ -15,8 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Set
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
-from safetensors import SafetensorError
 
 from ..attacks import Attack, ThreatModel, parse_attack
 from ..clip.classifier import ZeroShotClassifier
@@ -39,9 +34,8 @@ from ..evaluation.curve import robustness_curves
 from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
-from ..results.run import RESULTS, Records, RunResults
 from ..tuner.config import check_template
-from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint, base_fingerprint
+from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
 from ..utils.text import cut
 from .data import DataArguments, measured
@@ -49,6 +43,7 @@ from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import check_places
+from .tuned import take_over
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 
@@ -118,7 +113,7 @@ def parse_args(argv: list[str]) -> Arguments:
         raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
     check_places(asdict(args))
     if args.adapter is not None:
-        take_over(args, named)
+        take_over(args, args.model, named)
         check_places(asdict(args))
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
@@ -143,55 +138,6 @@ def parse_args(argv: list[str]) -> Arguments:
             raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
         check_update(args.adapter)
     return args
-
-
-def take_over(args: Arguments, named: Set[str]) -> None:
-    """Measures an adapter on the data and with the threat model that it was tuned with, unless others are named."""
-    records = read_record(args.model)
-    record, why = records.results, " ".join(f"{args.model}: {reason}" for reason in records.unshown)
-    if record is None:
-        if "dataset_name" not in named and not os.path.isfile(
-            Path(args.model, "config.json")
-        ):  # a bare CLIP is told later
-            raise ValueError(
-                f"{why} So nothing says what it was tuned on: give --dataset_name, and --epsilon."
-                if why
-                else f"{args.model} has no {RESULTS}, which would say what it was tuned on: give --dataset_name, and --epsilon."
-            )
-        if why:
-            logging.warning("%s Nothing is taken over from it.", why)
-        return
-    training, script = (record.configuration.get(name) or {} for name in ("training", "script"))
-    known = {name: training[name] for name in ("norm", "epsilon") if name in training}
-    if not named & {field.name for field in fields(DataArguments)}:
-        known |= {"dataset_name": record.task.source, "split": record.evaluation.split}
-        known |= {name: value for name, value in script.items() if name in {f.name for f in fields(DataArguments)}}
-    taken = {name: value for name, value in known.items() if name not in named and getattr(args, name) != value}
-    for name, value in taken.items():
-        setattr(args, name, value)
-    if taken:
-        words = " ".join(f"--{name} {cut(value, 80)}" for name, value in taken.items())
-        if PartialState().is_main_process:
-            print(f"As {args.model} was tuned: {words}")
-
-
-def read_record(adapter: str) -> Records:
-    """Returns the record of the run that made an adapter, in a folder or on the Hub, or why it is not that of these weights."""
-    folder = Path(adapter)
-    if not folder.is_dir():
-        try:
-            folder = Path(hf_hub_download(adapter, RESULTS)).parent
-            for name in (CONFIG_NAME, SAFETENSORS_NAME):
-                hf_hub_download(adapter, name)
-        except (OSError, HFValidationError):  # it has none, or there is no such adapter, which loading it will tell
-            return Records()
-    if not (folder / RESULTS).is_file():
-        return Records()
-    try:
-        fingerprint = adapter_fingerprint(folder)
-    except (OSError, ValueError, SafetensorError):  # not an adapter, or a damaged one, which loading it will tell
-        return Records(RunResults.load(folder))
-    return Records.read(folder, fingerprint, names=[RESULTS], strict=False)
 
 
 def parse_attacks(args: Arguments) -> list[Attack]:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, load_task
-from capt_peft.commands.evaluate import main, read_record
+from capt_peft.commands.evaluate import main
 from capt_peft.commands.train import main as train
+from capt_peft.commands.tuned import read_record
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
 QUICK = [
@@ -131,7 +132,7 @@ def test_a_tuned_adapter_needs_no_more_than_its_name(tmp_path, monkeypatch, caps
         main(["--adapter", "mine", *few])
     main(["--adapter", "mine", *few, "--dataset_name", "digits", "--attacks", "clean"])
     assert "Nothing is taken over from it." in caplog.text
-    monkeypatch.setattr("capt_peft.commands.evaluate.hf_hub_download", lambda _, name: str(Path("mine", name)))
+    monkeypatch.setattr("capt_peft.commands.tuned.hf_hub_download", lambda _, name: str(Path("mine", name)))
     assert read_record("someone/mine").unshown and read_record("someone/mine").results is None
     Path("mine", "results.json").unlink()
     with pytest.raises(ValueError, match=r"mine has no results\.json, which would say what it was tuned on"):
