@@ -5,12 +5,13 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from .calibration import Calibration
 from .config import CAPT, CaptConfig
 from .layer import PromptLayer
 from .model import CaptModel
 from .switching import adapters_in_use, adapters_off
 
-__all__ = ["CaptConfig", "CaptModel", "PromptLayer", "adapters_in_use", "adapters_off"]
+__all__ = ["Calibration", "CaptConfig", "CaptModel", "PromptLayer", "adapters_in_use", "adapters_off"]
 
 
 def register(config_cls: type[CaptConfig], model_cls: type[CaptModel]) -> None:

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME
 
 from ..utils.text import cut, shown
+from .calibration import Calibration
 from .loading import PICKLE_NAME, SAFETENSORS_NAME, check_adapter_files
 
 
@@ -38,7 +39,7 @@ TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (NUMBERS, int, "an integer"),
     (("coupling", "template", "init"), str, "a string"),
     (("base_model_name_or_path", "revision", "base_model_fingerprint"), str | None, "a string or None"),
-    (("auto_mapping",), dict | None, "a dictionary or None"),
+    (("auto_mapping", "calibration"), dict | None, "a dictionary or None"),
     (("class_specific",), bool, "True or False"),
     (("init_std",), int | float, "a number"),
 )
@@ -76,6 +77,8 @@ class CaptConfig(PeftConfig):
         class_specific: Every class has text prompts of its own, as in APT's (arXiv 2403.01849) and CoOp's class-specific
             context. Needs `class_names`, and knows no classes but these, in their order.
         base_model_fingerprint: Hash of the base weights that the prompts were tuned on; filled in.
+        calibration: Temperature and thresholds that were fitted on validation images, and what they hold for: the fields of
+            `Calibration`. `capt-peft calibrate` fills it in; it changes no logits.
         target_modules: Not used; the places of the prompts follow from the model's structure.
         modules_to_save: Further modules of the base model to train and save, as in every PEFT method.
 
@@ -96,6 +99,7 @@ class CaptConfig(PeftConfig):
     class_names: list[str] | None = None
     class_specific: bool = False
     base_model_fingerprint: str | None = None
+    calibration: dict[str, Any] | None = None
     target_modules: list[str] | None = None  # BaseTuner reads the attribute
     modules_to_save: list[str] | None = None
 
@@ -142,6 +146,8 @@ class CaptConfig(PeftConfig):
                 raise ValueError(f"{name}={shown(getattr(self, name))} is unknown. Allowed: {words}.")
         if not 0 <= self.init_std <= sys.float_info.max:  # NaN fails too
             raise ValueError(f"init_std={shown(self.init_std)} must be a finite number, 0 or more.")
+        if self.calibration is not None:
+            Calibration.from_dict(self.calibration)
         check_template(self.template)
         for text in (self.template, *(self.class_names or [])):
             if not text.isascii() and text != text.encode(errors="replace").decode():

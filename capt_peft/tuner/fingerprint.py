@@ -19,10 +19,10 @@ from .switching import active_adapter, base_parameters
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-# fields of an adapter's configuration that say where it came from or how it began, not what it computes
+# fields of an adapter's configuration that say where it came from, how it began or how its logits are read, not what it computes
 _PROVENANCE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init", "init_lora_weights", "init_std", "init_weights",
-    "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
+    "auto_mapping", "base_model_name_or_path", "calibration", "inference_mode", "init", "init_lora_weights", "init_std",
+    "init_weights", "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
 }  # fmt: skip
 # entries of a base model's configuration that say where it came from, how it began or how it is stored, not what it computes
 _NOT_ACTING = {

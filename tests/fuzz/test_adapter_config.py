@@ -25,17 +25,26 @@ KINDS = {
     "class-specific": {"coupling": "none", "class_specific": True},
 }
 FIELDS = [
-    "auto_mapping", "base_model_fingerprint", "base_model_name_or_path", "class_names", "class_specific", "coupling",
-    "inference_mode", "init", "init_std", "modules_to_save", "num_text_tokens", "num_vision_tokens", "peft_type", "peft_version",
-    "revision", "runtime_config", "target_modules", "task_type", "template", "template_token_ids", "text_depth", "vision_depth",
+    "auto_mapping", "base_model_fingerprint", "base_model_name_or_path", "calibration", "class_names", "class_specific",
+    "coupling", "inference_mode", "init", "init_std", "modules_to_save", "num_text_tokens", "num_vision_tokens", "peft_type",
+    "peft_version", "revision", "runtime_config", "target_modules", "task_type", "template", "template_token_ids", "text_depth",
+    "vision_depth",
 ]  # fmt: skip
 LIKELY = st.sampled_from([
     "text_to_vision", "vision_to_text", "random", "LORA", "PREFIX_TUNING", "CAUSAL_LM", "FEATURE_EXTRACTION", "\ud800 {}",
     "{} {x}", ["a"], ["a", "a"], ["\ud800", "b"], ["a"] * 1000, [10**9] * 5, [2**70], [0] * 200, ["visual_projection"],
     ["text_model"], ["layer"], ["1"], [""], ["capt_prompt"], ["embeddings"], ["text_projection"],
 ])  # fmt: skip
+CALIBRATION = {
+    "temperature": 1.5, "threshold": 0.5, "false_rejection_rate": 0.05, "class_thresholds": [1.0, 2], "false_positive_rate": 0.05,
+    "images": 100, "task": "pets", "split": "validation", "class_names": CLASSES, "texts": "0", "strength": 1, "fingerprint": "0",
+}  # fmt: skip
+CALIBRATIONS = st.tuples(st.sampled_from([*CALIBRATION]), VALUES).map(
+    lambda change: {**CALIBRATION, change[0]: change[1]}
+)
 LOST = "lost"
-CHANGES = st.lists(st.tuples(st.sampled_from(FIELDS) | TEXTS, VALUES | LIKELY | st.just(LOST)), min_size=1, max_size=3)
+ANY = VALUES | LIKELY | CALIBRATIONS | st.just(LOST)
+CHANGES = st.lists(st.tuples(st.sampled_from(FIELDS) | TEXTS, ANY), min_size=1, max_size=3)
 
 
 @pytest.fixture(scope="module")
