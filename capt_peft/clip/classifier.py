@@ -21,11 +21,15 @@ from ..utils.text import shown
 from .activations import lean_activations
 from .loading import load_model
 from .texts import (
+    SIZE,
     TextPart,
     TextParts,
     check_adapter_fits,
+    check_free_texts_fit,
+    check_texts,
     split_texts,
     tokenize_classes,
+    tokenize_texts,
     tokens_before_name,
 )
 
@@ -242,8 +246,7 @@ class ZeroShotClassifier(nn.Module):
             return other.predict(images, top_k=top_k, batch_size=batch_size)
         if batch_size < 1 or (top_k is not None and top_k < 1):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
-        if isinstance(images, str) or not isinstance(images, Sequence):  # a column of `datasets` is a sequence
-            images = [images]
+        images = _listed(images)
         with eval_mode(self):
             texts, found = self.text_features(), []
             for start in range(0, len(images), batch_size):
@@ -253,6 +256,78 @@ class ZeroShotClassifier(nn.Module):
                 found += [row.topk(min(top_k or len(row), len(row))) for row in logits.softmax(-1).cpu()]
         best = [zip(row.values.tolist(), row.indices.tolist(), strict=True) for row in found]
         return [[{"label": self.class_names[i], "score": p} for p, i in row] for row in best]
+
+    # -------------------------------------------------------------------------------------------------- embeddings
+
+    def embed_images(self, images: Any, *, batch_size: int = 32) -> Tensor:
+        """Returns the features of images, for retrieval; the class names have no say in them.
+
+        Args:
+            images: As for `predict`.
+            batch_size: Images per forward pass.
+
+        Returns:
+            (n, D) float32 on the CPU, without gradient, each row of length 1. Products with `embed_texts` are cosine
+            similarities; `logits` of both are the model's.
+
+        Raises:
+            ValueError: An image that cannot be read, a `batch_size` below 1, or features that are not finite.
+        """
+        listed = _listed(images)
+
+        def run(rows: slice) -> Tensor:
+            pixels = moved(self.transform.batch(listed[rows]), self.device)
+            return clip.image_features(self.model, self.pixel_values(pixels))
+
+        return self._embedded(run, len(listed), batch_size)
+
+    def embed_texts(self, texts: str | Sequence[str], *, batch_size: int = SIZE) -> Tensor:
+        """Returns the features of free texts, such as captions and search queries; see `embed_images`.
+
+        They run as they are, without the template. The n text prompts of an adapter replace the first n tokens of a text, which
+        are those of `template` ("a photo" of "a photo of a {}."), so that with text prompts every text must begin with these.
+
+        Args:
+            texts: One text or a list; texts may repeat.
+            batch_size: Texts per forward pass.
+
+        Returns:
+            (n, D) float32 on the CPU, without gradient, each row of length 1.
+
+        Raises:
+            TypeError: Something else than texts.
+            ValueError: A text that is empty, too long for the model, holds a start or end token, or does not begin as the
+                adapter's prompts need it; class-specific prompts, which know no other texts than those of their classes; a
+                `batch_size` below 1, or features that are not finite.
+        """
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        check_texts(listed)
+        inputs: dict[str, Tensor] = {}
+        if listed:
+            tokenizer = self.processor.tokenizer
+            inputs = tokenize_texts(self.model, tokenizer, listed)
+            check_free_texts_fit(self.model, tokenizer, self.template, listed, inputs["input_ids"])
+
+        def run(rows: slice) -> Tensor:
+            part = {name: moved(ids[rows], self.device) for name, ids in inputs.items()}
+            return clip.text_features(self.model, part)
+
+        return self._embedded(run, len(listed), batch_size)
+
+    @torch.no_grad()
+    def _embedded(self, run: Callable[[slice], Tensor], n: int, batch_size: int) -> Tensor:
+        """Returns the normalised features (n, D) that `run` gives for some rows after the others."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        with eval_mode(self):
+            parts = [run(slice(start, start + batch_size)).float().cpu() for start in range(0, n, batch_size)]
+            features = torch.cat(parts) if parts else self.text_features()[:0].float().cpu()
+        if not torch.isfinite(features).all():
+            raise ValueError(
+                "The features are not finite: weights or prompts are damaged, or too large for the model's precision. Load "
+                "another model or adapter."
+            )
+        return normalize(features)
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -310,3 +385,8 @@ class ZeroShotClassifier(nn.Module):
 def normalize(features: Tensor) -> Tensor:
     """Scales each row to length 1."""
     return features / features.norm(dim=-1, keepdim=True)
+
+
+def _listed(images: Any) -> Sequence[Any]:
+    """Returns one image as a list; a column of `datasets` is a sequence already."""
+    return [images] if isinstance(images, str) or not isinstance(images, Sequence) else images

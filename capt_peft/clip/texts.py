@@ -37,28 +37,11 @@ def tokenize_classes(
     """Tokenizes the N class texts as the model reads them, having made sure that it can tell the classes apart.
 
     Raises:
-        ValueError: A text with more tokens than the model takes; the tokenizer of another model; a name that holds a start or
-            end token, or two names with the same tokens up to the end token.
+        ValueError: As for `tokenize_texts`; or two names with the same tokens up to the end token.
     """
-    huge = next((text for text in texts if len(text) > MAX_CHARACTERS), None)
-    if huge is not None:
-        raise ValueError(f"The text {shown(huge)} is too long. Shorten the class name or the template.")
-    lengths, most = [len(ids) for ids in tokenizer(list(texts))["input_ids"]], max_text_length(model)
-    longest = max(range(len(texts)), key=lengths.__getitem__)
-    if lengths[longest] > most:  # cutting it would cut off its end token
-        raise ValueError(
-            f"The text {shown(texts[longest])} has {lengths[longest]} tokens, but the model takes {most}. Shorten the class name "
-            "or the template."
-        )
-    inputs, end = tokenize(model, tokenizer, texts), end_token(model)
-    ids = inputs["input_ids"]
-    if not (is_end(ids, end).any(-1).all() if isinstance(end, int) else ids.max() < vocabulary_size(model)):
-        raise ValueError(
-            "The processor does not belong to the model: its texts lack the model's end token. Load both from the same name."
-        )
-    _check_special_tokens(tokenizer, class_names, texts)
+    inputs = tokenize_texts(model, tokenizer, texts)
     seen: dict[tuple[int, ...], str] = {}
-    for name, tokens in zip(class_names, _read_tokens(ids, end), strict=True):
+    for name, tokens in zip(class_names, _read_tokens(inputs["input_ids"], end_token(model)), strict=True):
         if tokens in seen:
             raise ValueError(
                 f"The class names {shown(seen[tokens])} and {shown(name)} are the same text to the model's tokenizer, so that "
@@ -68,15 +51,50 @@ def tokenize_classes(
     return inputs
 
 
-def _check_special_tokens(tokenizer: Any, class_names: Sequence[str], texts: Sequence[str]) -> None:
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises a TypeError or ValueError unless these are texts, none of them empty."""
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"Text {place} is {shown(text, 40)} ({type(text).__name__}); give strings.")
+        if not text.strip():
+            raise ValueError(f"Text {place} is empty. Give it words, or leave it out.")
+
+
+def tokenize_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Tokenizes texts, of classes or free ones, as the model reads them.
+
+    Raises:
+        ValueError: A text with more tokens than the model takes, or with a start or end token inside; or the tokenizer of
+            another model.
+    """
+    huge = next((text for text in texts if len(text) > MAX_CHARACTERS), None)
+    if huge is not None:
+        raise ValueError(f"The text {shown(huge)} is too long. Shorten it, or the template around it.")
+    lengths, most = [len(ids) for ids in tokenizer(list(texts))["input_ids"]], max_text_length(model)
+    longest = max(range(len(texts)), key=lengths.__getitem__)
+    if lengths[longest] > most:  # cutting it would cut off its end token
+        raise ValueError(
+            f"The text {shown(texts[longest])} has {lengths[longest]} tokens, but the model takes {most}. Shorten it, or the "
+            "template around it."
+        )
+    inputs, end = tokenize(model, tokenizer, texts), end_token(model)
+    ids = inputs["input_ids"]
+    if not (is_end(ids, end).any(-1).all() if isinstance(end, int) else ids.max() < vocabulary_size(model)):
+        raise ValueError(
+            "The processor does not belong to the model: its texts lack the model's end token. Load both from the same name."
+        )
+    _check_special_tokens(tokenizer, texts)
+    return inputs
+
+
+def _check_special_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
     special = special_tokens(tokenizer)
-    for name, ids in zip(class_names, tokenizer(list(texts), add_special_tokens=False)["input_ids"], strict=True):
+    for text, ids in zip(texts, tokenizer(list(texts), add_special_tokens=False)["input_ids"], strict=True):
         found = next((i for i in ids if i in special), None)
         if found is not None:
             raise ValueError(
-                f"The text of class {shown(name)} holds the tokenizer's special token "
-                f"{tokenizer.convert_ids_to_tokens(found)!r}, which marks the start or the end of a text. Take it out of the "
-                "class name or the template."
+                f"The text {shown(text)} holds the tokenizer's special token {tokenizer.convert_ids_to_tokens(found)!r}, which "
+                "marks the start or the end of a text. Take it out."
             )
 
 
@@ -105,6 +123,52 @@ def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: s
         ValueError: The adapter's n text prompts, which replace the n tokens after the start token, would overwrite the class
             name; it has class-specific prompts for other classes, or in another order; or it is switched off in part.
     """
+    found = _text_prompts(model)
+    if found is None:
+        return
+    name, config, places = found
+    _check_template_has_room(name, places, template, before_name)
+    if config.class_specific:
+        _check_classes_known(name, config.class_names or [], list(class_names))
+
+
+def check_free_texts_fit(
+    model: nn.Module, tokenizer: Any, template: str, texts: Sequence[str], input_ids: Tensor
+) -> None:
+    """Makes sure that the adapter in use can take texts (N, L) that are not those of classes.
+
+    Its n text prompts stand for the first n tokens of `template`; a text that begins otherwise would lose words of its own.
+
+    Raises:
+        ValueError: A text does not begin with these tokens, or the adapter has class-specific prompts.
+    """
+    found = _text_prompts(model)
+    if found is None:
+        return
+    name, config, places = found
+    if config.class_specific:
+        raise ValueError(
+            f"Adapter {name!r} has class-specific text prompts, which know the texts of its classes and no others. Take an "
+            "adapter with one context for all texts (class_specific=False), or embed them with the base model: "
+            "`with classifier.frozen():`."
+        )
+    opening = template_tokens(tokenizer, template)
+    _check_template_has_room(name, places, template, len(opening))
+    opening = opening[: places.stop]
+    other = next(
+        (text for text, ids in zip(texts, input_ids.tolist(), strict=True) if ids[: places.stop] != opening), None
+    )
+    if other is not None:
+        words = tokenizer.decode(opening, skip_special_tokens=True)
+        raise ValueError(
+            f"The text {shown(other)} does not begin with {words!r}, the words of the template {shown(template)} that the "
+            f"{config.num_text_tokens} text prompts of adapter {name!r} stand for, so that they would overwrite words of its "
+            "own. Begin it with these words."
+        )
+
+
+def _text_prompts(model: nn.Module) -> tuple[str, CaptConfig, slice] | None:
+    """Returns the adapter whose text prompts act, its configuration and the places of the tokens that they replace."""
     modules = adapted_modules(model)
     if len({module.disable_adapters for module in modules}) > 1:
         raise ValueError(
@@ -114,21 +178,21 @@ def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: s
     layers = (layer for layer in modules if isinstance(layer, PromptLayer) and layer.site.tower == "text")
     layer = next((layer for layer in layers if layer.applied_adapter is not None), None)
     if layer is None:
-        return
+        return None
     name = str(layer.applied_adapter)
     config = getattr(model, "peft_config", {}).get(name)
     if not isinstance(config, CaptConfig):
-        return
-    places = prompt_places(layer.site.start, config.num_text_tokens)
+        return None
+    return name, config, prompt_places(layer.site.start, config.num_text_tokens)
+
+
+def _check_template_has_room(name: str, places: slice, template: str, before_name: int) -> None:
     if places.stop > before_name:
-        words = max(before_name - places.start, 0)
+        words, prompts = max(before_name - places.start, 0), places.stop - places.start
         raise ValueError(
-            f"The template {shown(template)} has {words} tokens before the class name, but the {config.num_text_tokens} text "
-            f"prompts of adapter {name!r} would overwrite {config.num_text_tokens}. Put more words before {{}}, or set "
-            "num_text_tokens lower."
+            f"The template {shown(template)} has {words} tokens before the class name, but the {prompts} text prompts of adapter "
+            f"{name!r} would overwrite {prompts}. Put more words before {{}}, or set num_text_tokens lower."
         )
-    if config.class_specific:
-        _check_classes_known(name, config.class_names or [], list(class_names))
 
 
 def _check_classes_known(name: str, tuned: list[str], given: list[str]) -> None:

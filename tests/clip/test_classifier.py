@@ -337,3 +337,81 @@ def test_an_embedded_model_loads_by_its_name_and_below_adapters_of_other_environ
         there = ZeroShotClassifier.from_pretrained("adapter", class_names=NAMES)(pixels)
         assert torch.equal(there, expected) != warned
         assert ("was tuned on the base model" in caplog.text) == warned
+
+
+# ----------------------------------------------------------------------------------------------------- embeddings
+
+
+def test_products_of_embeddings_are_the_classifiers_logits(classifier):
+    pictures, texts = classifier.embed_images(images(5), batch_size=2), classifier.embed_texts(classifier.texts)
+    assert pictures.shape == (5, 128) and texts.shape == (3, 128)
+    for rows in (pictures, texts):
+        assert rows.dtype == torch.float32 and rows.device.type == "cpu" and not rows.requires_grad
+        torch.testing.assert_close(rows.norm(dim=-1), torch.ones(len(rows)), atol=1e-6, rtol=0)
+    with torch.no_grad():
+        expected = classifier(classifier.transform.batch(images(5)))
+    torch.testing.assert_close(classifier.logits(pictures, texts), expected, atol=1e-4, rtol=1e-5)
+    with classifier.frozen():
+        assert not torch.allclose(classifier.embed_texts(classifier.texts), texts, atol=1e-3)
+        assert not torch.allclose(classifier.embed_images(images(5)), pictures, atol=1e-3)
+
+
+def test_embeddings_do_not_depend_on_batches_or_on_what_else_is_embedded(classifier):
+    texts = ["a photo of a red circle", "a photo of a large blue square in the top left.", "a photo of a red circle"]
+    whole = classifier.embed_texts(texts)
+    assert torch.equal(whole[0], whole[2])
+    torch.testing.assert_close(classifier.embed_texts(texts, batch_size=1), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(classifier.embed_texts(texts[0]), whole[:1], atol=1e-6, rtol=0)
+    one = classifier.embed_images(images(3)[1])
+    torch.testing.assert_close(classifier.embed_images(images(3))[1:2], one, atol=1e-6, rtol=0)
+    assert classifier.embed_images([]).shape == (0, 128) == classifier.embed_texts([]).shape
+
+
+def test_embedding_leaves_the_mode_alone_and_uses_eval(classifier):
+    expected = classifier.embed_images(images(2))
+    classifier.train()
+    assert torch.equal(classifier.embed_images(images(2)), expected) and classifier.training
+
+
+def test_embeddings_of_a_model_in_half_precision_have_length_one(model, processor):
+    rows = ZeroShotClassifier(model.bfloat16(), processor, NAMES).embed_images(images(2))
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "sentence"),
+    [
+        (["a photo of a cat", "two red circles"], ValueError, "'two red circles' does not begin with 'a photo'"),
+        (["cat"], ValueError, "does not begin with 'a photo'"),
+        (["a photo " + "very " * 100], ValueError, "tokens, but the model takes"),
+        (["a photo of " + "x" * 20_000], ValueError, "is too long"),
+        (["a photo of <|endoftext|> a cat"], ValueError, "special token '<|endoftext|>'"),
+        (["a photo", " "], ValueError, "Text 1 is empty"),
+        (["a photo", 3], TypeError, r"Text 1 is 3 \(int\)"),
+    ],
+)
+def test_texts_that_prompts_or_the_model_cannot_take_are_refused(classifier, texts, error, sentence):
+    with pytest.raises(error, match=sentence.replace("|", r"\|")):
+        classifier.embed_texts(texts)
+
+
+def test_without_prompts_a_text_may_begin_as_it_likes(classifier):
+    with classifier.frozen():
+        assert classifier.embed_texts(["two red circles", "cat"]).shape == (2, 128)
+
+
+def test_class_specific_prompts_know_no_free_texts(processor):
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
+    specific = get_peft_model(base, CaptConfig(class_specific=True, coupling="none", class_names=list(NAMES)))
+    classifier = ZeroShotClassifier(specific.eval(), processor, NAMES)
+    with pytest.raises(ValueError, match="class-specific text prompts"):
+        classifier.embed_texts(classifier.texts)
+    assert classifier.embed_images(images(2)).shape == (2, 128)
+
+
+def test_damaged_weights_give_no_embeddings(classifier, model):
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "visual_projection" in name).fill_(float("nan"))
+    with pytest.raises(ValueError, match="features are not finite"):
+        classifier.embed_images(images(1))
