@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
     from .results.hub import push_adapter
     from .training import CaptTrainer, CaptTrainingArguments, FareTrainer, TrainingStopped
-    from .tuner import CaptConfig, CaptModel
+    from .tuner import CaptConfig, CaptModel, set_strength
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ _ROOMS = {
     "objectives": ("AdversarialCrossEntropy", "CaptObjective", "FapObjective", "Views"),
     "results.hub": ("push_adapter",),
     "training": ("CaptTrainer", "CaptTrainingArguments", "FareTrainer", "TrainingStopped"),
-    "tuner": ("CaptConfig", "CaptModel"),
+    "tuner": ("CaptConfig", "CaptModel", "set_strength"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -67,6 +67,7 @@ __all__ = [
     "load_task",
     "parse_attack",
     "push_adapter",
+    "set_strength",
 ]
 
 

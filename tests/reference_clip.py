@@ -9,8 +9,8 @@ import math
 import torch
 
 
-def attention(x, w, name, heads, causal):
-    """x: (L, d), one sequence at a time, one head at a time."""
+def attention(x, w, name, heads, causal, weights=None):
+    """x: (L, d), one sequence at a time, one head at a time; weights: (L,), of each token as a key, all 1 by default."""
     length, dim = x.shape
     size = dim // heads
     q, k, v = (x @ w[f"{name}.{part}_proj.weight"].T + w[f"{name}.{part}_proj.bias"] for part in ("q", "k", "v"))
@@ -20,7 +20,10 @@ def attention(x, w, name, heads, causal):
         scores = q[:, cut] @ k[:, cut].T / math.sqrt(size)
         if causal:
             scores = scores.masked_fill(torch.triu(torch.ones(length, length, dtype=torch.bool), 1), float("-inf"))
-        outputs.append(torch.softmax(scores, -1) @ v[:, cut])
+        shares = torch.softmax(scores, -1)
+        if weights is not None:
+            shares = shares * weights / (shares * weights).sum(-1, keepdim=True)
+        outputs.append(shares @ v[:, cut])
     return torch.cat(outputs, -1) @ w[f"{name}.out_proj.weight"].T + w[f"{name}.out_proj.bias"]
 
 
@@ -29,8 +32,8 @@ def layer_norm(x, w, name):
     return (x - mean) / torch.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def block(x, w, name, heads, causal):
-    x = x + attention(layer_norm(x, w, f"{name}.layer_norm1"), w, f"{name}.self_attn", heads, causal)
+def block(x, w, name, heads, causal, weights=None):
+    x = x + attention(layer_norm(x, w, f"{name}.layer_norm1"), w, f"{name}.self_attn", heads, causal, weights)
     hidden = layer_norm(x, w, f"{name}.layer_norm2") @ w[f"{name}.mlp.fc1.weight"].T + w[f"{name}.mlp.fc1.bias"]
     hidden = hidden * torch.sigmoid(1.702 * hidden)
     return x + hidden @ w[f"{name}.mlp.fc2.weight"].T + w[f"{name}.mlp.fc2.bias"]
@@ -60,24 +63,26 @@ def deep_prompts(adapter, coupling, depth, config):
     return text, vision
 
 
-def text_features(w, config, ids, prompts):
+def text_features(w, config, ids, prompts, strength=1):
     """ids: one text, a list of token ids; prompts: {layer: (n, d)}, None where a layer has none."""
     ids = torch.tensor(ids)
     x = w["text_model.embeddings.token_embedding.weight"][ids]
     if prompts.get(0) is not None:
-        x[1 : 1 + len(prompts[0])] = prompts[0]
+        places = slice(1, 1 + len(prompts[0]))
+        x[places] = (1 - strength) * x[places] + strength * prompts[0]
     x = x + w["text_model.embeddings.position_embedding.weight"][: len(ids)]
     for layer in range(config.num_hidden_layers):
         if layer > 0 and prompts.get(layer) is not None:
             x = x.clone()
-            x[1 : 1 + len(prompts[layer])] = prompts[layer]
+            places = slice(1, 1 + len(prompts[layer]))
+            x[places] = (1 - strength) * x[places] + strength * prompts[layer]
         x = block(x, w, f"text_model.encoder.layers.{layer}", config.num_attention_heads, causal=True)
     x = layer_norm(x, w, "text_model.final_layer_norm")
     # OpenAI's rule: the highest id is the end token; it is the first of its kind in both of transformers' conventions
     return x[int(ids.argmax())] @ w["text_projection.weight"].T
 
 
-def image_features(w, config, image, prompts):
+def image_features(w, config, image, prompts, strength=1):
     """image: (3, H, W) normalised pixels."""
     size, patches = config.patch_size, []
     for top in range(0, config.image_size, size):
@@ -93,5 +98,9 @@ def image_features(w, config, image, prompts):
     for layer in range(config.num_hidden_layers):
         if layer > 0 and prompts.get(layer) is not None:
             x = torch.cat([x[:end], prompts[layer]])
-        x = block(x, w, f"vision_model.encoder.layers.{layer}", config.num_attention_heads, causal=False)
+        weights = torch.ones(len(x))
+        weights[end:] = strength
+        x = block(
+            x, w, f"vision_model.encoder.layers.{layer}", config.num_attention_heads, causal=False, weights=weights
+        )
     return layer_norm(x[0], w, "vision_model.post_layernorm") @ w["visual_projection.weight"].T

@@ -15,6 +15,7 @@ from ..data.names import check_class_names
 from ..data.pixels import PixelTransform
 from ..tuner import PromptLayer, adapters_off, clip
 from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..tuner.model import capt_config, set_strength
 from ..utils.machine import moved
 from ..utils.modules import eval_mode
 from ..utils.text import shown
@@ -143,8 +144,8 @@ class ZeroShotClassifier(nn.Module):
     def with_fixed_texts(self) -> Callable[[Tensor], Tensor]:
         """Returns this classifier as a function whose text features are computed now, once: for loops and attacks.
 
-        It takes what `forward` takes, and is right while the model stays as it is: after an optimiser's step, another adapter or
-        `frozen()`, make another.
+        It takes what `forward` takes, and is right while the model stays as it is: after an optimiser's step, another adapter,
+        another strength or `frozen()`, make another.
         """
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be part of an attack's graph
             texts = self.encode_texts()
@@ -209,6 +210,15 @@ class ZeroShotClassifier(nn.Module):
         """Within it, this is the classifier of the base model: adapters are off."""
         with adapters_off(self.model):
             yield self
+
+    @property
+    def strength(self) -> float:
+        """How much of the active CAPT adapter acts, from 0 (the base model) to 1; it can be set, see `set_strength`."""
+        return capt_config(self.model).strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        set_strength(self.model, value)
 
     # -------------------------------------------------------------------------------------------------- prediction
 

@@ -8,10 +8,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from .calibration import Calibration
 from .config import CAPT, CaptConfig
 from .layer import PromptLayer
-from .model import CaptModel
+from .model import CaptModel, set_strength
 from .switching import adapters_in_use, adapters_off
 
-__all__ = ["Calibration", "CaptConfig", "CaptModel", "PromptLayer", "adapters_in_use", "adapters_off"]
+__all__ = ["Calibration", "CaptConfig", "CaptModel", "PromptLayer", "adapters_in_use", "adapters_off", "set_strength"]
 
 
 def register(config_cls: type[CaptConfig], model_cls: type[CaptModel]) -> None:

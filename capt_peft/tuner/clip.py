@@ -186,6 +186,11 @@ def tower_modules(model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(tower.name) for tower in find_towers(model).values()]
 
 
+def encoder(tower: Any) -> Any:
+    """Returns the module of a tower that runs its layers, one after the other, from `inputs_embeds` (B, L, dim)."""
+    return tower.encoder
+
+
 def quick_gelus(model: nn.Module) -> list[Any]:
     """Returns the activations of a model that compute OpenAI's x · sigmoid(1.702 x)."""
     return [module for module in model.modules() if isinstance(module, QuickGELUActivation)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -41,7 +41,7 @@ TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("base_model_name_or_path", "revision", "base_model_fingerprint"), str | None, "a string or None"),
     (("auto_mapping", "calibration"), dict | None, "a dictionary or None"),
     (("class_specific",), bool, "True or False"),
-    (("init_std",), int | float, "a number"),
+    (("init_std", "strength"), int | float, "a number"),
 )
 # set by `capt_peft` itself: writes the model card of an adapter that is being saved (folder, configuration, whether its
 # weights are in the folder already)
@@ -77,6 +77,8 @@ class CaptConfig(PeftConfig):
         class_specific: Every class has text prompts of its own, as in APT's (arXiv 2403.01849) and CoOp's class-specific
             context. Needs `class_names`, and knows no classes but these, in their order.
         base_model_fingerprint: Hash of the base weights that the prompts were tuned on; filled in.
+        strength: How much of the adapter acts, from 0 (the base model, bitwise) to 1 (all of it, the default); see
+            `CaptModel.set_strength`, which changes it.
         calibration: Temperature and thresholds that were fitted on validation images, and what they hold for: the fields of
             `Calibration`. `capt-peft calibrate` fills it in; it changes no logits.
         target_modules: Not used; the places of the prompts follow from the model's structure.
@@ -99,6 +101,7 @@ class CaptConfig(PeftConfig):
     class_names: list[str] | None = None
     class_specific: bool = False
     base_model_fingerprint: str | None = None
+    strength: float = 1.0
     calibration: dict[str, Any] | None = None
     target_modules: list[str] | None = None  # BaseTuner reads the attribute
     modules_to_save: list[str] | None = None
@@ -117,6 +120,7 @@ class CaptConfig(PeftConfig):
         self._check_values()
         self._check_coupling()
         self._check_class_specific()
+        self.strength = float(self.strength)
 
     def _check_types(self) -> None:
         for names, kind, words in TYPES:
@@ -146,6 +150,7 @@ class CaptConfig(PeftConfig):
                 raise ValueError(f"{name}={shown(getattr(self, name))} is unknown. Allowed: {words}.")
         if not 0 <= self.init_std <= sys.float_info.max:  # NaN fails too
             raise ValueError(f"init_std={shown(self.init_std)} must be a finite number, 0 or more.")
+        check_strength(self.strength, self.modules_to_save)
         if self.calibration is not None:
             Calibration.from_dict(self.calibration)
         check_template(self.template)
@@ -278,6 +283,17 @@ class CaptConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if write_saved_card is not None:
             write_saved_card(Path(save_directory), self, after_weights)
+
+
+def check_strength(strength: float, modules_to_save: Sequence[str] | None = None) -> None:
+    """Raises a ValueError unless an adapter, with `modules_to_save` or without, can have this strength."""
+    if not 0 <= strength <= 1:  # NaN fails too
+        raise ValueError(f"strength={shown(strength)} must be from 0 (the base model) to 1 (the whole adapter).")
+    if strength != 1 and modules_to_save:
+        raise ValueError(
+            f"strength={strength} needs an adapter of prompts alone: modules_to_save={shown(list(modules_to_save))} act wholly "
+            "or not at all. Set strength=1, or tune without modules_to_save."
+        )
 
 
 def check_template(template: str) -> None:

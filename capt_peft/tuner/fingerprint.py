@@ -24,6 +24,8 @@ _PROVENANCE = {
     "auto_mapping", "base_model_name_or_path", "calibration", "inference_mode", "init", "init_lora_weights", "init_std",
     "init_weights", "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
 }  # fmt: skip
+# settings that older adapters do not have, and the value that stands for what those compute
+_LATER = {"strength": 1.0}
 # entries of a base model's configuration that say where it came from, how it began or how it is stored, not what it computes
 _NOT_ACTING = {
     "_commit_hash", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "initializer_factor", "initializer_range",
@@ -90,6 +92,7 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
     else:
         config, tensors = PeftConfig.from_pretrained(str(adapter)), load_file(Path(adapter, SAFETENSORS_NAME))
     settings = {key: value for key, value in config.to_dict().items() if key not in _PROVENANCE}
+    settings = {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
     text = json.dumps(
         settings, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
     )

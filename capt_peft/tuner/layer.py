@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..utils.machine import moved
 from .clip import Site, first_end, prompt_places
@@ -36,6 +38,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.rows: torch.Tensor | None = None
         self.capt_prompt = nn.ParameterDict()
         self.capt_proj = nn.ModuleDict()
+        self.strengths: dict[str, float] = {}  # by adapter, see `CaptModel.set_strength`
+        self.weighing: RemovableHandle | None = None  # of `weigh`, where the vision prompts are appended
         # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice
         self.partners: dict[str, tuple[PromptLayer]] = {}
 
@@ -63,6 +67,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             self.capt_prompt[adapter_name] = nn.Parameter(prompt)
         else:
             self.capt_proj[adapter_name] = nn.Linear(self.site.partner_dim, self.site.dim)
+        self.strengths[adapter_name] = config.strength
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(active, inference_mode=inference_mode)
 
@@ -98,12 +103,13 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         del self.capt_proj[adapter_name], self.partners[adapter_name]
         self.capt_prompt[adapter_name] = nn.Parameter(baked, requires_grad=trainable)
 
-    def write(self, hidden: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    def write(self, hidden: torch.Tensor, prompt: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
         """Writes the prompts into the tokens.
 
         Args:
             hidden: (B, L, dim) tokens of this tower.
             prompt: (n, dim), or (N, n, dim) for N = B texts with prompts of their own.
+            strength: Of text prompts p, in (0, 1]: the tokens h become h + strength * (p - h).
 
         Returns:
             Text: (B, L, dim), the tokens of `prompt_places` replaced. Vision: (B, L + n, dim) at the embeddings, where the
@@ -121,6 +127,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         prompt = prompt.to(hidden.device, hidden.dtype).expand(len(hidden), -1, -1)  # (B, n, dim)
         if self.site.tower == "text":
             places = prompt_places(self.site.start, n)
+            if strength < 1:
+                prompt = torch.lerp(hidden[:, places], prompt, strength)
             return torch.cat([hidden[:, : places.start], prompt, hidden[:, places.stop :]], dim=1)
         patches = hidden if self.site.index == 0 else hidden[:, : hidden.shape[1] - n]
         return torch.cat([patches, prompt], dim=1)
@@ -133,18 +141,38 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         prompt = self.prompt(adapter_name)
         if prompt.ndim == 3 and self.rows is not None:
             prompt = prompt[moved(self.rows, prompt.device)]
+        strength = self.strengths[adapter_name]
         if self.site.index > 0:
-            return self.base_layer(self.write(hidden_states, prompt), *args, **kwargs)
+            return self.base_layer(self.write(hidden_states, prompt, strength), *args, **kwargs)
         if self.site.tower == "text":
             self._check_room(hidden_states, prompt.shape[-2])
-        return self.write(self.base_layer(hidden_states, *args, **kwargs), prompt)
+        return self.write(self.base_layer(hidden_states, *args, **kwargs), prompt, strength)
+
+    def weigh(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Gives the vision prompts the weight s (`strengths`) in attention: the vision encoder's forward pre-hook.
+
+        A key's weight is exp(logit) before softmax divides by the sum, so that log s is added to the prompts' logits.
+        """
+        adapter_name = self.applied_adapter
+        if adapter_name is None or (strength := self.strengths[adapter_name]) == 1:
+            return None
+        implementation = encoder.config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"A strength of {strength:g} needs attention with a mask: load the model with attn_implementation='sdpa' or "
+                f"'eager', not {implementation!r}, or set the strength to 0 or 1."
+            )
+        embeddings = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]  # (B, L, dim)
+        mask = embeddings.new_zeros(1, 1, 1, embeddings.shape[1])
+        mask[..., -self.prompt(adapter_name).shape[-2] :] = math.log(strength)
+        return args, {**kwargs, "attention_mask": mask}
 
     @property
     def applied_adapter(self) -> str | None:
-        """The adapter whose prompts are written here; None if they are switched off, or the active one has none here."""
+        """The adapter whose prompts are written here; None if they are switched off, of strength 0, or not here."""
         if self.disable_adapters:
             return None
-        return next((a for a in self.active_adapters if a in self.capt_prompt or a in self.capt_proj), None)
+        return next((name for name in self.active_adapters if self.strengths.get(name)), None)
 
     def _check_room(self, input_ids: torch.Tensor, n: int) -> None:
         """Refuses texts whose end the prompts would overwrite, which would silently classify something else."""
@@ -187,6 +215,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter's parameters from this site."""
         self.partners.pop(adapter_name, None)
+        self.strengths.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def unmerge(self) -> None:

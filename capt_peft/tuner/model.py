@@ -20,6 +20,7 @@ from .clip import (
     Site,
     Tower,
     check_supported,
+    encoder,
     end_token,
     find_sites,
     find_towers,
@@ -29,11 +30,11 @@ from .clip import (
     template_tokens,
     vocabulary_size,
 )
-from .config import DEFAULT_DEPTH, CaptConfig
+from .config import DEFAULT_DEPTH, CaptConfig, check_strength
 from .fingerprint import PEFT_PREFIX, base_fingerprint
 from .layer import PromptLayer
 from .loading import check_adapter_tensors, check_saved_modules, check_size, load_pretrained
-from .switching import adapted_modules, switched_off
+from .switching import active_adapter, adapted_modules, switched_off
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class CaptModel(BaseTuner):
             layer = PromptLayer(target, self._sites[current_key])
             self._replace_module(parent, target_name, layer, target)
             target = layer
+            if layer.site.tower == "vision" and layer.site.index == 0:
+                layer.weighing = encoder(parent).register_forward_pre_hook(layer.weigh, with_kwargs=True)
         site = target.site
         if site.tower == "text" and site.index == 0:
             target.end_token = end_token(self.model)
@@ -181,6 +184,10 @@ class CaptModel(BaseTuner):
 
     # -------------------------------------------------------------------------------------------------- afterwards
 
+    def set_strength(self, strength: float, adapter_name: str | None = None) -> None:
+        """Sets how much of an adapter acts, as the function `set_strength` does for any model."""
+        set_strength(self, strength, adapter_name or self.active_adapters[0])
+
     def bake(self, adapter_name: str | None = None) -> None:
         """Turns an adapter's coupled prompts into independent ones that give the same outputs.
 
@@ -198,8 +205,7 @@ class CaptModel(BaseTuner):
             raise ValueError(
                 f"There is no adapter {name!r} to bake; there are {', '.join(map(repr, self.peft_config))}."
             )
-        layers = [module for module in self.model.modules() if isinstance(module, PromptLayer)]
-        for layer in layers:
+        for layer in _prompt_layers(self.model):
             layer.bake(name)
         config: Any = self.peft_config[name]
         config.coupling = "none"
@@ -209,10 +215,56 @@ class CaptModel(BaseTuner):
         for module in adapted_modules(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module._active_adapter = []
+            elif isinstance(module, PromptLayer) and module.weighing is not None:
+                module.weighing.remove()
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
         raise ValueError("CAPT's prompts are extra tokens and cannot be merged into the weights. Use `unload()`.")
+
+
+def set_strength(model: Any, strength: float, adapter_name: str | None = None) -> None:
+    """Sets how much of a CAPT adapter acts: 0 is the base model and 1 the whole adapter, both bitwise, at the cost of one model.
+
+    In between, text prompts p act as h + s(p - h), where h are the states that the text has at their places, and every layer's
+    attention gives vision prompts s times their weight. It is stored with the adapter (`CaptConfig.strength`).
+
+    Args:
+        model: A `PeftModel`, a `CaptModel`, or a model of transformers with adapters loaded into it.
+        strength: s, from 0 to 1.
+        adapter_name: Which adapter; by default the active one.
+
+    Raises:
+        TypeError: A strength that is no number.
+        ValueError: A strength out of range; no CAPT adapter of that name; or one with `modules_to_save`, and a strength below 1.
+    """
+    config = capt_config(model, adapter_name)
+    name = next(name for name, known in model.peft_config.items() if known is config)
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise TypeError(f"strength={shown(strength)} must be a number, not {type(strength).__name__}.")
+    check_strength(strength, config.modules_to_save)
+    config.strength = float(strength)
+    for layer in _prompt_layers(model):
+        if name in layer.strengths:
+            layer.strengths[name] = config.strength
+
+
+def capt_config(model: Any, adapter_name: str | None = None) -> CaptConfig:
+    """Returns the configuration of a model's CAPT adapter, by default the active one; a ValueError if it has none such."""
+    configs = getattr(model, "peft_config", {})
+    name = adapter_name if adapter_name is not None else active_adapter(model) if configs else None
+    config = configs.get(name)
+    if not isinstance(config, CaptConfig):
+        there = ", ".join(f"{shown(each)} ({getattr(known, 'peft_type', None)})" for each, known in configs.items())
+        raise ValueError(
+            f"The model has no CAPT adapter{'' if name is None else f' {shown(name)}'}; it has {there or 'no adapter'}. Load one "
+            "on it, or name another."
+        )
+    return config
+
+
+def _prompt_layers(model: nn.Module) -> list[PromptLayer]:
+    return [module for module in model.modules() if isinstance(module, PromptLayer)]
 
 
 def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:

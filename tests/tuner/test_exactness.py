@@ -19,7 +19,7 @@ INDEPENDENT = [(0, 3, 2, 2), (3, 0, 2, 2), (4, 5, 1, 3), (2, 5, 3, 1), (1, 4, 2,
 CASES = [(coupling, shape) for coupling in COUPLINGS for shape in SHAPES] + [("none", shape) for shape in INDEPENDENT]
 
 
-def largest_error(model, coupling, shape, inputs):
+def largest_error(model, coupling, shape, inputs, strength=1):
     depth = shape[:2]
     weights = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
@@ -31,10 +31,10 @@ def largest_error(model, coupling, shape, inputs):
         output = model(**inputs)
         errors = []
         for ids, features in zip(inputs["input_ids"], output.text_embeds, strict=True):
-            expected = text_features(weights, config.text_config, ids[: ids.argmax() + 1].tolist(), text)
+            expected = text_features(weights, config.text_config, ids[: ids.argmax() + 1].tolist(), text, strength)
             errors.append((features - expected / expected.norm()).abs().max().item())
         for image, features in zip(inputs["pixel_values"], output.image_embeds, strict=True):
-            expected = image_features(weights, config.vision_config, image, vision)
+            expected = image_features(weights, config.vision_config, image, vision, strength)
             errors.append((features - expected / expected.norm()).abs().max().item())
     return max(errors)
 
@@ -52,6 +52,19 @@ def test_features_equal_an_independent_computation(coupling, shape, eos_token_id
         num_vision_tokens=vision_tokens,
     )
     assert largest_error(model, coupling, shape, clip_inputs()) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(
+    ("coupling", "shape"), [("none", (4, 5, 1, 3)), ("text_to_vision", (3, 3, 3, 3)), ("vision_to_text", (2, 2, 1, 1))]
+)
+def test_features_of_a_strength_equal_an_independent_computation(coupling, shape, strength, attention):
+    names = ("text_depth", "vision_depth", "num_text_tokens", "num_vision_tokens")
+    model = adapted(random_clip(), coupling=coupling, **dict(zip(names, shape, strict=True)))
+    model.get_base_model().set_attn_implementation(attention)
+    model.set_strength(strength)
+    assert largest_error(model, coupling, shape, clip_inputs(), strength) < 1e-5
 
 
 @pytest.mark.parametrize("lengths", [(6, 6, 6), (20, 9, 6)], ids=["short", "as long as possible"])
