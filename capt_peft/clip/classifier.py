@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.names import check_class_names
 from ..data.pixels import PixelTransform
-from ..tuner import PromptLayer, adapters_off, clip
+from ..tuner import Calibration, PromptLayer, adapters_off, clip
 from ..tuner.config import DEFAULT_TEMPLATE, check_template
 from ..tuner.model import capt_config, set_strength
 from ..utils.machine import moved
 from ..utils.modules import eval_mode
 from ..utils.text import shown
 from .activations import lean_activations
+from .calibration import calibration_for
 from .loading import load_model
 from .texts import (
     SIZE,
@@ -231,8 +232,13 @@ class ZeroShotClassifier(nn.Module):
         template: str | None = None,
         top_k: int | None = None,
         batch_size: int = 32,
+        reject: bool = False,
+        multi_label: bool = False,
     ) -> list[list[dict[str, Any]]]:
         """Classifies images.
+
+        Scores are softmax(logits / temperature). The temperature is that of the adapter's calibration, if it holds for exactly
+        these classes, texts, strength and weights (`calibration`), else the model's own: its logits as they are.
 
         Args:
             images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
@@ -240,32 +246,55 @@ class ZeroShotClassifier(nn.Module):
             template: Another text of a class for this call.
             top_k: Return the k best classes; by default all.
             batch_size: Images per forward pass.
+            reject: An image may be none of these classes: its list is empty where no logit reaches the calibration's threshold.
+            multi_label: An image may have any number of classes, and its list has these alone: the ones whose logits are above
+                the calibration's thresholds of the classes. The score of a class is then 1 / (1 + exp(-x)), x being how far its
+                logit is above: more than 0.5, and no probability.
 
         Returns:
             For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.
 
         Raises:
-            ValueError: An image that cannot be read (the file is named), a `top_k` or `batch_size` below 1, class names or a
-                template that a classifier refuses, or logits that are not finite (the cause is named).
+            ValueError: `reject` or `multi_label` without a calibration that holds here, or both at once; an image that cannot be
+                read (the file is named), a `top_k` or `batch_size` below 1, class names or a template that a classifier
+                refuses, or logits that are not finite (the cause is named).
         """
         if class_names is not None or template is not None:
             names = self.class_names if class_names is None else class_names
             other = ZeroShotClassifier(
                 self.model, self.processor, names, self.template if template is None else template
             )
-            return other.predict(images, top_k=top_k, batch_size=batch_size)
+            return other.predict(images, top_k=top_k, batch_size=batch_size, reject=reject, multi_label=multi_label)
         if batch_size < 1 or (top_k is not None and top_k < 1):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
+        if reject and multi_label:
+            raise ValueError(
+                "reject=True has no effect with multi_label=True, where no class at all is an answer anyway."
+            )
+        calibration, why = calibration_for(self.model, self.class_names, self.texts)
+        if calibration is None and (reject or multi_label):
+            raise ValueError(f"{'reject' if reject else 'multi_label'}=True needs thresholds: {why}.")
         images = _listed(images)
         with eval_mode(self):
-            texts, found = self.text_features(), []
+            texts, answers = self.text_features(), []
             for start in range(0, len(images), batch_size):
                 pixels = moved(self.transform.batch(images[start : start + batch_size]), self.device)
                 logits = self.logits(self.image_features(pixels), texts)
                 self._check_finite(logits, texts)
-                found += [row.topk(min(top_k or len(row), len(row))) for row in logits.softmax(-1).cpu()]
-        best = [zip(row.values.tolist(), row.indices.tolist(), strict=True) for row in found]
-        return [[{"label": self.class_names[i], "score": p} for p, i in row] for row in best]
+                for row, said in zip(*_answers(logits, calibration, reject, multi_label), strict=True):
+                    best = row.topk(min(top_k or len(row), len(row)))
+                    ordered = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                    answers.append([{"label": self.class_names[i], "score": p} for p, i in ordered if said[i]])
+        return answers
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The adapter's calibration, if it holds for exactly these classes, texts, strength and weights, else None."""
+        return calibration_for(self.model, self.class_names, self.texts)[0]
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Returns the scores (B, N) that `predict` gives for logits (B, N), on the CPU."""
+        return _scores(logits, self.calibration)
 
     # -------------------------------------------------------------------------------------------------- embeddings
 
@@ -390,6 +419,21 @@ class ZeroShotClassifier(nn.Module):
     def _parameter(self) -> Tensor:
         parameter: Tensor = next(self.model.parameters())
         return parameter
+
+
+def _answers(logits: Tensor, calibration: Calibration | None, reject: bool, multi_label: bool) -> tuple[Tensor, Tensor]:
+    """Returns the scores (B, N) of logits (B, N), and which classes an answer may name (B, N)."""
+    if calibration is not None and multi_label:
+        above = calibration.above(logits)
+        return above.sigmoid(), above > 0
+    scores = _scores(logits, calibration)
+    if calibration is not None and reject:
+        return scores, calibration.accepts(logits)[:, None].expand_as(scores)
+    return scores, torch.ones_like(scores, dtype=torch.bool)
+
+
+def _scores(logits: Tensor, calibration: Calibration | None) -> Tensor:
+    return logits.softmax(-1).cpu() if calibration is None else calibration.scores(logits)
 
 
 def normalize(features: Tensor) -> Tensor:

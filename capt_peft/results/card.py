@@ -342,6 +342,7 @@ def card_text(
         "results": results,
         "config": config,
         "fingerprint": fingerprint,
+        "calibration": _calibration(config, fingerprint),
         "base": Markdown(f"{code(embedded)} (embedded in capt-peft)") if embedded else code(shown_path(base, hub=True)),
         "datasets": [shown_path(name) + words for name in details.datasets],
         "rows": rows,
@@ -362,6 +363,12 @@ def card_text(
     )
     environment.filters |= {"code": code, "quoted": quoted, "markdown": Markdown}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+
+
+def _calibration(config: Mapping[str, Any], fingerprint: str | None) -> Mapping[str, Any] | None:
+    """Returns an adapter's calibration, unless it is of other weights."""
+    found = config.get("calibration")
+    return found if found is not None and found["fingerprint"] == fingerprint else None
 
 
 def _weak_alone(records: Records) -> list[str]:

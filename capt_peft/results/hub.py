@@ -37,6 +37,7 @@ from .card import (
     without_local_paths,
     write_card,
     write_cards_for,
+    write_saved_card,
 )
 from .evaluation import EVALUATION, Evaluation, changes, examples_path, set_aside
 from .run import RESULTS, RecordError, Records, RunResults, why_unshown
@@ -85,6 +86,25 @@ def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> 
     save_somewhere(folder, write)
     (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
     return RunResults.load(folder)
+
+
+def update_config(folder: str | Path, **settings: Any) -> None:
+    """Writes settings into the configuration of an adapter in a folder, and its card again, unless a person wrote that.
+
+    Args:
+        folder: Folder of the adapter.
+        settings: Fields of `CaptConfig`, in JSON types, that change nothing about the weights.
+
+    Raises:
+        OSError: Nothing can be written there.
+        TypeError: A setting of another type.
+        ValueError: There is no whole CAPT adapter, or a setting is out of range.
+    """
+    folder = Path(folder)
+    replace(adapter_config(folder), **settings)  # or it raises
+    path = folder / CONFIG_NAME
+    write_json(path, dict(sorted((read_json(path) | settings).items())))
+    write_saved_card(folder, adapter_config(folder), True)
 
 
 def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:

@@ -13,7 +13,7 @@ from capt_peft.tuner import Calibration
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
 CALIBRATION = Calibration(
-    temperature=1.5, threshold=0.25, false_rejection_rate=0.05, class_thresholds=[1.0, -2.5], false_positive_rate=0.1,
+    temperature=1.5, threshold=12.5, false_rejection_rate=0.05, class_thresholds=[1.0, -2.5], false_positive_rate=0.1,
     images=40, task="pets", split="validation", class_names=["cat", "dog"], texts="0f", strength=1.0, fingerprint="a1",
 )  # fmt: skip
 
@@ -26,12 +26,13 @@ CALIBRATION = Calibration(
         ({"temperature": 10**400}, ValueError, "must be a finite number"),
         ({"temperature": "1"}, TypeError, "temperature='1' must be a number"),
         ({"temperature": True}, TypeError, "temperature=True must be a number"),
-        ({"threshold": 1.1}, ValueError, "threshold=1.1"),
+        ({"threshold": math.inf}, ValueError, "threshold=inf and class_thresholds must be finite"),
+        ({"threshold": None}, TypeError, "threshold=None must be a number"),
         ({"strength": -1}, ValueError, "strength=-1"),
         ({"false_rejection_rate": 0}, ValueError, "false_rejection_rate=0 must be above 0"),
         ({"false_positive_rate": 1}, ValueError, "false_positive_rate=1"),
         ({"class_thresholds": [1.0]}, ValueError, "1 class_thresholds do not fit 2 class_names"),
-        ({"class_thresholds": [1.0, math.inf]}, ValueError, "class_thresholds finite"),
+        ({"class_thresholds": [1.0, math.inf]}, ValueError, "class_thresholds must be finite"),
         ({"class_thresholds": [1.0, "2"]}, TypeError, "must be a list of numbers"),
         ({"class_thresholds": 5}, TypeError, "must be a list of numbers"),
         ({"class_names": ["cat", None]}, TypeError, "must be a list of text"),
