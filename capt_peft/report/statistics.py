@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..benchmark.plan import Shots
+from ..results.accuracy import harmonic_mean
 from .sections import Section
 
 CLEAN, ROBUST, HARMONIC = MEASURES = ("clean", "robust", "H")
@@ -106,11 +107,6 @@ def rows_of(section: Section, shots: Shots | None = None) -> Rows:
             scores[measure] = harmonic_mean(scores[f"base {measure}"], scores[f"new {measure}"])
     scores = scores.assign(**{HARMONIC: harmonic_mean(scores[CLEAN], scores[ROBUST])})
     return Rows(labels, once, ours, scores)
-
-
-def harmonic_mean(first: pd.Series, second: pd.Series) -> pd.Series:
-    """Returns the harmonic mean of numbers of 0 or more; 0 where one of them is 0."""
-    return 2 / (1 / first + 1 / second)
 
 
 def _spread(values: pd.Series) -> float:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..utils.files import DamagedFileError
 from ..utils.markup import plain
 from ..utils.text import cut
@@ -125,6 +127,12 @@ def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple
     half = z * math.sqrt(p * (1 - p) / n + square / (4 * n)) / (1 + square)
     # exact at the ends, where the formula leaves a rounding error
     return 0.0 if correct == 0 else centre - half, 1.0 if correct == n else centre + half
+
+
+def harmonic_mean(first: Any, second: Any) -> Any:
+    """Returns H, the harmonic mean of clean and robust accuracy, or of any numbers or Series of 0 or more; 0 where one is 0."""
+    with np.errstate(divide="ignore"):
+        return 2 / (np.divide(1, first) + np.divide(1, second))
 
 
 def known_fields(kind: type[_Record], content: Mapping[str, Any]) -> _Record:
