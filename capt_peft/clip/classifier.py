@@ -82,10 +82,11 @@ class ZeroShotClassifier(nn.Module):
         self.class_names = tuple(class_names)
         self.template = template
         check_template(template)
-        clip.check_supported(model, quiet=True)
+        clip.check_supported(model)
         self.texts = [template.format(name) for name in self.class_names]
-        text_inputs = tokenize_classes(model, processor.tokenizer, self.class_names, self.texts)
-        self._before_name = tokens_before_name(processor.tokenizer, template, text_inputs["input_ids"])
+        self._tokenizer = clip.reader(model, processor.tokenizer)
+        text_inputs = tokenize_classes(model, self._tokenizer, self.class_names, self.texts)
+        self._before_name = tokens_before_name(self._tokenizer, template, text_inputs["input_ids"])
         self._check_adapter()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
         for name, value in {**text_inputs, "mean": mean, "std": std}.items():
@@ -234,6 +235,7 @@ class ZeroShotClassifier(nn.Module):
         batch_size: int = 32,
         reject: bool = False,
         multi_label: bool = False,
+        sigmoid: bool = False,
     ) -> list[list[dict[str, Any]]]:
         """Classifies images.
 
@@ -250,27 +252,36 @@ class ZeroShotClassifier(nn.Module):
             multi_label: An image may have any number of classes, and its list has these alone: the ones whose logits are above
                 the calibration's thresholds of the classes. The score of a class is then 1 / (1 + exp(-x)), x being how far its
                 logit is above: more than 0.5, and no probability.
+            sigmoid: Scores of a SigLIP as it was trained: sigmoid(logit), how likely the text of a class fits the image, whatever
+                the other classes are. Neither the order of the classes nor `reject` changes.
 
         Returns:
             For each image, its classes from best to worst, as in transformers' pipelines: `{"label": name, "score": p}`.
 
         Raises:
-            ValueError: `reject` or `multi_label` without a calibration that holds here, or both at once; an image that cannot be
-                read (the file is named), a `top_k` or `batch_size` below 1, class names or a template that a classifier
-                refuses, or logits that are not finite (the cause is named).
+            ValueError: `reject` or `multi_label` without a calibration that holds here, or both at once; `sigmoid` with
+                `multi_label`, or of a model that is no SigLIP; an image that cannot be read (the file is named), a
+                `top_k` or `batch_size` below 1, class names or a template that a classifier refuses, or logits that are not
+                finite (the cause is named).
         """
         if class_names is not None or template is not None:
             names = self.class_names if class_names is None else class_names
             other = ZeroShotClassifier(
                 self.model, self.processor, names, self.template if template is None else template
             )
-            return other.predict(images, top_k=top_k, batch_size=batch_size, reject=reject, multi_label=multi_label)
+            return other.predict(
+                images, top_k=top_k, batch_size=batch_size, reject=reject, multi_label=multi_label, sigmoid=sigmoid
+            )
         if batch_size < 1 or (top_k is not None and top_k < 1):
             raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1.")
         if reject and multi_label:
             raise ValueError(
                 "reject=True has no effect with multi_label=True, where no class at all is an answer anyway."
             )
+        if sigmoid:
+            clip.check_sigmoid(self.model)
+            if multi_label:
+                raise ValueError("sigmoid=True and multi_label=True are scores of two kinds. Choose one.")
         calibration, why = calibration_for(self.model, self.class_names, self.texts)
         if calibration is None and (reject or multi_label):
             raise ValueError(f"{'reject' if reject else 'multi_label'}=True needs thresholds: {why}.")
@@ -281,7 +292,8 @@ class ZeroShotClassifier(nn.Module):
                 pixels = moved(self.transform.batch(images[start : start + batch_size]), self.device)
                 logits = self.logits(self.image_features(pixels), texts)
                 self._check_finite(logits, texts)
-                for row, said in zip(*_answers(logits, calibration, reject, multi_label), strict=True):
+                scores, named = _answers(logits, calibration, reject, multi_label)
+                for row, said in zip(logits.sigmoid().cpu() if sigmoid else scores, named, strict=True):
                     best = row.topk(min(top_k or len(row), len(row)))
                     ordered = zip(best.values.tolist(), best.indices.tolist(), strict=True)
                     answers.append([{"label": self.class_names[i], "score": p} for p, i in ordered if said[i]])
@@ -343,9 +355,8 @@ class ZeroShotClassifier(nn.Module):
         check_texts(listed)
         inputs: dict[str, Tensor] = {}
         if listed:
-            tokenizer = self.processor.tokenizer
-            inputs = tokenize_texts(self.model, tokenizer, listed)
-            check_free_texts_fit(self.model, tokenizer, self.template, listed, inputs["input_ids"])
+            inputs = tokenize_texts(self.model, self._tokenizer, listed)
+            check_free_texts_fit(self.model, self._tokenizer, self.template, listed, inputs["input_ids"])
 
         def run(rows: slice) -> Tensor:
             part = {name: moved(ids[rows], self.device) for name, ids in inputs.items()}

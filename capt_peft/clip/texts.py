@@ -79,7 +79,7 @@ def tokenize_texts(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> di
         )
     inputs, end = tokenize(model, tokenizer, texts), end_token(model)
     ids = inputs["input_ids"]
-    if not (is_end(ids, end).any(-1).all() if isinstance(end, int) else ids.max() < vocabulary_size(model)):
+    if ids.max() >= vocabulary_size(model) or not is_end(ids, end).any(-1).all():
         raise ValueError(
             "The processor does not belong to the model: its texts lack the model's end token. Load both from the same name."
         )
@@ -98,10 +98,8 @@ def _check_special_tokens(tokenizer: Any, texts: Sequence[str]) -> None:
             )
 
 
-def _read_tokens(input_ids: Tensor, end: int | str | None) -> list[tuple[int, ...]]:
-    """Returns for each text (N, L) the tokens that decide its features: up to the first at which the model reads it."""
-    if end is None:  # all of them
-        return [tuple(ids) for ids in input_ids.tolist()]
+def _read_tokens(input_ids: Tensor, end: int | str) -> list[tuple[int, ...]]:
+    """Returns for each text (N, L) the tokens that decide its features: up to its end, behind which all are padding."""
     ends = is_end(input_ids, end).int().argmax(-1)
     return [tuple(ids[: last + 1]) for ids, last in zip(input_ids.tolist(), ends.tolist(), strict=True)]
 

@@ -6,7 +6,6 @@ another kind of CLIP is written here.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +18,17 @@ from transformers.activations import QuickGELUActivation
 
 from ..utils.text import cut
 
-logger = logging.getLogger(__name__)
-
 TOWER_TYPES = ("", "_text_model", "_vision_model")
-SUPPORTED = tuple(model + tower for model in ("clip", "metaclip_2") for tower in TOWER_TYPES)
-EXPERIMENTAL = tuple("siglip" + tower for tower in TOWER_TYPES)
+SIGLIP = tuple("siglip" + tower for tower in TOWER_TYPES)  # of SigLIP 2 too, but for NaFlex
+NAFLEX = tuple("siglip2" + tower for tower in TOWER_TYPES)
+SUPPORTED = tuple(model + tower for model in ("clip", "metaclip_2") for tower in TOWER_TYPES) + SIGLIP
 OTHER_TOWER = {"text": "vision", "vision": "text"}
 # how the names of a tower's weights begin, its projection's included
 TOWER_NAMES = {"text": ("text_model.", "text_projection."), "vision": ("vision_model.", "visual_projection.")}
 TEXT_INPUTS: tuple[str, ...] = ("input_ids", "attention_mask")
 _FIRST_ENDS: Any = WeakIdKeyDictionary()  # tensor -> what it was read of, and `first_end`
 HIGHEST = "highest"  # CLIP's legacy rule: a text ends at its highest token id
+SIGLIP_END, CLIP_END = 1, 49407
 
 
 def base_model(model: nn.Module) -> Any:
@@ -37,28 +36,25 @@ def base_model(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def check_supported(model: nn.Module, *, quiet: bool = False) -> None:
-    """Raises a ValueError, naming the model, unless CAPT knows its structure and it is on one device, with gradients.
-
-    Warns, unless `quiet`, where it is experimental.
-    """
+def check_supported(model: nn.Module) -> None:
+    """Raises a ValueError, naming the model, unless CAPT knows its structure and it is on one device, with gradients."""
     config = getattr(model, "config", None)
     model_type = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     name = type(base_model(model)).__name__
-    if model_type not in SUPPORTED + EXPERIMENTAL or "Classification" in name:
+    if model_type in NAFLEX:
+        raise ValueError(
+            f"CAPT does not support {name} (model type {model_type!r}): it is SigLIP 2's NaFlex variant, which takes patches of "
+            "images of any shape, and everything here takes images of one size. Take a SigLIP 2 of fixed resolution, as "
+            "google/siglip2-base-patch16-224 is (model type 'siglip')."
+        )
+    if model_type not in SUPPORTED or "Classification" in name:
         raise ValueError(
             f"CAPT does not support {name} (model type {model_type!r}). It supports the towers of CLIP (CLIPModel, "
-            "CLIPTextModel, CLIPVisionModel and their WithProjection variants) and MetaCLIP 2, without heads for "
-            "classification; SigLIP is experimental."
+            "CLIPTextModel, CLIPVisionModel and their WithProjection variants), MetaCLIP 2, SigLIP and SigLIP 2, without heads "
+            "for classification."
         )
     _check_one_device(model)
     _check_gradients(model)
-    if model_type in EXPERIMENTAL and not quiet:
-        logger.warning(
-            "CAPT on %s is experimental: its text has no start token and sees all of its tokens, and its image features "
-            "pool over the prompts too.",
-            name,
-        )
 
 
 def _check_one_device(model: Any) -> None:
@@ -84,7 +80,7 @@ def _check_gradients(model: Any) -> None:
 
 
 def _is_siglip(config: Any) -> bool:
-    return config.model_type in EXPERIMENTAL
+    return config.model_type in SIGLIP
 
 
 # ------------------------------------------------------------------------------------------------ towers and their places
@@ -136,8 +132,8 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
     kinds = {"text": "token_embedding", "vision": "patch_embedding"}
     towers: dict[str, Tower] = {}
     for name, module in model.named_modules():
-        embeddings: Any = getattr(module, "embeddings", None)
-        layers = getattr(getattr(module, "encoder", None), "layers", None)
+        parts = dict(module.named_children())  # its own: PEFT's wrappers hand out those of what they wrap
+        embeddings, layers = parts.get("embeddings"), getattr(parts.get("encoder"), "layers", None)
         if not isinstance(layers, nn.ModuleList) or ".base_layer" in name:
             continue
         kind = next((kind for kind, embedding in kinds.items() if hasattr(embeddings, embedding)), None)
@@ -181,6 +177,12 @@ def in_tower(name: str, tower: str) -> bool:
     return name.startswith(TOWER_NAMES[tower])
 
 
+def name_in_tower(name: str, kind: str, tower: Tower) -> str:
+    """Returns the name that a weight of a whole model has in a model of one tower, which may be that tower itself."""
+    own = TOWER_NAMES[kind][0]  # "text_model."
+    return name if f"{tower.name}.".endswith(own) else name.removeprefix(own)
+
+
 def tower_modules(model: nn.Module) -> list[nn.Module]:
     """Returns the transformers of a CLIP as modules."""
     return [model.get_submodule(tower.name) for tower in find_towers(model).values()]
@@ -189,6 +191,11 @@ def tower_modules(model: nn.Module) -> list[nn.Module]:
 def encoder(tower: Any) -> Any:
     """Returns the module of a tower that runs its layers, one after the other, from `inputs_embeds` (B, L, dim)."""
     return tower.encoder
+
+
+def pooling(tower: Any) -> Any:
+    """Returns the module that pools all tokens (B, L, dim) of a vision tower, SigLIP's; None for CLIP, which reads one."""
+    return getattr(tower, "head", None)
 
 
 def quick_gelus(model: nn.Module) -> list[Any]:
@@ -220,11 +227,12 @@ def vocabulary_size(model: Any) -> int:
     return int(_text_config(model).vocab_size)
 
 
-def end_token(model: Any) -> int | str | None:
-    """Returns how a model (or its configuration) finds the end of a text: a token id, `HIGHEST`, or None (SigLIP)."""
+def end_token(model: Any) -> int | str:
+    """Returns how a model (or its configuration) finds the end of a text: a token id, or `HIGHEST`."""
     config = _text_config(model)
     if _is_siglip(config):
-        return None
+        # published SigLIPs name no end token, for which transformers puts CLIP's; the tokenizers of both families end with 1
+        return SIGLIP_END if config.eos_token_id in (None, CLIP_END) else int(config.eos_token_id)
     # CLIP reads an eos_token_id of 2, which old configurations have by mistake, as "the highest id"
     legacy = config.eos_token_id == 2 and config.model_type.startswith("clip")
     return HIGHEST if legacy else int(config.eos_token_id)
@@ -251,18 +259,51 @@ def first_end(input_ids: Tensor, end: int | str) -> int:
     return known[1]
 
 
+class _LowerCase:
+    """A tokenizer that is given texts in lower case; in all else the tokenizer that it was made of."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
+        return self._tokenizer(text.lower() if isinstance(text, str) else [each.lower() for each in text], **options)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def reader(model: Any, tokenizer: Any) -> Any:
+    """Returns a tokenizer as a model (or its configuration) was trained with it.
+
+    SigLIP and SigLIP 2 read texts in lower case, and the tokenizer that most SigLIP 2 name, Gemma's, leaves capitals as they are.
+    """
+    return _LowerCase(tokenizer) if _is_siglip(_text_config(model)) else tokenizer
+
+
 def tokenize(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     """Tokenizes N texts as a model reads them: `input_ids` and perhaps `attention_mask`, (N, L), padded on the right.
 
     CLIP sees nothing behind a text's end, so that it is given no more than the longest text needs. SigLIP was trained on texts
-    padded to its full length, without a mask, and reads their last token, whatever it is.
+    padded to its full length, without a mask, and reads their last token, whatever it is; what it is padded with, its tokenizer
+    knows (the end token for SigLIP, a token of its own for SigLIP 2).
     """
     names = TEXT_INPUTS
     options: dict[str, Any] = {"padding": True}
     if _is_siglip(_text_config(model)):
         names, options = TEXT_INPUTS[:1], {"padding": "max_length", "max_length": max_text_length(model)}
-    inputs = tokenizer(list(texts), return_tensors="pt", padding_side="right", **options)
+    inputs = reader(model, tokenizer)(list(texts), return_tensors="pt", padding_side="right", **options)
     return {name: inputs[name] for name in names if name in inputs}
+
+
+def whole_text(model: Any, ids: Sequence[int]) -> Tensor:
+    """Returns a text (1, L) of the given tokens as a SigLIP reads it without its tokenizer: with its end, and padded."""
+    config, end = _text_config(model), end_token(model)
+    pad = end if config.pad_token_id is None else config.pad_token_id
+    text = [*ids, end, *[pad] * max_text_length(model)]
+    return torch.tensor([text[: max_text_length(model)]])
 
 
 def check_tokenizer(tokenizer: Any, model: Any, source: str) -> None:
@@ -327,3 +368,12 @@ def logits(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
     product = texts.float() @ images.float().t() * log_scale(model).exp()  # CLIPModel's own order of operations
     bias = getattr(base_model(model), "logit_bias", None)  # SigLIP has one
     return (product if bias is None else product + bias.float()).t()
+
+
+def check_sigmoid(model: nn.Module) -> None:
+    """Raises a ValueError unless a model was trained with a sigmoid of its logits, as SigLIP was."""
+    if not hasattr(base_model(model), "logit_bias"):
+        raise ValueError(
+            f"sigmoid=True needs a model that was trained with one, a SigLIP; {type(base_model(model)).__name__} has no bias, so "
+            "that the sigmoid of its logits says nothing. Leave it out."
+        )

@@ -53,8 +53,8 @@ class CaptConfig(PeftConfig):
     """Configuration of a `CaptModel`.
 
     Args:
-        num_text_tokens: Number of text prompts per layer; they replace the tokens 1..n after the start token. At most 1000, as
-            for vision, and no more than the model's texts have room for.
+        num_text_tokens: Number of text prompts per layer; they replace the tokens 1..n after the start token, or the first n on
+            SigLIP, which has none. At most 1000, as for vision, and no more than the model's texts have room for.
         num_vision_tokens: Number of vision prompts per layer; they are appended to the patches. By default 8, or, for coupled
             prompts, as many as there are text prompts.
         text_depth: Number of text layers with prompts of their own; 0 switches the text prompts off, 1 is the input only.
@@ -66,12 +66,15 @@ class CaptConfig(PeftConfig):
             live in the vision tower and are mapped to text.
         template: The text of a class while tuning; `{}` stands for the class name. The prompts replace its first words.
         init: `"template"`: text prompts start as the states that the frozen text tower has at their places, so that a new
-            adapter leaves the text features as they were. `"random"`: as MaPLe does, the input prompts start from the
-            template's token embeddings, the deeper ones from N(0, `init_std`), and the maps between the towers behind the input
-            are copies of one. `"normal"`: as CoOp and APT do, every prompt starts from N(0, `init_std`), those of the input too.
+            adapter leaves the text features as they were. SigLIP's deeper states depend on the whole text: there class-specific
+            prompts start from those in the text of their class, which stays as it was, and others from the mean over (up to 64
+            of) `class_names`, or from those in the template's first words alone, which changes the features a little.
+            `"random"`: as MaPLe does, the input prompts start from the template's token embeddings, the deeper ones from
+            N(0, `init_std`), and the maps between the towers behind the input are copies of one. `"normal"`: as CoOp and APT do,
+            every prompt starts from N(0, `init_std`), those of the input too.
         init_std: Standard deviation of the random start.
-        template_token_ids: Token ids of the template up to the class name, start token first. Filled from the tokenizer of
-            the base model when there is one.
+        template_token_ids: Token ids of the template up to the class name, with the start token if there is one. Filled from the
+            tokenizer of the base model when it has one.
         class_names: The class names that the adapter was tuned on. For the record: any others can be used, unless the text
             prompts are class-specific.
         class_specific: Every class has text prompts of its own, as in APT's (arXiv 2403.01849) and CoOp's class-specific

@@ -39,7 +39,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.capt_prompt = nn.ParameterDict()
         self.capt_proj = nn.ModuleDict()
         self.strengths: dict[str, float] = {}  # by adapter, see `CaptModel.set_strength`
-        self.weighing: RemovableHandle | None = None  # of `weigh`, where the vision prompts are appended
+        self.hooks: list[RemovableHandle] = []  # of `weigh` and `leave`, where the vision prompts are appended
         # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice
         self.partners: dict[str, tuple[PromptLayer]] = {}
 
@@ -167,6 +167,14 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         mask[..., -self.prompt(adapter_name).shape[-2] :] = math.log(strength)
         return args, {**kwargs, "attention_mask": mask}
 
+    def leave(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        """Takes the vision prompts out of the tokens (B, L, dim) that SigLIP's head pools: the head's forward pre-hook.
+
+        They act on the image's features through the layers' attention alone, as they do in CLIP.
+        """
+        name = self.applied_adapter
+        return None if name is None else args[0][:, : -self.prompt(name).shape[-2]]
+
     @property
     def applied_adapter(self) -> str | None:
         """The adapter whose prompts are written here; None if they are switched off, of strength 0, or not here."""
@@ -181,8 +189,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             room = first_end(input_ids, self.end_token)
         if room < prompt_places(self.site.start, n).stop:
             raise ValueError(
-                f"A text is too short for {n} text prompts: they replace the {n} words after the start token, and would "
-                f"overwrite its end. Put at least {n} words before the class name, as in the template 'a photo of a {{}}.'."
+                f"A text is too short for {n} text prompts: they replace its first {n} words, and would overwrite its "
+                f"end. Put at least {n} words before the class name, as in the template 'a photo of a {{}}.'."
             )
 
     # ------------------------------------------------------------------------------------------- BaseTunerLayer's API

@@ -26,9 +26,14 @@ from .clip import (
     find_towers,
     in_tower,
     max_text_length,
+    name_in_tower,
+    pooling,
     prompt_places,
+    reader,
     template_tokens,
+    tokenize,
     vocabulary_size,
+    whole_text,
 )
 from .config import DEFAULT_DEPTH, CaptConfig, check_strength
 from .fingerprint import PEFT_PREFIX, base_fingerprint
@@ -37,13 +42,14 @@ from .loading import check_adapter_tensors, check_saved_modules, check_size, loa
 from .switching import active_adapter, adapted_modules, switched_off
 
 logger = logging.getLogger(__name__)
+_TEXTS_AT_ONCE = 64
 
 
 class CaptModel(BaseTuner):
     """Deep text and vision prompts for CLIP (CAPT, arXiv 2405.11154), as a PEFT tuner with one active adapter at a time.
 
     Args:
-        model: A CLIPModel, one of its towers, or a MetaCLIP 2; SigLIP is experimental.
+        model: A CLIPModel, one of its towers, or a MetaCLIP 2, SigLIP or SigLIP 2.
         peft_config: The adapter's configuration.
         adapter_name: Its name.
 
@@ -104,9 +110,11 @@ class CaptModel(BaseTuner):
         if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
             return  # the values come from a file, or there are none
         if next(model.parameters()).device.type != "meta":
-            peft_config.template_token_ids = _template_ids(peft_config, model)
+            tokenizer = _tokenizer(peft_config, model, towers["text"])
+            if tokenizer is not None and peft_config.template_token_ids is None:
+                peft_config.template_token_ids = template_tokens(tokenizer, peft_config.template)
             with switched_off(adapted_modules(model)):
-                self._start = _text_start(peft_config, model, towers["text"])
+                self._start = _text_start(peft_config, model, towers["text"], tokenizer)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # type: ignore[override]
         site = self._sites.get(key)
@@ -127,7 +135,9 @@ class CaptModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
             target = layer
             if layer.site.tower == "vision" and layer.site.index == 0:
-                layer.weighing = encoder(parent).register_forward_pre_hook(layer.weigh, with_kwargs=True)
+                layer.hooks.append(encoder(parent).register_forward_pre_hook(layer.weigh, with_kwargs=True))
+                if (head := pooling(parent)) is not None:
+                    layer.hooks.append(head.register_forward_pre_hook(layer.leave))
         site = target.site
         if site.tower == "text" and site.index == 0:
             target.end_token = end_token(self.model)
@@ -166,11 +176,15 @@ class CaptModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Checks the tensors on their way into the model: PEFT itself warns of a missing one and takes NaN as it is."""
-        towers = set(find_towers(model))
+        towers = find_towers(model)
         if config.coupling == "none" and len(towers) == 1:  # a single tower takes its half of an adapter for both
-            other = OTHER_TOWER[towers.pop()]
-            absent = [name for name in state_dict if in_tower(name.removeprefix(PEFT_PREFIX), other)]
-            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in absent}
+            ((kind, tower),) = towers.items()
+            half: dict[str, torch.Tensor] = {}
+            for name, tensor in state_dict.items():
+                plain = name.removeprefix(PEFT_PREFIX)
+                if not in_tower(plain, OTHER_TOWER[kind]):
+                    half[name.removesuffix(plain) + name_in_tower(plain, kind, tower)] = tensor
+            state_dict = half
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own, prompts = model.state_dict(), f".{cls.prefix}"
         expected = {
@@ -215,8 +229,9 @@ class CaptModel(BaseTuner):
         for module in adapted_modules(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module._active_adapter = []
-            elif isinstance(module, PromptLayer) and module.weighing is not None:
-                module.weighing.remove()
+            elif isinstance(module, PromptLayer):
+                for hook in module.hooks:
+                    hook.remove()
         return super().unload()
 
     def _check_merge_allowed(self) -> None:
@@ -327,41 +342,64 @@ def _check_base(config: CaptConfig, model: nn.Module) -> None:
         )
 
 
-def _template_ids(config: CaptConfig, model: nn.Module) -> list[int] | None:
-    """Returns the token ids of the template up to the class name; None, with a warning, if the base has no tokenizer."""
-    if config.template_token_ids is not None:
-        return config.template_token_ids
+def _tokenizer(config: CaptConfig, model: nn.Module, tower: Tower) -> Any:
+    """Returns the base model's tokenizer, or None: it has none, or a causal tower, which needs but the ids that there are.
+
+    Warns if that lets the prompts start at random.
+    """
+    if config.template_token_ids is not None and tower.causal:
+        return None
     name = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     try:
         if not name:  # it was never saved, for example
             raise ValueError("the model has no name")
-        return template_tokens(load_pretrained(AutoTokenizer, name, revision=config.revision), config.template)
+        return reader(model, load_pretrained(AutoTokenizer, name, revision=config.revision))
     except (OSError, ValueError) as error:
-        logger.warning(
-            "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %s. "
-            "Set CaptConfig(template_token_ids=...) to start from it.",
-            name or "",
-            cut(str(error).splitlines()[0]),
-            shown(config.template),
-        )
+        if config.template_token_ids is None:
+            logger.warning(
+                "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %s. "
+                "Set CaptConfig(template_token_ids=...) to start from it.",
+                name or "",
+                cut(str(error).splitlines()[0]),
+                shown(config.template),
+            )
         return None
 
 
 @torch.no_grad()
-def _text_start(config: CaptConfig, model: nn.Module, tower: Tower) -> dict[int, torch.Tensor]:
-    """Returns the (n, dim) values from which the text prompts start, by layer index; absent layers start at random.
+def _text_start(config: CaptConfig, model: nn.Module, tower: Tower, tokenizer: Any) -> dict[int, torch.Tensor]:
+    """Returns the values from which the text prompts start, (n, dim) or (N, n, dim), by layer; absent layers start at random.
 
-    They are what the frozen text tower holds in their places. It is causal, so that its states at the template's first words do
-    not depend on the class name, and prompts that start from them leave every text of the template exactly as it was.
-    Class-specific prompts start from the same values for every class. All adapters of the model must be off.
+    They are what the frozen text tower holds in their places. If it is causal, its states at the template's first words do not
+    depend on the class name, and prompts that start from them leave every text of the template exactly as it was. In another,
+    SigLIP's, they do: class-specific prompts start from the states in the text of their class, which leaves it as it was, and
+    others from the mean of the states over the classes' texts. All adapters of the model must be off.
     """
     places, ids = prompt_places(tower.start, config.num_text_tokens), config.template_token_ids
     if config.init == "normal" or not ids or len(ids) < places.stop:
         return {}
     embedding, text_model = model.get_submodule(tower.modules[0]), model.get_submodule(tower.name)
-    input_ids = torch.tensor([ids[: places.stop]], device=next(embedding.parameters()).device)  # (1, 1 + n)
-    start = {0: embedding(input_ids)[0, places]}
-    if config.init == "template" and tower.causal:
-        hidden = text_model(input_ids=input_ids, output_hidden_states=True).hidden_states  # one more than layers
-        start |= {i: hidden[i][0, places] for i in range(1, config.text_depth)}
-    return {i: value.float() for i, value in start.items()}
+    device = next(embedding.parameters()).device
+    first = torch.tensor(ids[: places.stop], device=device)  # (start + n,)
+    start = {0: embedding(first[None])[0, places].float()}
+    if config.init != "template":
+        return start
+    texts = first[None] if tower.causal else _start_texts(config, model, tokenizer, ids).to(device)  # (N, L)
+    states: dict[int, list[torch.Tensor]] = {i: [] for i in range(1, config.text_depth)}
+    for part in texts.split(_TEXTS_AT_ONCE):
+        hidden = text_model(input_ids=part, output_hidden_states=True).hidden_states  # one more than layers
+        for i, found in states.items():
+            found.append(hidden[i][:, places].float())
+    own = config.class_specific and len(texts) == len(config.class_names or [])
+    return start | {i: torch.cat(found) if own else torch.cat(found).mean(0) for i, found in states.items()}
+
+
+def _start_texts(config: CaptConfig, model: nn.Module, tokenizer: Any, ids: list[int]) -> torch.Tensor:
+    """Returns tokens (N, L) of the classes' texts, or of the template's first words alone if the classes are not known."""
+    names = list(config.class_names or [])
+    if not config.class_specific:  # a mean of so many tells enough
+        names = names[:: max(1, -(-len(names) // _TEXTS_AT_ONCE))]
+    texts = [config.template.format(name) for name in names]
+    if tokenizer is None or not texts or max(map(len, tokenizer(texts)["input_ids"])) > max_text_length(model):
+        return whole_text(model, ids)
+    return tokenize(model, tokenizer, texts)["input_ids"]

@@ -12,14 +12,13 @@ from helpers import TINY_CLIP, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from siglip_models import random_siglip
 from transformers import (
     AutoProcessor,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPModel,
-    SiglipConfig,
     SiglipForImageClassification,
-    SiglipModel,
 )
 
 from capt_peft import CaptConfig, ZeroShotClassifier
@@ -162,39 +161,8 @@ def test_an_adapter_that_is_switched_off_in_part_is_refused(processor):
         classifier(PIXELS)
 
 
-# ----------------------------------------------------------------------------------------------------------------- SigLIP
-
-
-@pytest.fixture
-def siglip(processor):
-    torch.manual_seed(0)
-    text = {"vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 16, "projection_size": 32}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
-              "patch_size": 8}  # fmt: skip
-    return SiglipConfig(text_config=text, vision_config=vision)
-
-
-def test_siglips_texts_are_padded_to_their_full_length_whatever_the_tokenizers_name(siglip, processor):
-    classifier = ZeroShotClassifier(SiglipModel(siglip).eval(), processor, ["cat", "dog"])
-    assert classifier.input_ids.shape == (2, 16)
-    assert set(classifier.text_inputs()) == {"input_ids"}
-
-
-def test_every_word_before_the_name_is_counted_without_a_start_token(siglip, processor):
-    """The tokenizer here has a start token, at which SigLIP's prompts begin; there are 5 tokens before the name."""
-    for tokens, fits in ((5, True), (6, False)):
-        model = get_peft_model(SiglipModel(siglip).eval(), CaptConfig(num_text_tokens=tokens))
-        if fits:
-            ZeroShotClassifier(model, processor, ["cat", "dog"])
-        else:
-            with pytest.raises(ValueError, match="has 5 tokens before the class name"):
-                ZeroShotClassifier(model, processor, ["cat", "dog"])
-
-
-def test_heads_for_classification_are_refused_by_name(siglip, processor):
-    siglip.num_labels = 2
-    clip = CLIPConfig.from_pretrained(TINY_CLIP)
+def test_heads_for_classification_are_refused_by_name(processor):
+    siglip, clip = random_siglip().config, CLIPConfig.from_pretrained(TINY_CLIP)
     for model in (SiglipForImageClassification(siglip), CLIPForImageClassification(clip)):
         name = type(model).__name__
         with pytest.raises(ValueError, match=f"does not support {name}"):

@@ -14,8 +14,6 @@ from transformers import (
     CLIPModel,
     MetaClip2Config,
     MetaClip2Model,
-    SiglipConfig,
-    SiglipModel,
 )
 
 from capt_peft import CaptConfig, CaptModel
@@ -138,24 +136,6 @@ def test_metaclip_2_is_supported():
         assert not torch.allclose(model(**inputs).logits_per_image, expected, atol=1e-4)
         with model.disable_adapter():
             assert torch.equal(model(**inputs).logits_per_image, expected)
-
-
-def test_siglip_is_experimental_and_says_so(caplog):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    config = SiglipConfig(
-        text_config={**shape, "vocab_size": 60, "max_position_embeddings": 20},
-        vision_config={**shape, "image_size": 32, "patch_size": 8},
-    )
-    base, inputs = SiglipModel(config).eval(), clip_inputs()
-    with torch.no_grad():
-        model = adapted(base)
-        prompted = model(**inputs).logits_per_image
-        with model.disable_adapter():
-            plain = model(**inputs).logits_per_image
-        torch.testing.assert_close(model.unload()(**inputs).logits_per_image, plain)
-    assert "experimental" in caplog.text
-    assert not torch.allclose(prompted, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("fields", [*({"coupling": coupling} for coupling in COUPLINGS), CLASS_SPECIFIC])
