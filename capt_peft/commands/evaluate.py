@@ -26,14 +26,16 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..attacks import Attack, ThreatModel, parse_attack
+from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
-from ..data import Task
+from ..data import Task, load_task
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import TARGETS, describe
 from ..evaluation.curve import robustness_curves
 from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
+from ..tuner import adapters_in_use
 from ..tuner.config import check_template
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
@@ -79,6 +81,12 @@ class Arguments(DataArguments):
     )
     curve: bool = field(
         default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
+    )
+    out_of_class: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Data set of images of no class (name, Hub id, folder or file): measure the answer "none of these" too.'
+        },
     )
     signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
     output: str | None = field(
@@ -184,6 +192,21 @@ def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroSh
     return classifier.to(device)
 
 
+def warn_of_calibration(classifier: ZeroShotClassifier, task: Task, split: str) -> None:
+    """Warns where scores and thresholds were fitted on the images that are measured, or do not hold for this classifier."""
+    adapters = adapters_in_use(classifier.model)
+    configs: Any = [classifier.model.peft_config[name] for name in adapters]
+    found = classifier.calibration
+    if found is None and any(getattr(config, "calibration", None) for config in configs):
+        why = calibration_for(classifier.model, classifier.class_names, classifier.texts)[1]
+        logging.warning("Scores are measured at the model's own temperature: %s.", why)
+    if found is not None and (found.task, found.split) == (task.name, split):
+        logging.warning(
+            "The adapter was calibrated on this very split: its calibration error and rejected images look better than they are. "
+            "Measure another split."
+        )
+
+
 def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     """Returns a file of its own for these settings and weights, beside the adapter where that is a folder here."""
     name = args.model
@@ -230,6 +253,17 @@ def main(argv: list[str]) -> Evaluation:
     classifier = load_classifier(args, task, state.device)
     output = Path(args.output or default_output(args, classifier.model))
     details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
+    outside = None
+    if args.out_of_class is not None:
+        others = load_task(args.out_of_class)
+        outside = measured(others, args.split, args.limit)
+        details["out_of_class"] = {
+            "name": others.name,
+            "source": others.source,
+            "split": args.split,
+            "limit": args.limit,
+        }
+    warn_of_calibration(classifier, task, args.split)
     if args.update_card:
         check_update(args.model, {**details, "model": describe(classifier)})
     common: dict[str, Any] = {
@@ -247,6 +281,7 @@ def main(argv: list[str]) -> Evaluation:
         signs=args.signs,
         output=output,
         save_images=args.save_images,
+        out_of_class=outside,
         **common,
     )
     if state.is_main_process:

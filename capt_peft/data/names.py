@@ -212,6 +212,20 @@ def labels_by_name(
     return _places(names, labels.astype(np.int64), class_names, what)
 
 
+def check_other_classes(dataset: Dataset, class_names: Sequence[str]) -> None:
+    """Raises a ValueError if a split with names for its labels has images of any of these classes (see `labels_by_name`)."""
+    feature, labels = dataset.features["label"], np.unique(column_values(dataset, "label")).tolist()
+    if not isinstance(feature, ClassLabel):
+        return
+    names = [feature.names[label] for label in labels]
+    same = [name for name, place in zip(names, name_places(names, class_names), strict=True) if place is not None]
+    if same:
+        raise ValueError(
+            f"The images of no class have some of the class {some(same, quote=True)}, which is one of the {len(class_names)} "
+            "classes. Give images of other classes."
+        )
+
+
 def _places(names: Sequence[str], labels: np.ndarray, class_names: Sequence[str], what: str) -> np.ndarray:
     """Returns the place in `class_names` of each image, whose name is `names[label]`."""
     places = name_places(names, class_names) if names is not class_names else list(range(len(names)))

@@ -27,7 +27,7 @@ from ..utils.modules import arrays_in, modules_in
 TARGETS = ("tuned", "frozen")
 OF_FLOAT32 = ("float32", "tf32")  # precisions of float32 weights
 _ROUNDING = 1e-6
-_CLEAN = ("index", "label", "prediction")  # what is recorded where nothing was attacked
+_CLEAN = ("index", "label", "prediction", "confidence")  # what is recorded where nothing was attacked
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Subject:
         precision: The lowest precision of the parameters and of autocast around attacks, such as "float32", "tf32" or "bfloat16".
         device: Where the pixels go.
         description: Base model, adapter, their fingerprints, classes and template, for results.
+        temperature: What logits are divided by before their softmax makes scores: an adapter's, where it is calibrated.
     """
 
     attacked: Guarded
@@ -51,6 +52,12 @@ class Subject:
     precision: str
     device: torch.device
     description: dict[str, Any]
+    temperature: float = 1.0
+
+    def confidence(self, logits: Tensor) -> list[float]:
+        """Returns the score of the predicted class of each image, by its logits (B, N)."""
+        scores: list[float] = (logits.cpu().double() / self.temperature).softmax(1).amax(1).tolist()
+        return scores
 
 
 def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_template: str | None = None) -> Subject:
@@ -92,6 +99,7 @@ def _subject_of_clip(classifier: ZeroShotClassifier, target: str, template: str 
         precision=precision,
         device=classifier.device,
         description=describe(classifier),
+        temperature=1.0 if (calibration := classifier.calibration) is None else calibration.temperature,
     )
 
 
@@ -191,6 +199,7 @@ class BatchRecord:
     label: list[int]
     clean: list[int] = field(default_factory=list)  # the predicted classes before the attack
     prediction: list[int]  # and after it, where there was one
+    confidence: list[float] = field(default_factory=list)  # the score of that prediction
     norm: list[float] = field(default_factory=list)  # the length of the perturbation
     broken_by: list[str | None] = field(default_factory=list)  # the attack, or part of one, that turned a right answer
     zero_gradients: list[float] = field(default_factory=list)  # shares at the first step, of images that had gradients
@@ -251,8 +260,13 @@ class _Counted(Guarded):
 def score_batch(subject: Subject, pixels: Tensor, labels: Tensor, indices: list[int]) -> BatchRecord:
     """Records the predictions on a batch without an attack; arguments as for `attack_batch`."""
     check_images(pixels, labels)
-    prediction = subject.scored(pixels).argmax(1)
-    return BatchRecord(index=indices, label=labels.tolist(), prediction=prediction.tolist())
+    logits = subject.scored(pixels)
+    return BatchRecord(
+        index=indices,
+        label=labels.tolist(),
+        prediction=logits.argmax(1).tolist(),
+        confidence=subject.confidence(logits),
+    )
 
 
 def attack_batch(
@@ -277,7 +291,8 @@ def attack_batch(
         seed: Seed of the attack.
         report: Called as the attack goes on.
     """
-    clean = subject.scored(pixels).argmax(1)  # (B,)
+    logits = subject.scored(pixels)  # (B, N)
+    clean = logits.argmax(1)  # (B,)
     right = (clean == labels).nonzero().squeeze(1)  # (A,)
     counted = _Counted(subject.attacked.logits_fn)
     adversarial, prediction = pixels.clone(), clean.clone()
@@ -287,7 +302,8 @@ def attack_batch(
         result = attack.run(counted, pixels[right], labels[right], generators, report=report)
         _check_inside(attack, result.images, pixels[right])
         adversarial[right] = result.images
-        prediction[right] = subject.scored(result.images).argmax(1)
+        logits[right] = subject.scored(result.images)
+        prediction[right] = logits[right].argmax(1)
     before, after = clean.tolist(), prediction.tolist()
     broken = [(part.name, part.broken.tolist()) for part in result.parts]
     broken_by: list[str | None] = [None] * len(pixels)
@@ -304,6 +320,7 @@ def attack_batch(
         label=labels.tolist(),
         clean=before,
         prediction=after,
+        confidence=subject.confidence(logits),
         norm=attack.threat_model.norm_of(adversarial - pixels).tolist(),
         broken_by=broken_by,
         zero_gradients=[share for share in result.zero_gradient_share.tolist() if not math.isnan(share)],

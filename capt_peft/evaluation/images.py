@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attacks import Attack, LogitsFn
 from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
-from ..data.names import labels_by_name
+from ..data.names import check_other_classes, labels_by_name
 from ..data.pixels import PixelDataset, digest_images
 from ..data.task import kind_of
 from ..utils.machine import moved
@@ -32,21 +32,30 @@ class Examples:
     Args:
         data: A split of a task (columns `image` and `label`), or pixels (n, 3, H, W) in [0, 1] and labels (n,) int64.
         classifier: Makes pixels of images, and numbers the classes: labels are matched by the names that the split gives them.
+        label: The label of all images of a split, whose own classes are then none of the classifier's; by default their own.
 
     Raises:
         TypeError: `data` is neither, or of the wrong dtype.
-        ValueError: There are no images, numbers do not fit, pixels are not in [0, 1], or the classifier lacks a label's class.
+        ValueError: There are no images, numbers do not fit, pixels are not in [0, 1], or the classifier lacks a label's class
+            or, with `label`, has it.
     """
 
-    def __init__(self, data: datasets.Dataset | tuple[Tensor, Tensor], classifier: LogitsFn) -> None:
+    def __init__(
+        self, data: datasets.Dataset | tuple[Tensor, Tensor], classifier: LogitsFn, *, label: int | None = None
+    ) -> None:
         self._pixels: Any
         if isinstance(data, datasets.Dataset):
             if not isinstance(classifier, ZeroShotClassifier):
                 raise TypeError(
                     "A callable takes no images: give pixels and labels, (pixels, labels), instead of a dataset."
                 )
-            self.labels = torch.from_numpy(labels_by_name(data, classifier.class_names, "The dataset").astype("int64"))
-            self._pixels = PixelDataset(data, classifier.transform)
+            if label is None:
+                labels = labels_by_name(data, classifier.class_names, "The dataset").astype("int64")
+            else:
+                check_other_classes(data, classifier.class_names)
+                labels = np.full(len(data), label)
+            self.labels = torch.from_numpy(labels)
+            self._pixels = PixelDataset(data, classifier.transform, labels=labels)
         elif isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
             self._pixels, self.labels = data
             if len(self._pixels):

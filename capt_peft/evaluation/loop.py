@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 
 from ..attacks import Attack, LogitsFn
 from ..attacks.base import joined
+from ..clip.calibration import calibration_for
+from ..clip.classifier import ZeroShotClassifier
 from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
@@ -30,6 +32,7 @@ from ..utils.text import some
 from .batch import Attacked, BatchRecord, Subject, attack_batch, score_batch, subject_of
 from .images import Examples
 from .merge import merge
+from .rejection import Rejecting
 from .resume import Jobs, finished, sample_logits
 from .signs import probe
 
@@ -49,6 +52,7 @@ def evaluate(
     output: str | Path | None = None,
     overwrite: bool = False,
     save_images: bool = False,
+    out_of_class: datasets.Dataset | Tensor | None = None,
     details: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -73,6 +77,9 @@ def evaluate(
         overwrite: Measure again and replace what is there, instead of returning results of the same configuration and keeping
             those of another one under a name with ".old1" (".old2", ...) before its suffix.
         save_images: Keep the adversarial images, as float32 safetensors in a folder of that name with ".images" at its end.
+        out_of_class: Images of none of the classes, a split or pixels (m, 3, H, W): measure what the answer "none of these" does
+            too, clean and under each attack on class and score together (`evaluation.rejection`). Needs a classifier with a
+            calibration that holds for it.
         details: What else the figures depend on, for the record (JSON types).
         progress: Show a progress bar, in the main process.
 
@@ -81,8 +88,9 @@ def evaluate(
 
     Raises:
         TypeError: Data or classifier of the wrong kind.
-        ValueError: No images, labels that do not fit, a seed out of range, two attacks alike, `save_images` without `output`, or
-            an output that cannot be written or holds something else than an evaluation.
+        ValueError: No images, labels that do not fit, a seed out of range, two attacks alike, `save_images` without `output`,
+            `out_of_class` without a calibration or with images of the classes, or an output that cannot be written or holds
+            something else than an evaluation.
     """
     attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
@@ -94,6 +102,7 @@ def evaluate(
         logits, classes = sample_logits(subject, examples, batch_size)
         examples.check_labels(classes)
         examples.warn_of_units(attacks)
+        outside, threshold = _rejecting(classifier, out_of_class, classes, subject)
         configuration = _agreed(
             {
                 **(details or {}),
@@ -106,6 +115,8 @@ def evaluate(
                 "batch_size": batch_size,
                 "signs": signs and subject.white_box,
                 "save_images": save_images,
+                **({} if subject.temperature == 1 else {"temperature": subject.temperature}),
+                **({} if outside is None else {"rejection": {"threshold": threshold, "data": outside.to_dict()}}),
                 **(
                     {} if subject.device.type == "cpu" else {"device": subject.device.type}
                 ),  # other random numbers are drawn
@@ -122,7 +133,12 @@ def evaluate(
             images = output.with_suffix(".images") if save_images else None
         jobs = Jobs(folder, configuration, overwrite=overwrite, stale=images)
         work = _Work(subject, examples, attacks, seed, batch_size, jobs, images, progress)
-        evaluation = merge(*work.measure(signs=configuration["signs"]), subject, configuration)
+        measured, rejection = work.measure(signs=configuration["signs"]), None
+        if outside is not None:
+            rejection = Rejecting(
+                subject, examples, outside, threshold, attacks, seed, batch_size, jobs, progress
+            ).measure()
+        evaluation = merge(*measured, subject, configuration, rejection)
     state = PartialState()
     if output is not None:
         if state.is_main_process:
@@ -130,6 +146,24 @@ def evaluate(
             jobs.remove()
         state.wait_for_everyone()
     return evaluation
+
+
+def _rejecting(
+    classifier: LogitsFn, data: datasets.Dataset | Tensor | None, classes: int, subject: Subject
+) -> tuple[Examples | None, float]:
+    """Returns the images of no class, if there are any, and the threshold that an image needs to be accepted."""
+    if data is None:
+        return None, 0.0
+    if not isinstance(classifier, ZeroShotClassifier):
+        raise ValueError("out_of_class needs a ZeroShotClassifier, whose adapter has a calibration with a threshold.")
+    calibration, why = calibration_for(classifier.model, classifier.class_names, classifier.texts)
+    if calibration is None:
+        raise ValueError(f"out_of_class needs a threshold: {why}.")
+    if not subject.white_box:
+        raise ValueError("out_of_class needs white-box attacks: leave out attack_target and attack_template.")
+    if isinstance(data, Tensor):
+        return Examples((data, torch.full((len(data),), classes)), classifier), calibration.threshold
+    return Examples(data, classifier, label=classes), calibration.threshold
 
 
 def _check(attacks: Sequence[Attack], batch_size: int, seed: int, output: Path | None, save_images: bool) -> None:

@@ -10,13 +10,20 @@ import pyarrow as pa
 from ..attacks import Attack
 from ..results.accuracy import Accuracy
 from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation
+from ..results.rejection import Rejection
+from ..results.reliability import Reliability
 from ..utils.machine import describe_machine
 from .batch import Attacked, BatchRecord, Subject
 from .signs import read_signs
 
 
 def merge(
-    clean: BatchRecord, attacked: Attacked, probed: Mapping[str, Any], subject: Subject, configuration: dict[str, Any]
+    clean: BatchRecord,
+    attacked: Attacked,
+    probed: Mapping[str, Any],
+    subject: Subject,
+    configuration: dict[str, Any],
+    rejection: Rejection | None = None,
 ) -> Evaluation:
     """Returns the figures of an evaluation by the records of all images, without an attack and under each."""
     n = len(clean.index)
@@ -33,6 +40,8 @@ def merge(
         configuration=configuration,
         machine=describe_machine(),
         examples=pa.concat_tables(tables).combine_chunks(),
+        reliability=_reliability(clean),
+        rejection=rejection,
     )
 
 
@@ -52,7 +61,16 @@ def _outcome(attack: Attack, record: BatchRecord, subject: Subject) -> AttackOut
         parts=tuple(parts.values()),
         notes=tuple(dict.fromkeys(record.notes)),
         zero_gradient_share=record.zero_gradient_share(),
+        reliability=_reliability(record),
     )
+
+
+def _reliability(record: BatchRecord) -> Reliability | None:
+    """Returns how reliable the scores are; None where an unfinished evaluation of an earlier version left some out."""
+    if len(record.confidence) != len(record.index):
+        return None
+    right = [a == b for a, b in zip(record.prediction, record.label, strict=True)]
+    return Reliability.of(record.confidence, right)
 
 
 def _rows(attack: Attack, record: BatchRecord) -> pa.Table:
@@ -67,5 +85,6 @@ def _rows(attack: Attack, record: BatchRecord) -> pa.Table:
         "broken": [by is not None for by in record.broken_by],
         "broken_by": record.broken_by,
         "perturbation": record.norm,
+        "score": record.confidence if len(record.confidence) == n else [None] * n,
     }
     return pa.table(columns, schema=EXAMPLE_SCHEMA)

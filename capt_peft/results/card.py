@@ -349,6 +349,7 @@ def card_text(
         "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.attack)),
         "alone": _weak_alone(records),
         "signs": () if evaluation is None else evaluation.signs,
+        "on_scores": () if evaluation is None else [Markdown(text) for text in evaluation.on_scores()],
         "evaluated": evaluation is not None,
         "unshown": records.unshown,
         "measured": _measured(records, config),

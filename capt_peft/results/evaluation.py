@@ -21,7 +21,9 @@ from ..attacks import ThreatModel
 from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
 from ..utils.text import cut, differences, some
-from .accuracy import Accuracy, known_fields, readable
+from .accuracy import Accuracy, FigureError, known_fields, readable
+from .rejection import Rejection
+from .reliability import BINS, Reliability
 
 EVALUATION = "evaluation.json"  # in an adapter's folder
 ROBUST, TRANSFER = "robust", "transfer"
@@ -70,6 +72,7 @@ class AttackOutcome:
         parts: For an ensemble, how many images each attack was given and broke.
         notes: What had to be changed for the model.
         zero_gradient_share: Mean share of exactly zero pixel gradients at the first step; None without gradients.
+        reliability: How far the scores of all images, after the attack, are from accuracy; None in older results.
     """
 
     attack: dict[str, Any]
@@ -81,6 +84,7 @@ class AttackOutcome:
     parts: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     zero_gradient_share: float | None = None
+    reliability: Reliability | None = None
 
     @property
     def name(self) -> str:
@@ -94,14 +98,21 @@ class AttackOutcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, for results."""
-        row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "accuracy"}
-        return {**row, **self.accuracy.to_dict(), "parts": list(self.parts), "notes": list(self.notes)}
+        own = (each.name for each in fields(self) if each.name not in ("accuracy", "reliability"))
+        row = {name: getattr(self, name) for name in own}
+        row |= {"parts": list(self.parts), "notes": list(self.notes), **_given(reliability=self.reliability)}
+        return {**row, **self.accuracy.to_dict()}
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> AttackOutcome:
         """Reads what `to_dict` returned."""
-        values = {each.name: row[each.name] for each in fields(cls) if each.name != "accuracy"}
-        values |= {"accuracy": Accuracy.from_dict(row), "parts": tuple(row["parts"]), "notes": tuple(row["notes"])}
+        values = {each.name: row[each.name] for each in fields(cls) if each.name not in ("accuracy", "reliability")}
+        values |= {
+            "reliability": _read(Reliability, row.get("reliability")),
+            "accuracy": Accuracy.from_dict(row),
+            "parts": tuple(row["parts"]),
+            "notes": tuple(row["notes"]),
+        }
         outcome = cls(**values)
         _ = outcome.name, outcome.threat_model  # or it raises
         return outcome
@@ -121,7 +132,10 @@ class Evaluation:
         configuration: All that the figures depend on.
         machine: What they were computed on.
         examples: One row per image and attack: index, label, clean_prediction, attack, threat_model, prediction, broken,
-            broken_by and perturbation (its length in the threat model's norm); None where they were not kept beside the figures.
+            broken_by, perturbation (its length in the threat model's norm) and score (of the prediction; null in older results);
+            None where they were not kept beside the figures.
+        reliability: How far the scores without an attack are from accuracy; None in older results.
+        rejection: What the answer "none of these" does; None where it was not measured.
     """
 
     clean: Accuracy
@@ -131,6 +145,8 @@ class Evaluation:
     configuration: dict[str, Any]
     machine: str
     examples: pa.Table = field(default=None, compare=False, repr=False)
+    reliability: Reliability | None = None
+    rejection: Rejection | None = None
 
     @property
     def robust(self) -> Accuracy:
@@ -163,7 +179,38 @@ class Evaluation:
         known = task if isinstance(task, Mapping) else {}
         split = f" of the {escape(known['split'])} split" if known.get("split") else ""
         name = f" of {escape(known['name'])}" if known.get("name") else ""
-        return "\n".join([*lines, "", f"n = {self.clean.n} images{split}{name}."])
+        lines += ["", f"n = {self.clean.n} images{split}{name}."]
+        return "\n".join([*lines, *(line for text in self.on_scores() for line in ("", text))])
+
+    def on_scores(self) -> list[str]:
+        """Returns what is known of the scores, as Markdown: how reliable they are, and what the answer "none of these" does."""
+        return [text for text in (self._on_reliability(), self._on_rejection()) if text]
+
+    def _on_reliability(self) -> str:
+        """Returns a sentence on the expected calibration error, clean and under each attack; "" without one."""
+        if self.reliability is None:
+            return ""
+        temperature = self.configuration.get("temperature")
+        at = "the model's own temperature" if temperature is None else f"the adapter's temperature, {temperature:.4g}"
+        found = [f"{100 * self.reliability.ece:.1f}% clean"]
+        for outcome in self.attacks:
+            if outcome.reliability is not None:
+                under = f"{escape(outcome.name)}, {outcome.threat_model}"
+                found.append(f"{100 * outcome.reliability.ece:.1f}% under {under}")
+        return f"Expected calibration error ({BINS} bins, scores at {at}): {'; '.join(found)}."
+
+    def _on_rejection(self) -> str:
+        """Returns a table of what the answer "none of these" does, with a sentence on its rows; "" without one."""
+        if self.rejection is None:
+            return ""
+        n, m = self.rejection.outcomes[0].right.n, self.rejection.outcomes[0].accepted.n
+        known = self.configuration.get("out_of_class")
+        name = f" ({escape(known['name'])})" if isinstance(known, Mapping) and known.get("name") else ""
+        return (
+            f'With "none of these" below a largest logit of {self.rejection.threshold:.4g}: {n} images of the classes, which '
+            f"attacks turn into accepted ones of another class, and {m} of no class{name}, which they get accepted.\n\n"
+            f"{self.rejection.table()}"
+        )
 
     def warnings(self) -> list[str]:
         """Returns the sentences of the signs that are raised."""
@@ -179,6 +226,7 @@ class Evaluation:
             "signs": [sign.to_dict() for sign in self.signs],
             "configuration": self.configuration,
             "machine": self.machine,
+            **_given(reliability=self.reliability, rejection=self.rejection),
         }
 
     @classmethod
@@ -196,6 +244,8 @@ class Evaluation:
             configuration=dict(content["configuration"]),
             machine=str(content.get("machine", "unknown")),
             examples=examples,
+            reliability=_read(Reliability, content.get("reliability")),
+            rejection=_read(Rejection, content.get("rejection")),
         )
         for outcome in evaluation.attacks:
             outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")
@@ -203,6 +253,8 @@ class Evaluation:
             worst.check_at_most(evaluation.clean, "has a worst case and clean accuracy of")
             for outcome in evaluation.white_box(threat):
                 worst.check_at_most(outcome.accuracy, f"has a worst case and {outcome.name} of")
+        for figure, accuracy in ((evaluation, evaluation.clean), *((o, o.accuracy) for o in evaluation.attacks)):
+            _check_reliability(figure.reliability, accuracy)
         return evaluation
 
     def save(self, path: str | Path) -> None:
@@ -271,6 +323,9 @@ class Evaluation:
                     f"the {found[0]} examples of {outcome.name} are {found[1]} right before it, {found[2]} after it and "
                     f"{found[3]} broken, not {self.clean.correct}, {outcome.accuracy.correct} and {outcome.broken} of {n}"
                 )
+            scores = of_attack["score"]
+            if scores.null_count == 0 and outcome.reliability != Reliability.of(scores.to_pylist(), right.to_pylist()):
+                raise ValueError(f"the scores under {outcome.name} are not those of its bins")
             if outcome.kind == ROBUST:
                 turned = of_attack["index"].filter(pc.invert(right)).to_pylist()
                 wrong.setdefault(outcome.threat_model, set()).update(turned)
@@ -294,8 +349,26 @@ def examples_path(path: Path) -> Path:
 _INT, _TEXT = pa.int64(), pa.string()
 EXAMPLE_SCHEMA = pa.schema({
     "index": _INT, "label": _INT, "clean_prediction": _INT, "attack": _TEXT, "threat_model": _TEXT, "prediction": _INT,
-    "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(),
+    "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(), "score": pa.float64(),
 })  # fmt: skip
+
+
+def _check_reliability(reliability: Reliability | None, accuracy: Accuracy) -> None:
+    """Raises a FigureError unless the bins of scores are of as many images, and as many right ones, as an accuracy."""
+    if reliability is not None and (reliability.n, sum(reliability.right)) != (accuracy.n, accuracy.correct):
+        raise FigureError(
+            f"has {reliability.n} scores, {sum(reliability.right)} of right answers, and an accuracy of {accuracy.correct} of "
+            f"{accuracy.n} images."
+        )
+
+
+def _given(**records: Any) -> dict[str, Any]:
+    """Returns records in JSON types, without those that are None: older results have none."""
+    return {name: record.to_dict() for name, record in records.items() if record is not None}
+
+
+def _read(kind: Any, content: Any) -> Any:
+    return None if content is None else kind.from_dict(content)
 
 
 def _count(true: pa.ChunkedArray) -> int:

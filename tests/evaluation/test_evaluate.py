@@ -112,12 +112,15 @@ def test_every_example_has_a_row_for_every_attack(model, data):
 
 def test_the_batch_size_does_not_change_the_figures(model, data):
     results = [quiet(model, data, ATTACKS, batch_size=size) for size in (30, 7, 1)]
-    assert [r.attacks for r in results[1:]] == [results[0].attacks] * 2
-    assert all(r.examples.equals(results[0].examples) or sorted_rows(r) == sorted_rows(results[0]) for r in results)
+    counted = [[replace(outcome, reliability=None) for outcome in r.attacks] for r in results]
+    assert counted[1:] == [counted[0]] * 2
+    assert all(sorted_rows(r) == sorted_rows(results[0]) for r in results)
+    for outcomes in zip(*(r.attacks for r in results), strict=True):  # scores are rounded elsewhere
+        assert [each.reliability.scores for each in outcomes[1:]] == [pytest.approx(outcomes[0].reliability.scores)] * 2
 
 
 def sorted_rows(result):
-    return sorted(map(str, result.examples.to_pylist()))
+    return sorted(map(str, result.examples.drop_columns(["score"]).to_pylist()))
 
 
 def test_an_ensemble_says_which_attack_broke_what_and_touches_survivors_only(model, data):
@@ -378,7 +381,7 @@ def test_the_table_says_which_accuracy_it_is(model, data):
     assert table[3].startswith("| robust | L-inf 4/255 | pgd-3 |")
     assert any(line.startswith("| **robust** | L-inf 4/255 | worst case |") for line in table)
     assert not any("1/255 | worst case" in line and "4/255" not in line for line in table)
-    assert table[-1] == "n = 30 images."
+    assert "n = 30 images." in table
 
 
 @pytest.mark.parametrize(
@@ -390,7 +393,7 @@ def test_the_table_says_which_accuracy_it_is(model, data):
     ],
 )
 def test_the_table_says_what_the_images_are_of(model, data, task, words):
-    assert quiet(model, data, details={"task": task}).table().endswith("\n" + words)
+    assert words in quiet(model, data, details={"task": task}).table().splitlines()
 
 
 class Small(AutoAttack):
