@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
     from .backbones import convert_backbone
     from .clip.classifier import ZeroShotClassifier
+    from .clip.export import OnnxClassifier, export
     from .data import Task, describe_task, list_tasks, load_task
     from .evaluation import Evaluation, evaluate
     from .methods import METHODS, get_method
@@ -28,6 +29,7 @@ _ROOMS = {
     "attacks": ("APGD", "FAB", "PGD", "AutoAttack", "Square", "ThreatModel", "parse_attack"),
     "backbones": ("convert_backbone",),
     "clip.classifier": ("ZeroShotClassifier",),
+    "clip.export": ("OnnxClassifier", "export"),
     "data": ("Task", "describe_task", "list_tasks", "load_task"),
     "evaluation": ("Evaluation", "evaluate"),
     "methods": ("METHODS", "get_method"),
@@ -53,6 +55,7 @@ __all__ = [
     "Evaluation",
     "FapObjective",
     "FareTrainer",
+    "OnnxClassifier",
     "Square",
     "Task",
     "ThreatModel",
@@ -62,6 +65,7 @@ __all__ = [
     "convert_backbone",
     "describe_task",
     "evaluate",
+    "export",
     "get_method",
     "list_tasks",
     "load_task",

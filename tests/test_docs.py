@@ -8,6 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from helpers import TINY_CLIP
+from peft import get_peft_model
+from transformers import CLIPModel
 
 import capt_peft
 from capt_peft.commands import COMMANDS
@@ -185,3 +188,22 @@ def test_documents_name_no_place_on_a_machine():
             cells = json.loads(text)["cells"]
             text = re.sub(r'"image/png": "[^"]*"', "", json.dumps(cells))
         assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users|mnt|opt)/", text), path
+
+
+def test_the_page_on_export_runs(tmp_path, monkeypatch):
+    """On an adapter that is not tuned, with a few images and queries."""
+    exporting, serving, measuring = blocks(ROOT / "docs" / "export.md", "python")
+    for old, new in (("range(100)", "range(10)"), ("square-200", "square-5")):
+        assert old in measuring
+        measuring = measuring.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    config = capt_peft.CaptConfig(class_names=[str(digit) for digit in range(10)], template="a photo of the digit {}.")
+    get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), config).save_pretrained("outputs/demo")
+    names = {}
+    exec(exporting, names)
+    assert names["difference"] < 1e-4
+    capt_peft.export(names["classifier"], "outputs/demo/model.pt2", "torch")
+    exec(serving, names)
+    assert names["logits"].shape == (5, 10) and names["class_names"] == config.class_names
+    capt_peft.export(names["classifier"], "outputs/demo/model.int8.onnx", int8=True)
+    exec(measuring, names)

@@ -47,6 +47,7 @@ COMMANDS = {
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),
     "card": Command("writes an adapter's model card again", "card", ("adapter",)),
     "push": Command("uploads an adapter with its card and results to the Hub", "push", ("adapter", "repo_id")),
+    "export": Command("writes an adapter, or a bare CLIP, as one ONNX file or torch program", "export", ("adapter",)),
     "app": Command("opens a page to try an adapter on", "app", ("adapter",), needs={"gradio": "capt-peft[app]"}),
     "convert": Command("converts a published robust CLIP to a folder that transformers loads", "convert", (
         "checkpoint", "output")),

@@ -124,7 +124,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
                 f"Got {len(hidden)} texts, but the adapter has {len(prompt)} classes: its class-specific context knows only the "
                 "classes it was tuned on, in their order, and takes the texts of all of them in one batch."
             )
-        prompt = prompt.to(hidden.device, hidden.dtype).expand(len(hidden), -1, -1)  # (B, n, dim)
+        prompt = prompt.to(hidden.device, hidden.dtype).expand(hidden.shape[0], -1, -1)  # (B, n, dim)
         if self.site.tower == "text":
             places = prompt_places(self.site.start, n)
             if strength < 1:
