@@ -253,8 +253,9 @@ class Evaluation:
             worst.check_at_most(evaluation.clean, "has a worst case and clean accuracy of")
             for outcome in evaluation.white_box(threat):
                 worst.check_at_most(outcome.accuracy, f"has a worst case and {outcome.name} of")
-        for figure, accuracy in ((evaluation, evaluation.clean), *((o, o.accuracy) for o in evaluation.attacks)):
-            _check_reliability(figure.reliability, accuracy)
+        _check_reliability(evaluation.reliability, evaluation.clean)
+        for outcome in evaluation.attacks:
+            _check_reliability(outcome.reliability, outcome.accuracy)
         return evaluation
 
     def save(self, path: str | Path) -> None:

@@ -21,9 +21,11 @@ from helpers import TINY_CLIP
 from PIL import Image
 
 from capt_peft import ThreatModel, ZeroShotClassifier, parse_attack
+from capt_peft.clip.calibration import texts_digest
 from capt_peft.commands.app.attack import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
 from capt_peft.commands.train import main as train
 from capt_peft.randomness import example_generator
+from capt_peft.tuner.fingerprint import adapter_fingerprint
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "examples" / "space"
@@ -92,6 +94,27 @@ def test_scores_are_those_of_the_package(page, digits, adapter):
         clean, after = classifier(pixels).softmax(-1)[0], classifier(attacked).softmax(-1)[0]
     assert list(capt.clean.values()) == pytest.approx(clean.tolist(), abs=1e-5)
     assert list(capt.attacked.values()) == pytest.approx(after.tolist(), abs=1e-3)
+
+
+def test_a_calibrated_adapter_has_its_scores_and_says_none_of_these(page, digits, adapter):
+    calibration = {
+        "temperature": 0.5, "threshold": 1000.0, "false_rejection_rate": 0.05, "class_thresholds": [0.0] * 10,
+        "false_positive_rate": 0.05, "images": 300, "task": "digits", "split": "validation", "class_names": list("0123456789"),
+        "texts": texts_digest([DIGITS_TEMPLATE.format(digit) for digit in range(10)]), "strength": 1.0,
+        "fingerprint": adapter_fingerprint(adapter),
+    }  # fmt: skip
+    model, _ = page.models[CAPT]
+    (_, plain), _ = page.run(digits[3], NAMES, DIGITS_TEMPLATE, 10, 1, "3")
+    for threshold, rejected in ((1000.0, (True, True)), (-1000.0, (False, False))):
+        model.peft_config["default"].calibration = {**calibration, "threshold": threshold}
+        try:
+            (clip, capt), _ = page.run(digits[3], NAMES, DIGITS_TEMPLATE, 10, 1, "3")
+            (_, other), _ = page.run(digits[3], "3, 4", DIGITS_TEMPLATE, 10, 1, "3")
+        finally:
+            model.peft_config["default"].calibration = None
+        assert capt.rejected == rejected and clip.rejected == other.rejected == (False, False)
+        assert ("answers “none of these” before any attack" in capt.sentence) == rejected[0]
+        assert max(capt.clean.values()) > max(plain.clean.values()) and capt.held == (plain.held and not rejected[0])
 
 
 def test_without_a_true_class_each_models_own_answer_counts(page, digits):

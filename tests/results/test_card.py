@@ -83,6 +83,35 @@ def test_the_metadata_has_one_figure_of_each_name_that_of_most_images(results, e
     assert card.count("\n| capt |") == (2 if n == 20 else 4)
 
 
+def test_what_is_known_of_the_scores_is_in_the_card(results, evaluation):
+    text = card_from(results, "a", evaluation)
+    shown = f"{100 * evaluation['reliability']['ece']:.1f}% clean"
+    assert f"Expected calibration error (15 bins, scores at the model's own temperature): {shown};" in text
+    assert '"none of these"' not in text
+    shares = {name: Accuracy(5, 10).to_dict() for name in ("right", "wrong", "accepted")}
+    outcome = {
+        "attack": None,
+        **shares,
+        "rejected": Accuracy(0, 10).to_dict(),
+        "auroc": 0.75,
+        "aurc": 0.25,
+        "curve": [],
+    }
+    evaluation["rejection"] = {"threshold": 8.5, "outcomes": [outcome]}
+    text = card_from(results, "a", evaluation)
+    assert 'With "none of these" below a largest logit of 8.5: 10 images of the classes' in text
+    assert "| 0.750 | 0.250 |" in text
+    calibration = {
+        "fingerprint": results["adapter"]["fingerprint"], "temperature": 0.5, "threshold": 8.5, "false_rejection_rate": 0.05,
+        "images": 300, "split": "validation", "task": "digits", "class_names": ["a", "b"],
+    }  # fmt: skip
+    config = {**results["adapter"]["config"], "calibration": calibration}
+    line = 'temperature 0.5; "none of these" where the largest logit is below 8.5, at most 5% of images of its classes'
+    assert line in card_from(results, "a", config=config)
+    calibration["fingerprint"] = "another"
+    assert line not in card_from(results, "a", config=config)
+
+
 def test_a_base_on_the_hub_is_linked(results):
     results["adapter"]["config"]["base_model_name_or_path"] = "openai/clip-vit-base-patch32"
     text = card_from(results, "someone/capt")

@@ -27,6 +27,7 @@ from ...tuner.config import check_template
 from ...utils.embedded import TINY_CLIP, embedded_name, recorded_path
 
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
+NONE = "“none of these”"
 DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
 MAX_SIDE, MAX_RATIO, MAX_BYTES = 4096, 20, 10_000_000
 MAX_CLASSES, MAX_NAME, MAX_TEMPLATE, MAX_STEPS = 100, 100, 200, 200
@@ -52,6 +53,7 @@ class Outcome:
         images: The image as the model sees it, the adversarial example, and the noise, as PIL images of at least 256 pixels.
         clean: Probability of each class for the image.
         attacked: The same for the adversarial example.
+        rejected: Whether the answer to each of both is “none of these”, which only a calibrated adapter gives.
     """
 
     name: str
@@ -59,18 +61,24 @@ class Outcome:
     images: tuple[Image.Image, Image.Image, Image.Image]
     clean: dict[str, float]
     attacked: dict[str, float]
+    rejected: tuple[bool, bool] = (False, False)
 
     @property
     def held(self) -> bool:
         """Whether the model names the true class before and after the attack."""
-        return self.true_class == best(self.clean)[0] == best(self.attacked)[0]
+        return self.true_class == best(self.clean)[0] == best(self.attacked)[0] and not any(self.rejected)
 
     @property
     def sentence(self) -> str:
         """What happened, for people."""
         (before, p), (after, q) = best(self.clean), best(self.attacked)
+        attacked = NONE if self.rejected[1] else f"“{after}” ({q:.0%})"
+        if self.rejected[0]:
+            return f"answers {NONE} before any attack (“{before}” comes first, {p:.0%}); attacked, {attacked}"
         if before != self.true_class:
-            return f"is wrong before any attack: “{before}” ({p:.0%}), not “{self.true_class}”; attacked, “{after}” ({q:.0%})"
+            return f"is wrong before any attack: “{before}” ({p:.0%}), not “{self.true_class}”; attacked, {attacked}"
+        if self.rejected[1]:
+            return f"is not fooled, and does not know: “{before}” ({p:.0%}), and attacked {NONE}"
         if self.held:
             return f"holds: “{before}” ({p:.0%}), and attacked still “{after}” ({q:.0%})"
         return f"is fooled: “{before}” ({p:.0%}) becomes “{after}” ({q:.0%})"
@@ -184,18 +192,21 @@ def attack_one(
         return logits_fn(images)
 
     with torch.no_grad():
-        clean = logits_fn(pixels).softmax(-1)[0]  # (N,)
+        clean = logits_fn(pixels)  # (1, N)
     label = int(clean.argmax()) if true_class is None else classifier.class_names.index(true_class)
     adversarial = attack(while_awaited, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
     with torch.no_grad():
-        attacked = logits_fn(adversarial).softmax(-1)[0]
+        attacked = logits_fn(adversarial)
+    calibration = classifier.calibration
+    rejected = [calibration is not None and not calibration.accepts(logits).item() for logits in (clean, attacked)]
+    scores = [classifier.scores(logits)[0].tolist() for logits in (clean, attacked)]
     noise = 0.5 + magnification(attack) * (adversarial - pixels)
     return Outcome(
         name,
         classifier.class_names[label],
         (to_picture(pixels), to_picture(adversarial), to_picture(noise)),
-        dict(zip(classifier.class_names, clean.tolist(), strict=True)),
-        dict(zip(classifier.class_names, attacked.tolist(), strict=True)),
+        *(dict(zip(classifier.class_names, each, strict=True)) for each in scores),
+        rejected=(rejected[0], rejected[1]),
     )
 
 
