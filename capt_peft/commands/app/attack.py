@@ -199,13 +199,17 @@ def attack_one(
         attacked = logits_fn(adversarial)
     calibration = classifier.calibration
     rejected = [calibration is not None and not calibration.accepts(logits).item() for logits in (clean, attacked)]
-    scores = [classifier.scores(logits)[0].tolist() for logits in (clean, attacked)]
+    before, after = (
+        dict(zip(classifier.class_names, classifier.scores(logits)[0].tolist(), strict=True))
+        for logits in (clean, attacked)
+    )
     noise = 0.5 + magnification(attack) * (adversarial - pixels)
     return Outcome(
         name,
         classifier.class_names[label],
         (to_picture(pixels), to_picture(adversarial), to_picture(noise)),
-        *(dict(zip(classifier.class_names, each, strict=True)) for each in scores),
+        before,
+        after,
         rejected=(rejected[0], rejected[1]),
     )
 
