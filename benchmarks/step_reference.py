@@ -24,7 +24,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTextConfig, C
 
 from capt_peft import CaptConfig, CaptTrainer, CaptTrainingArguments, Task
 from capt_peft.clip.activations import lean_activations
-from capt_peft.clip.classifier import normalize
+from capt_peft.clip.texts import normalize
 from capt_peft.data.task import task_features
 from capt_peft.randomness import example_generators
 from capt_peft.toy import TINY_CLIP

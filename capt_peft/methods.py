@@ -175,7 +175,7 @@ def make_trainer(
         name: Name or alias of the method.
         base: The CLIP.
         args: The training arguments, with the settings of the method (see `method_settings`).
-        task: The images, and the class names and the template of the prompts.
+        task: The images, and the class names and their texts.
         processor: The processor of the CLIP.
         prompts: Other fields of `CaptConfig`.
         teacher: See `CaptTrainer`.
@@ -186,7 +186,8 @@ def make_trainer(
     method = get_method(name)
     if method.objective is None:
         raise ValueError(f"The method {name!r} tunes nothing.")
-    config = CaptConfig(**{**prompts, "template": task.template, "class_names": list(task.class_names)})
+    texts = {"template": task.template, "class_names": list(task.class_names), "class_texts": task.class_texts}
+    config = CaptConfig(**{**prompts, **texts})
     model = get_peft_model(base, config)
     objective = method.objective(args)
     return CaptTrainer(model, args, task=task, processor=processor, objective=objective, teacher=teacher)

@@ -20,6 +20,7 @@ from transformers import AutoModel, AutoProcessor
 from ..data.loading import list_tasks, load_task
 from ..data.pixels import PixelTransform, digest_images
 from ..data.task import Task
+from ..data.texts import Template, read_template
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, configuration_digest
 from ..tuner.loading import load_pretrained
 from .plan import Cell, Target
@@ -77,9 +78,9 @@ class Inputs:
         return _of_data(task["train"], task, task.template)
 
 
-def _of_data(data: datasets.Dataset, task: Task, template: str) -> tuple[str, str]:
+def _of_data(data: datasets.Dataset, task: Task, template: Template) -> tuple[str, str]:
     content = [digest_images(data), list(task.class_names)]
-    return _digest(content), _digest([*content, template])
+    return _digest(content), _digest([*content, template, *([task.class_texts] if task.class_texts else [])])
 
 
 def _of_base(model: nn.Module, processor: Any) -> dict[str, Any]:
@@ -117,9 +118,9 @@ def load_base(name: str, device: Any = None) -> tuple[nn.Module, Any]:
     return model.to(PartialState().device if device is None else device), processor
 
 
-def template_of(cell: Cell, task: Task) -> str:
+def template_of(cell: Cell, task: Task) -> Template:
     """Returns the text of a class: the same for all data sets where the settings say so, or else the data set's own."""
-    return str(cell.prompts.get("template", task.template))
+    return read_template(cell.prompts.get("template", task.template))
 
 
 def read_task(name: str, classes: str, root: Root) -> Task:

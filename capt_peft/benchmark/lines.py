@@ -33,7 +33,7 @@ class Result:
         clean: Accuracy without an attack.
         attacks: Accuracy under each attack, by its name.
         worst_case: The share of images that no attack broke; None in lines of versions that did not count it.
-        template: The text of a class; None in such lines.
+        template: The text of a class, or several; None in such lines.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Result:
     clean: Accuracy
     attacks: Mapping[str, Accuracy]
     worst_case: Accuracy | None = None
-    template: str | None = None
+    template: str | tuple[str, ...] | None = None
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Result:
@@ -55,7 +55,9 @@ class Result:
             raise ValueError(why)
         attacks = {name: _accuracy(count) for name, count in row["attacks"].items()}
         worst = None if row.get("worst_case") is None else _accuracy(row["worst_case"])
-        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, row.get("template"))
+        template = row.get("template")
+        template = tuple(template) if isinstance(template, list) else template
+        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, template)
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ class Plan:
         return common | {"settings": {k: v for k, v in values.items() if k not in _PROMPTS}, "prompts": prompts}
 
 
-_PROMPTS = PROMPT_FIELDS - {"class_names", "template_token_ids"}
+_PROMPTS = PROMPT_FIELDS - {"class_names", "class_texts", "template_token_ids"}
 _FLOATS = {f.name for kind in (CaptTrainingArguments, CaptConfig) for f in fields(kind) if f.type in (float, "float")}
 _OF_A_RUN = {"output_dir", "seed", "eval_attack", "hub_token"}
 _TRAINING = {f.name for f in fields(CaptTrainingArguments)} - _OF_A_RUN | {"teacher"}

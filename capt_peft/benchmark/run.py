@@ -174,7 +174,7 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     """Returns clean and robust accuracy on one target, white box through the prompts."""
     task = read_task(target.task, target.classes, root)
     template = template_of(cell, task)
-    classifier = ZeroShotClassifier(model, processor, task.class_names, template)
+    classifier = ZeroShotClassifier(model, processor, task.class_names, template, class_texts=task.class_texts)
     attacks = [_with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
     data = drawn(task[cell.split], cell.limit)
     evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, progress=False)

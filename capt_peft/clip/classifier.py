@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.names import check_class_names
 from ..data.pixels import PixelTransform
+from ..data.texts import ClassTexts, Template, read_template, texts_for, texts_of
 from ..tuner import Calibration, PromptLayer, adapters_off, clip
-from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..tuner.config import DEFAULT_TEMPLATE
 from ..tuner.model import capt_config, set_strength
 from ..utils.machine import moved
 from ..utils.modules import eval_mode
@@ -29,10 +30,11 @@ from .texts import (
     check_adapter_fits,
     check_free_texts_fit,
     check_texts,
+    normalize,
+    room_for_prompts,
     split_texts,
     tokenize_classes,
     tokenize_texts,
-    tokens_before_name,
 )
 
 
@@ -47,19 +49,22 @@ class ZeroShotClassifier(nn.Module):
         model: A CLIPModel, with or without adapters (`PeftModel` too).
         processor: Its processor: an image processor and a tokenizer (`AutoProcessor.from_pretrained`).
         class_names: The N class names; at least two, no two alike.
-        template: The text of a class; `{}` stands for its name.
+        template: The text of a class; `{}` stands for its name. Several, as a list or by the name of a published set
+            (`capt_peft.data.TEMPLATES`): a class has one text of each, and its feature is the mean of theirs, scaled to length 1.
+        class_texts: Texts of one's own, by class name: a text or a list for each class that has them, which stand in place of the
+            template's, and of which the mean is taken as well; `{}` in a text stands for the class name.
         text_chunk_size: Texts that run at once, which bounds the memory; with gradients the others are run again in the backward
             pass. By default all of them up to 256 classes, and 64 above that. The results are the same up to rounding.
 
     Raises:
-        ValueError: A `text_chunk_size` below 1, a template without one `{}`, class names that repeat or are one text to the
-            tokenizer, a text that is too long for the model, or one so short that the adapter's prompts would overwrite the
-            class name; a model with a head for classification, or the processor of another model; or other classes than
-            those of an active adapter with class-specific prompts.
+        ValueError: A `text_chunk_size` below 1; a template without one `{}`; class names that repeat, or whose texts are the same
+            to the tokenizer; texts of another class, or one that is given twice; a text that is too long for the model, or one so
+            short that the adapter's prompts would overwrite the class name; a model with a head for classification, or the
+            processor of another model; or other classes than those of an active adapter with class-specific prompts.
     """
 
     model: Any  # a PeftModel, or a model of transformers: both hand out CLIP's methods
-    input_ids: Tensor  # (N, L)
+    input_ids: Tensor  # (T, L), of the T texts of N classes, class by class
     mean: Tensor  # (1, 3, 1, 1)
     std: Tensor  # (1, 3, 1, 1)
 
@@ -68,8 +73,9 @@ class ZeroShotClassifier(nn.Module):
         model: nn.Module,
         processor: Any,
         class_names: Sequence[str],
-        template: str = DEFAULT_TEMPLATE,
+        template: Template = DEFAULT_TEMPLATE,
         *,
+        class_texts: ClassTexts | None = None,
         text_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -80,13 +86,17 @@ class ZeroShotClassifier(nn.Module):
         self.transform = PixelTransform(processor)
         check_class_names(class_names)
         self.class_names = tuple(class_names)
-        self.template = template
-        check_template(template)
+        self.template = read_template(template)
+        self.class_texts = texts_for(self.class_names, class_texts)
         clip.check_supported(model)
-        self.texts = [template.format(name) for name in self.class_names]
+        texts = texts_of(self.class_names, self.template, self.class_texts)
+        self.texts = [one.text for one in texts]
+        self.text_labels = [one.label for one in texts]
         self._tokenizer = clip.reader(model, processor.tokenizer)
-        text_inputs = tokenize_classes(model, self._tokenizer, self.class_names, self.texts)
-        self._before_name = tokens_before_name(self._tokenizer, template, text_inputs["input_ids"])
+        text_inputs = tokenize_classes(model, self._tokenizer, self.class_names, texts)
+        self._first_template = self.template if isinstance(self.template, str) else self.template[0]
+        ids = text_inputs["input_ids"]
+        self._room = room_for_prompts(self._tokenizer, self.class_names, texts, ids, self._first_template)
         self._check_adapter()
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in self.transform.normalization)
         for name, value in {**text_inputs, "mean": mean, "std": std}.items():
@@ -102,7 +112,8 @@ class ZeroShotClassifier(nn.Module):
         name_or_path: str,
         *,
         class_names: Sequence[str] | None = None,
-        template: str | None = None,
+        template: Template | None = None,
+        class_texts: ClassTexts | None = None,
         **kwargs: Any,
     ) -> ZeroShotClassifier:
         """Loads an adapter with its base model and processor, or a bare CLIP.
@@ -110,7 +121,9 @@ class ZeroShotClassifier(nn.Module):
         Args:
             name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
             class_names: The classes; by default those the adapter was tuned on.
-            template: The text of a class; by default the adapter's.
+            template: The text of a class, or several; by default the adapter's.
+            class_texts: Texts of one's own. By default the adapter's, for those of the classes that it has some for, unless a
+                template is given, which is then the text of all classes; {} for none.
             kwargs: For loading: `dtype`, float32 by default; `base`, another base model; `revision`, `token`, `cache_dir`,
                 `subfolder`; and of the base model `device_map` (one device), `quantization_config`, `attn_implementation`, ...
 
@@ -122,8 +135,10 @@ class ZeroShotClassifier(nn.Module):
         names = class_names if class_names is not None else getattr(config, "class_names", None)
         if not names:
             raise ValueError(f"{name_or_path} records no class names. Give the classes: class_names=['cat', 'dog'].")
+        if class_texts is None and template is None:
+            class_texts = texts_for(names, getattr(config, "class_texts", None), strict=False)
         template = template if template is not None else getattr(config, "template", DEFAULT_TEMPLATE)
-        return cls(model.eval(), processor, names, template)
+        return cls(model.eval(), processor, names, template, class_texts=class_texts)
 
     # ------------------------------------------------------------------------------------------------------ logits
 
@@ -139,7 +154,7 @@ class ZeroShotClassifier(nn.Module):
         return self.logits(self.image_features(pixels), self.text_features())
 
     def text_inputs(self) -> dict[str, Tensor]:
-        """Returns the tokens of the N texts, having checked that the adapter fits: `input_ids`, `attention_mask`, (N, L)."""
+        """Returns the tokens of the T texts, having checked that the adapter fits: `input_ids`, `attention_mask`, (T, L)."""
         self._check_adapter()
         return {name: self._own(name, self.device) for name in clip.TEXT_INPUTS if hasattr(self, name)}
 
@@ -154,22 +169,22 @@ class ZeroShotClassifier(nn.Module):
         return lambda pixels: self.logits(self.image_features(pixels), texts)
 
     def text_features(self) -> Tensor:
-        """Returns the (N, D) normalised text features, without gradient in eval mode."""
+        """Returns the (N, D) normalised text features of the classes, without gradient in eval mode."""
         if self.training:
             return self.encode_texts()
         with torch.inference_mode(False), torch.no_grad():
             return self.encode_texts()
 
     def encode_texts(self) -> Tensor:
-        """Runs the text tower on the N texts: (N, D) normalised features, with gradient if the caller wants one."""
+        """Runs the text tower on all texts: (N, D) normalised features of the classes, with gradient if the caller wants one."""
         if self._parts is None:
             return normalize(clip.text_features(self.model, self.text_inputs()))
         return self._parts.join([self.encode_part(part) for part in self._parts.parts])
 
     def text_parts(self, *, cut: bool = True) -> TextParts | None:
-        """Returns the texts in parts of `text_chunk_size`, or None if one part holds all; see `split_texts`."""
+        """Returns the texts in parts of `text_chunk_size`; None if one has all, and each is a class. See `split_texts`."""
         inputs = {name: getattr(self, name).cpu() for name in clip.TEXT_INPUTS if hasattr(self, name)}
-        return split_texts(inputs, self.text_chunk_size, cut=cut)
+        return split_texts(inputs, self.text_chunk_size, labels=self.text_labels, cut=cut)
 
     def encode_part(self, part: TextPart) -> Tensor:
         """Runs the text tower on a part: (n, D) normalised features. Its activations are not kept: backward runs it again."""
@@ -230,7 +245,7 @@ class ZeroShotClassifier(nn.Module):
         images: Any,
         *,
         class_names: Sequence[str] | None = None,
-        template: str | None = None,
+        template: Template | None = None,
         top_k: int | None = None,
         batch_size: int = 32,
         reject: bool = False,
@@ -245,7 +260,7 @@ class ZeroShotClassifier(nn.Module):
         Args:
             images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
             class_names: Other classes for this call.
-            template: Another text of a class for this call.
+            template: Another text of a class for this call, or several; of all classes.
             top_k: Return the k best classes; by default all.
             batch_size: Images per forward pass.
             reject: An image may be none of these classes: its list is empty where no logit reaches the calibration's threshold.
@@ -266,9 +281,9 @@ class ZeroShotClassifier(nn.Module):
         """
         if class_names is not None or template is not None:
             names = self.class_names if class_names is None else class_names
-            other = ZeroShotClassifier(
-                self.model, self.processor, names, self.template if template is None else template
-            )
+            own = texts_for(names, self.class_texts, strict=False) if template is None else None
+            template = self.template if template is None else template
+            other = ZeroShotClassifier(self.model, self.processor, names, template, class_texts=own)
             return other.predict(
                 images, top_k=top_k, batch_size=batch_size, reject=reject, multi_label=multi_label, sigmoid=sigmoid
             )
@@ -336,7 +351,8 @@ class ZeroShotClassifier(nn.Module):
         """Returns the features of free texts, such as captions and search queries; see `embed_images`.
 
         They run as they are, without the template. The n text prompts of an adapter replace the first n tokens of a text, which
-        are those of `template` ("a photo" of "a photo of a {}."), so that with text prompts every text must begin with these.
+        are those of `template` ("a photo" of "a photo of a {}."), of several the first, so that with text prompts every text must
+        begin with these.
 
         Args:
             texts: One text or a list; texts may repeat.
@@ -356,7 +372,7 @@ class ZeroShotClassifier(nn.Module):
         inputs: dict[str, Tensor] = {}
         if listed:
             inputs = tokenize_texts(self.model, self._tokenizer, listed)
-            check_free_texts_fit(self.model, self._tokenizer, self.template, listed, inputs["input_ids"])
+            check_free_texts_fit(self.model, self._tokenizer, self._first_template, listed, inputs["input_ids"])
 
         def run(rows: slice) -> Tensor:
             part = {name: moved(ids[rows], self.device) for name, ids in inputs.items()}
@@ -392,7 +408,7 @@ class ZeroShotClassifier(nn.Module):
 
     def _check_adapter(self) -> None:
         # at every run of the texts: another adapter may have become the active one since this was made
-        check_adapter_fits(self.model, self.class_names, self.template, self._before_name)
+        check_adapter_fits(self.model, self.class_names, self._room)
 
     def _check_finite(self, logits: Tensor, texts: Tensor) -> None:
         """Raises a ValueError that names the cause if logits (B, N) are not finite."""
@@ -445,11 +461,6 @@ def _answers(logits: Tensor, calibration: Calibration | None, reject: bool, mult
 
 def _scores(logits: Tensor, calibration: Calibration | None) -> Tensor:
     return logits.softmax(-1).cpu() if calibration is None else calibration.scores(logits)
-
-
-def normalize(features: Tensor) -> Tensor:
-    """Scales each row to length 1."""
-    return features / features.norm(dim=-1, keepdim=True)
 
 
 def _listed(images: Any) -> Sequence[Any]:

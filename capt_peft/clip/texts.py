@@ -1,16 +1,18 @@
-"""Class texts as tokens: what must hold of them, and their split into parts that bound the memory."""
+"""Class texts as tokens: what must hold of them, their split into parts that bound the memory, and a class's mean of several."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.texts import ClassText
 from ..tuner import CaptConfig, PromptLayer
 from ..tuner.clip import (
     end_token,
@@ -32,23 +34,41 @@ MAX_CHARACTERS = 10_000  # of a text; no model reads a hundredth of it
 
 
 def tokenize_classes(
-    model: nn.Module, tokenizer: Any, class_names: Sequence[str], texts: Sequence[str]
+    model: nn.Module, tokenizer: Any, class_names: Sequence[str], class_texts: Sequence[ClassText]
 ) -> dict[str, Tensor]:
-    """Tokenizes the N class texts as the model reads them, having made sure that it can tell the classes apart.
+    """Tokenizes the T texts of N classes as the model reads them, having made sure that it can tell the classes apart.
 
     Raises:
-        ValueError: As for `tokenize_texts`; or two names with the same tokens up to the end token.
+        ValueError: As for `tokenize_texts`; or two classes whose texts have the same tokens up to the end token, or two such
+            texts of one class.
     """
-    inputs = tokenize_texts(model, tokenizer, texts)
-    seen: dict[tuple[int, ...], str] = {}
-    for name, tokens in zip(class_names, _read_tokens(inputs["input_ids"], end_token(model)), strict=True):
-        if tokens in seen:
+    inputs = tokenize_texts(model, tokenizer, [one.text for one in class_texts])
+    _check_apart(class_names, class_texts, _read_tokens(inputs["input_ids"], end_token(model)))
+    return inputs
+
+
+def _check_apart(
+    class_names: Sequence[str], class_texts: Sequence[ClassText], tokens: Sequence[tuple[int, ...]]
+) -> None:
+    of_classes: list[dict[tuple[int, ...], str]] = [{} for _ in class_names]
+    for one, ids in zip(class_texts, tokens, strict=True):
+        known = of_classes[one.label]
+        if ids in known:
             raise ValueError(
-                f"The class names {shown(seen[tokens])} and {shown(name)} are the same text to the model's tokenizer, so that "
+                f"The texts {shown(known[ids])} and {shown(one.text)} of class {shown(class_names[one.label])} are the same to "
+                "the model's tokenizer, and would count twice. Take one of them out."
+            )
+        known[ids] = one.text
+    seen: dict[frozenset[tuple[int, ...]], str] = {}
+    for name, known in zip(class_names, of_classes, strict=True):
+        texts = frozenset(known)
+        if texts in seen:
+            are = "are the same text" if len(texts) == 1 else f"have the same {len(texts)} texts"
+            raise ValueError(
+                f"The class names {shown(seen[texts])} and {shown(name)} {are} to the model's tokenizer, so that "
                 "the second would never be predicted. Rename one of them, or make them one class."
             )
-        seen[tokens] = name
-    return inputs
+        seen[texts] = name
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -104,18 +124,44 @@ def _read_tokens(input_ids: Tensor, end: int | str) -> list[tuple[int, ...]]:
     return [tuple(ids[: last + 1]) for ids, last in zip(input_ids.tolist(), ends.tolist(), strict=True)]
 
 
-def tokens_before_name(tokenizer: Any, template: str, input_ids: Tensor) -> int:
-    """Returns the number of tokens of the texts (N, L) that come before the class name, start token included.
+class Room(NamedTuple):
+    """The text with the fewest tokens before the class name, its class, and their number, start token included."""
 
-    A word that the tokenizer joins with the beginning of a name counts to the name.
+    text: ClassText
+    class_name: str
+    tokens: int
+
+
+def room_for_prompts(
+    tokenizer: Any, class_names: Sequence[str], class_texts: Sequence[ClassText], input_ids: Tensor, template: str
+) -> Room:
+    """Returns which of the texts (T, L) has the least room before the class name; a text prompt must not overwrite the name.
+
+    A word that the tokenizer joins with the beginning of a name counts to the name. Of a class's own text without its name, the
+    words count that it begins with as `template` does: all others describe the class.
     """
-    ids = template_tokens(tokenizer, template)
-    same = input_ids[:, : len(ids)] == torch.tensor(ids[: input_ids.shape[1]], dtype=torch.long)  # (N, n)
-    return int(same.int().cumprod(-1).sum(-1).min())
+    places: dict[str, list[int]] = {}  # of the texts with the same words before the name
+    for i, one in enumerate(class_texts):
+        places.setdefault(one.template or _up_to_name(one.text, class_names[one.label]) or template, []).append(i)
+    rooms = []
+    for words, rows in places.items():
+        ids = template_tokens(tokenizer, words)
+        same = input_ids[rows, : len(ids)] == torch.tensor(ids[: input_ids.shape[1]], dtype=torch.long)  # (rows, n)
+        least, row = same.int().cumprod(-1).sum(-1).min(0)
+        tightest = class_texts[rows[int(row)]]
+        rooms.append(Room(tightest, class_names[tightest.label], int(least)))
+    return min(rooms, key=lambda room: room.tokens)
 
 
-def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: str, before_name: int) -> None:
-    """Makes sure that the adapter in use can take these texts, by their `tokens_before_name`; inactive ones do not count.
+def _up_to_name(text: str, name: str) -> str | None:
+    """Returns a text up to where it first has a class name, in upper or lower case, with {} behind; None if it never has."""
+    words = r"\s+".join(map(re.escape, name.replace("_", " ").split()))
+    found = re.search(rf"(?<!\w){words}", text.replace("_", " "), re.IGNORECASE)
+    return None if found is None else text[: found.start()] + "{}"
+
+
+def check_adapter_fits(model: nn.Module, class_names: Sequence[str], room: Room) -> None:
+    """Makes sure that the adapter in use can take these texts, by their `room_for_prompts`; inactive ones do not count.
 
     Raises:
         ValueError: The adapter's n text prompts, which replace the n tokens after the start token, would overwrite the class
@@ -125,7 +171,7 @@ def check_adapter_fits(model: nn.Module, class_names: Sequence[str], template: s
     if found is None:
         return
     name, config, places = found
-    _check_template_has_room(name, places, template, before_name)
+    _check_room(name, places, room)
     if config.class_specific:
         _check_classes_known(name, config.class_names or [], list(class_names))
 
@@ -151,7 +197,7 @@ def check_free_texts_fit(
             "`with classifier.frozen():`."
         )
     opening = template_tokens(tokenizer, template)
-    _check_template_has_room(name, places, template, len(opening))
+    _check_room(name, places, Room(ClassText(0, template, template), "", len(opening)))
     opening = opening[: places.stop]
     other = next(
         (text for text, ids in zip(texts, input_ids.tolist(), strict=True) if ids[: places.stop] != opening), None
@@ -184,13 +230,19 @@ def _text_prompts(model: nn.Module) -> tuple[str, CaptConfig, slice] | None:
     return name, config, prompt_places(layer.site.start, config.num_text_tokens)
 
 
-def _check_template_has_room(name: str, places: slice, template: str, before_name: int) -> None:
-    if places.stop > before_name:
-        words, prompts = max(before_name - places.start, 0), places.stop - places.start
-        raise ValueError(
-            f"The template {shown(template)} has {words} tokens before the class name, but the {prompts} text prompts of adapter "
-            f"{name!r} would overwrite {prompts}. Put more words before {{}}, or set num_text_tokens lower."
-        )
+def _check_room(name: str, places: slice, room: Room) -> None:
+    """Raises a ValueError that names the text if the prompts of adapter `name`, at these places, would overwrite the name."""
+    if places.stop <= room.tokens:
+        return
+    words, prompts = max(room.tokens - places.start, 0), places.stop - places.start
+    what, told, mark = f"The template {shown(room.text.template)}", "the class name", "{}"
+    if room.text.template is None:
+        what = f"The text {shown(room.text.text)} of class {shown(room.class_name)}"
+        told, mark = "the words that tell the class", "them"
+    raise ValueError(
+        f"{what} has {words} tokens before {told}, but the {prompts} text prompts of adapter {name!r} would overwrite "
+        f"{prompts}. Put more words before {mark}, or set num_text_tokens lower."
+    )
 
 
 def _check_classes_known(name: str, tuned: list[str], given: list[str]) -> None:
@@ -209,7 +261,7 @@ def _check_classes_known(name: str, tuned: list[str], given: list[str]) -> None:
 
 @dataclass(frozen=True)
 class TextPart:
-    """Some of the N class texts: their places among them (n,), and their `input_ids` and `attention_mask` (n, l)."""
+    """Some of the T texts: the classes (n,) that they are of, and their `input_ids` and `attention_mask` (n, l)."""
 
     rows: Tensor
     inputs: dict[str, Tensor]
@@ -225,31 +277,63 @@ class TextPart:
 
 @dataclass(frozen=True)
 class TextParts:
-    """The N class texts in parts of equal size, and where (N,) each text's features stand in those of all parts together."""
+    """The T texts of N classes in parts of equal size.
+
+    Attributes:
+        parts: The parts.
+        places: Where (T,) each text's features stand in those of all parts together.
+        counts: How many of the texts, class by class, are of each of the N classes.
+    """
 
     parts: list[TextPart]
     places: Tensor
+    counts: list[int]
 
     def join(self, features: Sequence[Tensor]) -> Tensor:
-        """Returns the (N, D) features of all texts, in their order, from those of the parts."""
+        """Returns the (N, D) normalised features of the classes from those of the parts' texts."""
         joined = torch.cat(list(features))  # (n, D)
-        return joined[moved(self.places, joined.device)]
+        return class_means(joined[moved(self.places, joined.device)], self.counts)
 
 
-def split_texts(inputs: dict[str, Tensor], size: int | None, *, cut: bool = True) -> TextParts | None:
-    """Splits class texts (N, L) into parts of equal size, each cut at the end of its longest text; None if one part holds all.
+def class_means(features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Returns the features of N classes from the normalised ones of their T texts: (T, D) -> (N, D), normalised.
+
+    A class with one text has that text's feature. Of several it has the mean, scaled to length 1, as CLIP's authors have it
+    (arXiv 2103.00020, section 3.1.4); it is taken in float32 at least.
+    """
+    if len(counts) == len(features):
+        return features
+    precise = features.to(torch.promote_types(features.dtype, torch.float32))
+    means = [texts[0] if len(texts) == 1 else normalize(texts.mean(0)) for texts in precise.split(list(counts))]
+    return torch.stack(means).to(features.dtype)
+
+
+def normalize(features: Tensor) -> Tensor:
+    """Scales each row to length 1."""
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def split_texts(
+    inputs: dict[str, Tensor], size: int | None, *, labels: Sequence[int] | None = None, cut: bool = True
+) -> TextParts | None:
+    """Splits texts (T, L) into parts of equal size, each cut at the end of its longest; None: one has all, one text a class.
 
     The texts are sorted by length first, which saves what short ones would be padded with. To make the parts equal, some texts
     may appear twice; the second time counts for nothing.
 
     Args:
-        inputs: `input_ids` and perhaps `attention_mask`, (N, L).
+        inputs: `input_ids` and perhaps `attention_mask`, (T, L).
         size: Texts of a part; None: all at once up to 256, 64 above that.
+        labels: The classes of the texts, in order, 0 to N - 1 and each at least once; None: every text is a class.
         cut: False leaves all parts at the length L, for code that is compiled for one shape.
     """
     count = len(inputs["input_ids"])
+    classes = torch.arange(count) if labels is None else torch.tensor(labels)
+    counts = torch.bincount(classes).tolist()
     if count <= (size or WHOLE):
-        return None
+        if len(counts) == count:
+            return None
+        size = count
     pieces = -(-count // (size or SIZE))
     size = -(-count // pieces)
     lengths = inputs["attention_mask"].sum(1) if "attention_mask" in inputs else torch.zeros(count)
@@ -259,5 +343,5 @@ def split_texts(inputs: dict[str, Tensor], size: int | None, *, cut: bool = True
     parts = []
     for rows in order.view(pieces, size):
         longest = int(lengths[rows].max()) if cut else 0
-        parts.append(TextPart(rows, {name: ids[rows, : longest or None] for name, ids in inputs.items()}))
-    return TextParts(parts, places)
+        parts.append(TextPart(classes[rows], {name: ids[rows, : longest or None] for name, ids in inputs.items()}))
+    return TextParts(parts, places, counts)

@@ -81,9 +81,7 @@ def main(argv: list[str]) -> Calibration:
     task = args.load()
     data = measured(task, args.split, args.limit)
     with loading(args.adapter):
-        classifier = ZeroShotClassifier.from_pretrained(
-            str(folder), class_names=task.class_names, template=args.template
-        )
+        classifier = ZeroShotClassifier.from_pretrained(str(folder), class_names=task.class_names, **args.texts)
     device = "cpu" if args.use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     logits, labels = logits_and_labels(classifier.to(device), data, args.batch_size)
     calibration = calibrate(

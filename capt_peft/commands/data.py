@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
-from ..data import Task, load_task
+from ..data import TEMPLATES, Task, load_task
+from ..data.texts import Template, read_class_texts, read_template
 
 
 @dataclass
@@ -28,8 +31,23 @@ class DataArguments:
     class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the labels."})
     template: str | None = field(
         default=None,
-        metadata={"help": "Text of a class, e.g. 'a photo of a {}.'; by default the adapter's or the data set's."},
+        metadata={
+            "help": "Text of a class, e.g. 'a photo of a {}.'; or several: a published set, as clip-imagenet-7, or a file with "
+            "one a line. By default the adapter's or the data set's."
+        },
     )
+    class_texts: str | None = field(
+        default=None, metadata={"help": 'JSON file of texts of one\'s own: {"class name": ["text", ...], ...}.'}
+    )
+
+    def __post_init__(self) -> None:
+        # what the files hold, which then stands in the records
+        vars(self).update(template=read_templates(self.template), class_texts=read_class_texts(self.class_texts))
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """The template and the texts of classes that were asked for, for a task or a classifier; None where none were."""
+        return {"template": self.template, "class_texts": self.class_texts}
 
     def load(self) -> Task:
         """Returns the task that they name."""
@@ -40,11 +58,21 @@ class DataArguments:
             image_column=self.image_column,
             label_column=self.label_column,
             class_names=self.class_names,
-            template=self.template,
+            **self.texts,
             train_split=self.train_split,
             validation_split=self.validation_split,
             test_split=self.test_split,
         )
+
+
+def read_templates(template: Template | None) -> Template | None:
+    """Returns a template or the name of a published set as it is, or the templates of a file that has one on each line."""
+    if not isinstance(template, str) or template in TEMPLATES:
+        return template
+    if "{" not in template and Path(template).expanduser().is_file():
+        lines = Path(template).expanduser().read_text(encoding="utf-8", errors="replace").splitlines()
+        return read_template([line for line in lines if line.strip()])
+    return read_template(template)
 
 
 def measured(task: Task, split: str, limit: int | None) -> Dataset:

@@ -36,11 +36,10 @@ from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
 from ..tuner import adapters_in_use
-from ..tuner.config import check_template
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
-from ..utils.text import cut
-from .data import DataArguments, measured
+from ..utils.text import cut, shown
+from .data import DataArguments, measured, read_templates
 from .ending import loading
 from .options import values_in
 from .parser import Parser
@@ -77,7 +76,7 @@ class Arguments(DataArguments):
         default="tuned", metadata={"help": "tuned (white box), or frozen: attack the base model and transfer."}
     )
     attack_template: str | None = field(
-        default=None, metadata={"help": "Text of a class that attacks see, if not the classifying one."}
+        default=None, metadata={"help": "Text of a class that attacks see, if not the classifying one; as --template."}
     )
     curve: bool = field(
         default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
@@ -133,8 +132,7 @@ def parse_args(argv: list[str]) -> Arguments:
         if value is not None and value < 1:
             why = "there would be no images to evaluate; it" if value == 0 else "it"
             raise ValueError(f"{name}={value}: {why} must be at least 1.")
-    for template in filter(None, (args.template, args.attack_template)):
-        check_template(template)
+    vars(args)["attack_template"] = read_templates(args.attack_template)
     attacks = parse_attacks(args)
     idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
     if idle:
@@ -167,11 +165,13 @@ def parse_attacks(args: Arguments) -> list[Attack]:
 def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroShotClassifier:
     """Returns the classifier over the task's classes."""
     name = args.model
+    of_task: dict[str, Any] = {"template": task.template, "class_texts": task.class_texts}
+    texts = args.texts if args.adapter else of_task
     with loading(name):
         classifier = ZeroShotClassifier.from_pretrained(
             name,
             class_names=task.class_names,
-            template=args.template or (None if args.adapter else task.template),
+            **texts,
             dtype=torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype),
             **({"base": args.base} if args.adapter and args.base else {}),
         )
@@ -184,10 +184,10 @@ def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroSh
         raise ValueError(f"--adapter {name} is a CLIP without an adapter. Measure it with --base.")
     if args.adapter and args.template is None and task.template != classifier.template:
         logging.warning(
-            "%s classifies with its own template, %r; the task's is %r (--template).",
+            "%s classifies with its own template, %s; the task's is %s (--template).",
             name,
-            classifier.template,
-            task.template,
+            shown(classifier.template),
+            shown(task.template),
         )
     return classifier.to(device)
 
@@ -213,6 +213,8 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     own = {k: v for k, v in asdict(args).items() if k not in ("adapter", "output", "overwrite", "update_card", "curve")}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
+    if args.class_texts is None:  # as before there were any: results that are there are found again
+        del own["class_texts"]
     own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
     epsilons = [] if args.attacks == "clean" else [args.norm, args.epsilon.replace("/", "of")]

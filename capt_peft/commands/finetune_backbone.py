@@ -148,7 +148,7 @@ def measure(
     model: PreTrainedModel, processor: Any, task: Task, data: Dataset, args: CaptTrainingArguments
 ) -> Evaluation:
     """Returns zero-shot clean and robust accuracy."""
-    classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
+    classifier = ZeroShotClassifier(model, processor, task.class_names, task.template, class_texts=task.class_texts)
     attack, batch = args.evaluation_attack, args.per_device_eval_batch_size
     return evaluate(classifier.to(args.device), data, attack, batch_size=batch, seed=args.seed, signs=False)
 
@@ -181,7 +181,8 @@ def main(argv: list[str]) -> RunResults:
     task = drawn_task(script.drawn_images, args.seed) if drawn else load_task(script.dataset_name)
     kinds = {"tecoa": lambda *a, **k: CaptTrainer(*a, objective=AdversarialCrossEntropy(), **k), "fare": FareTrainer}
     trainer = kinds[script.objective](model, args, task=task, processor=processor)
-    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
+    more = f" and so on, {len(task.texts):,} texts in all" if len(task.texts) > task.num_classes else ""
+    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}{more}")
     checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)
 
     before = measure(model, processor, other, data, args)

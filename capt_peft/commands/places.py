@@ -16,7 +16,7 @@ from .ending import shorten
 
 MODELS = ("model_name_or_path", "adapter", "base", "teacher", "processor")  # a folder, or a Hub id
 DATA = ("dataset_name", "eval_dataset_name", "out_of_class")  # a task's name, a Hub id, a folder or a file
-FILES = ("config", "checkpoint", "root")  # a file or a folder here
+FILES = ("config", "checkpoint", "root", "class_texts")  # a file or a folder here
 CONFIGS = Path(__file__).parent / "configs"
 
 

@@ -145,7 +145,8 @@ def main(argv: list[str]) -> RunResults:
         base = load_pretrained(AutoModel, script.model_name_or_path, dtype=torch.float32)
     prompts, teacher = script.prompts(), script.teacher
     trainer = make_trainer(script.method, base, args, task=task, processor=processor, prompts=prompts, teacher=teacher)
-    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}")
+    more = f" and so on, {len(task.texts):,} texts in all" if len(task.texts) > task.num_classes else ""
+    print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}{more}")
     checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)
 
     with trainer.classifier.frozen():

@@ -6,9 +6,11 @@ from .loading import list_tasks, load_task
 from .pixels import PixelTransform
 from .sampling import sample_shots, split_classes
 from .task import Task, describe_task
+from .texts import TEMPLATES
 
 __all__ = [
     "CATALOG",
+    "TEMPLATES",
     "Entry",
     "PixelTransform",
     "Task",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..tuner.config import DEFAULT_TEMPLATE
 from ..utils.text import some
 from .catalog import CATALOG, Entry, recognize, to_catalog
 from .columns import label_splits, rename_classes
@@ -24,6 +24,7 @@ from .parts import Opened, Splits, choose_splits, first_part
 from .sampling import sample_shots, stratified_split
 from .sources import open_hub, open_local
 from .task import SPLITS, Task, encoded_images, kind_of, one_line, without_images
+from .texts import ClassTexts, Template, read_class_texts, read_template
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def load_task(
     image_column: str | None = None,
     label_column: str | None = None,
     class_names: ClassNames | None = None,
-    template: str | None = None,
+    template: Template | None = None,
+    class_texts: ClassTexts | str | Path | None = None,
     train_split: str | None = None,
     validation_split: str | None = None,
     test_split: str | None = None,
@@ -76,7 +78,9 @@ def load_task(
             own names is matched by name; a list of others is taken in order only where the labels are numbers, or where their
             order is published; else give a mapping from old to new names. Names that come from the data have their
             underscores turned into spaces; these stay as they are.
-        template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one.
+        template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one. Several: a list, or
+            the name of a published set (`capt_peft.data.TEMPLATES`); see `Task`.
+        class_texts: Texts of one's own, by class name, or a JSON file of them; see `Task`.
         train_split: Name of the split to train on, where its name does not tell.
         validation_split: Likewise, to choose settings on.
         test_split: Likewise, to measure accuracy on.
@@ -97,15 +101,15 @@ def load_task(
             f"load_task takes a name, a path or a Hub id, not {kind_of(name_or_path)}. A datasets.Dataset with the columns "
             "`image` and `label` becomes a task by Task(name, class_names, {'train': dataset})."
         )
-    if template is not None:
-        check_template(template)
+    template = None if template is None else read_template(template)
+    class_texts = read_class_texts(class_texts)
     if class_names is not None:
         class_names = check_given(class_names)
     source, given = str(name_or_path), {"train": train_split, "validation": validation_split, "test": test_split}
     columns = {"image_column": image_column, "label_column": label_column}
     if isinstance(name_or_path, str) and source in MADE:
         _refuse(source, root=root, name=name, revision=revision, **columns, **given)
-        return _customized(MADE[source](seed), class_names, template)
+        return _customized(MADE[source](seed), class_names, template, class_texts)
     entry = CATALOG.get(source) if isinstance(name_or_path, str) else None
     path = _local_path(source, root, entry)
     if path is None:
@@ -127,6 +131,7 @@ def load_task(
         template=template or (entry.template if entry is not None else DEFAULT_TEMPLATE),
         source=f"{origin}@{revision}" if revision else str(origin),
         left_out=tuple(left_out),
+        class_texts=class_texts,
     )
     if opened.kind in ("folder", "coop") and sum(map(len, task.splits.values())) <= MAX_CHECKED_IMAGES:
         check_images(task)
@@ -287,12 +292,15 @@ def _refuse(source: str, **settings: Any) -> None:
         raise ValueError(f"{source!r} is local or in the catalog and takes no {' or '.join(given)}. Leave it out.")
 
 
-def _customized(task: Task, class_names: ClassNames | None, template: str | None) -> Task:
-    """Returns the task with other class names or another template, where they are given."""
+def _customized(
+    task: Task, class_names: ClassNames | None, template: Template | None, class_texts: ClassTexts | None
+) -> Task:
+    """Returns the task with other class names, another template or texts of one's own, where they are given."""
     if class_names is not None:
         splits, names = rename_classes(task.splits, task.class_names, class_names, ordered=True)
         task = replace(task, class_names=names, splits=splits)
-    return replace(task, template=template) if template is not None else task
+    template = task.template if template is None else template
+    return replace(task, template=template, class_texts=task.class_texts if class_texts is None else class_texts)
 
 
 def _complete(splits: dict[str, Dataset], seed: int) -> dict[str, Dataset]:

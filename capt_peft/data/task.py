@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, IterableDatasetDict
 
-from ..tuner.config import DEFAULT_TEMPLATE, check_template
+from ..tuner.config import DEFAULT_TEMPLATE
 from ..utils.markup import Markdown, escape, table_row
 from ..utils.text import some
 from .names import check_class_names, column_values, name_key
 from .sampling import sample_shots, split_classes
+from .texts import ClassTexts, Template, read_template, texts_for, texts_of
 
 SPLITS = ("train", "validation", "test")
 HALVES = ("base", "new")
@@ -27,32 +28,37 @@ def task_features(class_names: tuple[str, ...]) -> Features:
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled images, their class names and the sentence that turns a class name into a text.
+    """Labelled images, their class names and the sentences that turn a class name into texts.
 
     Args:
         name: Name of the task, for tables and results.
         class_names: The N class names, in the order of the labels; no two alike, up to case, underscores and white space.
         splits: `datasets.Dataset` by split name (`train`, `validation`, `test`), each with the columns `image` (an
             image) and `label` (`int`, 0 to N - 1; the names of a `ClassLabel` must be those of `class_names`).
-        template: The text of a class; `{}` stands for its name.
+        template: The text of a class; `{}` stands for its name. Several, as a list or by the name of a published set
+            (`capt_peft.data.TEMPLATES`): a class has one text of each, of whose features the mean is taken.
         source: Where the images come from, as given to `load_task`; recorded with results.
         left_out: What `load_task` left out, one sentence for each reason.
+        class_texts: Texts of one's own, by class name: a text or a list for each class that has them, in place of the template's;
+            `{}` in a text stands for the class name.
 
     Raises:
-        ValueError: A template without one `{}`, class names that do not match the labels or their names, or a split with
-            other columns.
+        ValueError: A template without one `{}`, texts of another class, class names that do not match the labels or their names,
+            or a split with other columns.
     """
 
     name: str
     class_names: tuple[str, ...]
     splits: Mapping[str, Dataset]
-    template: str = DEFAULT_TEMPLATE
+    template: Template = DEFAULT_TEMPLATE
     source: str = ""
     left_out: tuple[str, ...] = ()
+    class_texts: ClassTexts | None = None
 
     def __post_init__(self) -> None:
-        check_template(self.template)
         check_class_names(self.class_names)
+        object.__setattr__(self, "template", read_template(self.template))
+        object.__setattr__(self, "class_texts", texts_for(self.class_names, self.class_texts))
         for split, dataset in self.splits.items():
             if split not in SPLITS:
                 raise ValueError(f"Unknown split {split!r} of task {self.name!r}. Allowed: {', '.join(SPLITS)}.")
@@ -100,8 +106,8 @@ class Task:
 
     @property
     def texts(self) -> list[str]:
-        """The N class texts, in the order of the labels."""
-        return [self.template.format(name) for name in self.class_names]
+        """The texts of the N classes, in the order of the labels; several for a class where it has several."""
+        return [one.text for one in texts_of(self.class_names, self.template, self.class_texts)]
 
     def __getitem__(self, split: str) -> Dataset:
         if split not in self.splits:
@@ -146,7 +152,9 @@ class Task:
         lookup = np.full(self.num_classes, -1)
         lookup[labels] = np.arange(len(labels))
         splits = {split: relabelled(dataset, lookup, names) for split, dataset in self.splits.items()}
-        return replace(self, class_names=names, splits={split: found for split, found in splits.items() if len(found)})
+        own = texts_for(names, self.class_texts, strict=False)
+        splits = {split: found for split, found in splits.items() if len(found)}
+        return replace(self, class_names=names, splits=splits, class_texts=own)
 
     def half(self, which: str) -> Task:
         """Returns the base or the new half of the classes, as CoCoOp's protocol has them (arXiv 2203.05557).

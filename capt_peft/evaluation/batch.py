@@ -17,6 +17,7 @@ from ..attacks import Attack, AttackResult, LogitsFn
 from ..attacks.base import Guarded, Report
 from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
+from ..data.texts import Template, read_template
 from ..randomness import example_generators
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
@@ -41,7 +42,7 @@ class Subject:
         white_box: Whether attacks see the very model that is scored; robust accuracy is measured no other way.
         precision: The lowest precision of the parameters and of autocast around attacks, such as "float32", "tf32" or "bfloat16".
         device: Where the pixels go.
-        description: Base model, adapter, their fingerprints, classes and template, for results.
+        description: Base model, adapter, their fingerprints, classes and their texts, for results.
         temperature: What logits are divided by before their softmax makes scores: an adapter's, where it is calibrated.
     """
 
@@ -60,7 +61,7 @@ class Subject:
         return scores
 
 
-def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_template: str | None = None) -> Subject:
+def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_template: Template | None = None) -> Subject:
     """Returns a classifier as an evaluation uses it; arguments as for `evaluate`.
 
     Raises:
@@ -79,13 +80,13 @@ def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_templa
     return _subject_of_callable(classifier)
 
 
-def _subject_of_clip(classifier: ZeroShotClassifier, target: str, template: str | None) -> Subject:
+def _subject_of_clip(classifier: ZeroShotClassifier, target: str, template: Template | None) -> Subject:
     precision = _precision(classifier)
     precise = classifier if precision in OF_FLOAT32 else copy.deepcopy(classifier).float()
     scored = precise.with_fixed_texts()
     attacked = scored if precise is classifier else classifier.with_fixed_texts()
     seen = classifier
-    if template not in (None, classifier.template):
+    if template is not None and (classifier.class_texts or read_template(template) != classifier.template):
         seen = ZeroShotClassifier(classifier.model, classifier.processor, classifier.class_names, template).eval()
         attacked = seen.with_fixed_texts()
     if target == "frozen":
@@ -129,7 +130,7 @@ def _subject_of_callable(function: LogitsFn) -> Subject:
 
 
 def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
-    """Returns what a classifier is made of: base model, adapter, fingerprints, classes, template, precision and pixels."""
+    """Returns what a classifier is made of: base model, adapter, fingerprints, classes, texts, precision and pixels."""
     model: Any = classifier.model
     adapters = _adapters(model)
     adapter = None
@@ -144,6 +145,7 @@ def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
         **({"adapters": adapters} if len(adapters) > 1 else {}),
         "class_names": list(classifier.class_names),
         "template": classifier.template,
+        **({"class_texts": classifier.class_texts} if classifier.class_texts else {}),
         "precision": _precision(classifier),
         "pixels": classifier.transform.to_dict(),
     }

@@ -22,6 +22,7 @@ from ..attacks import Attack, LogitsFn
 from ..attacks.base import joined
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
+from ..data.texts import Template, read_template
 from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
 from ..utils.files import make_writable, written_whole
@@ -47,7 +48,7 @@ def evaluate(
     batch_size: int = 128,
     seed: int = 0,
     attack_target: str = "tuned",
-    attack_template: str | None = None,
+    attack_template: Template | None = None,
     signs: bool = True,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -70,7 +71,7 @@ def evaluate(
         batch_size: Images per piece of work. It changes no random number.
         seed: Seed of the attacks, from 0 to 2**32 - 1.
         attack_target: "tuned", or "frozen": attacks see the base model with the adapter off, and transfer.
-        attack_template: Text of a class that attacks see instead of the classifier's own, with one `{}`.
+        attack_template: Text of a class, or several, that attacks see instead of the classifier's own; as its `template`.
         signs: Look for signs of masked gradients.
         output: JSON file for the figures; the examples go to a parquet file of that name, and unfinished work to a folder of that
             name with ".partial" at its end, which is removed in the end.
@@ -110,7 +111,7 @@ def evaluate(
                 "data": examples.to_dict(),
                 "attacks": [attack.to_dict() for attack in attacks],
                 "attack_target": attack_target,
-                "attack_template": attack_template,
+                "attack_template": None if attack_template is None else read_template(attack_template),
                 "seed": seed,
                 "batch_size": batch_size,
                 "signs": signs and subject.white_box,

@@ -353,6 +353,8 @@ def card_text(
         "evaluated": evaluation is not None,
         "unshown": records.unshown,
         "measured": _measured(records, config),
+        "template": _in_words(config.get("template")),
+        "own_texts": config.get("class_texts") or {},
         "classes": Markdown(some([escape(name, 100) for name in config.get("class_names") or []], _SHOWN_CLASSES)),
         "card_data": _yaml(card_data(records, rows, adapter, config, details)),
     }
@@ -370,6 +372,11 @@ def _calibration(config: Mapping[str, Any], fingerprint: str | None) -> Mapping[
     """Returns an adapter's calibration, unless it is of other weights."""
     found = config.get("calibration")
     return found if found is not None and found["fingerprint"] == fingerprint else None
+
+
+def _in_words(template: str | Sequence[str] | None) -> str | None:
+    """Returns a template as it is, and the first few of several."""
+    return template if isinstance(template, str | None) else f"the mean of {len(template)}: {some(template, 3)}"
 
 
 def _weak_alone(records: Records) -> list[str]:
@@ -398,7 +405,9 @@ def _measured(records: Records, config: Mapping[str, Any]) -> str:
         if results is None and names is not None and names != config.get("class_names"):
             where += f", with {len(names)} classes"
         if results is None and template not in (None, config.get("template")):
-            where += f", with the template {template}"
+            where += f", with the template {_in_words(template)}"
+        if results is None and (model.get("class_texts") or {}) != (config.get("class_texts") or {}):
+            where += ", with other class texts"
         said.append(f"{evaluation.clean.n} images of {where}")
     return ", and on ".join(dict.fromkeys(said))
 

@@ -34,7 +34,8 @@ class TaskRecord:
     name: str
     source: str
     class_names: list[str]
-    template: str | None = None
+    template: str | list[str] | None = None
+    class_texts: Mapping[str, list[str]] | None = None
     shots: int | str | None = None
     training_images: int
 
@@ -171,6 +172,7 @@ class RunResults:
                 source=task.source,
                 class_names=list(task.class_names),
                 template=task.template,
+                class_texts=task.class_texts,
                 shots=shots,
                 training_images=len(task["train"]),
             ),
@@ -411,6 +413,7 @@ def why_unshown(
     pairs: dict[str, tuple[Any, Any]] = {
         "other classes": (names, results.task.class_names),
         "another template": (model.get("template"), results.task.template),
+        "other class texts": (model.get("class_texts") or {}, results.task.class_texts or {}),
         "other pixels": (model.get("pixels"), results.training.pixels),
         "another data set": (task.get("name"), results.task.name),
         "another source of the data": (task.get("source"), task.get("source") and results.task.source),

@@ -23,7 +23,7 @@ from ..evaluation.pictures import image_grid
 from ..tuner.switching import base_parameters
 from ..utils.machine import moved
 from ..utils.modules import eval_mode
-from ..utils.text import some
+from ..utils.text import shown, some
 from .checkpoints import last_good
 
 logger = logging.getLogger(__name__)
@@ -238,12 +238,12 @@ class WarnAtChance(TrainerCallback):
             logger.warning(
                 "On %d images of the task %r, at even distances in its %s, %s: the base model does not know these classes, or "
                 "the names do not belong to the images. Prompts can only steer what it knows: check the class names, the "
-                "template (%r) and the base model before you tune for long.",
+                "template (%s) and the base model before you tune for long.",
                 accuracy.n,
                 trainer.task.name,
                 f"split{'s' if len(splits) > 1 else ''} {', '.join(splits)}",
                 trainer.at_chance,
-                trainer.task.template,
+                shown(trainer.task.template),
             )
 
     @torch.no_grad()

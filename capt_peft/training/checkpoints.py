@@ -37,8 +37,8 @@ MANIFEST = "checkpoint.json"
 STAGING = ".saving"  # a checkpoint is written in here, beside the whole ones
 # of an adapter's configuration: where it came from, and what has an entry of its own
 _NOT_SHAPE = {
-    "auto_mapping", "base_model_fingerprint", "base_model_name_or_path", "class_names", "inference_mode", "peft_version",
-    "revision", "task_type", "template",
+    "auto_mapping", "base_model_fingerprint", "base_model_name_or_path", "class_names", "class_texts", "inference_mode",
+    "peft_version", "revision", "task_type", "template",
 }  # fmt: skip
 # what a run may go on with another value of, but will then not end where it would have ended
 _SCHEDULE = (
@@ -198,6 +198,7 @@ def describe_run(trainer: Any) -> dict[str, Any]:
         "adapter": adapter and {name: value for name, value in adapter.items() if name not in _NOT_SHAPE},
         "class names": task.class_names,
         "template": task.template,
+        **({"class texts": task.class_texts} if task.class_texts else {}),
         "training images": {"number": len(images), "content": digest_images(images.dataset)},
         "pixels": images.transform.to_dict(),
         "training attack": getattr(trainer.attack, "to_dict", partial(_settings, trainer.attack))(),

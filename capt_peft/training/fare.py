@@ -74,7 +74,9 @@ class FareTrainer(CaptTrainer):
                 f"attack_loss={args.attack_loss!r}: FARE's attack climbs the distance of the features. Leave it at 'ce'."
             )
         processor = one_processor(processor, processing_class)
-        original = ZeroShotClassifier(copy.deepcopy(model), processor, task.class_names, task.template)
+        original = ZeroShotClassifier(
+            copy.deepcopy(model), processor, task.class_names, task.template, class_texts=task.class_texts
+        )
         super().__init__(
             model, args, task=task, processor=processor, objective=FeatureDistance(), teacher=original, **kwargs
         )

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..clip.classifier import ZeroShotClassifier, normalize
+from ..clip.classifier import ZeroShotClassifier
+from ..clip.texts import normalize
 from ..data.pixels import PixelDataset
 from ..objectives import Objective
 from ..tuner.clip import image_features
@@ -108,7 +109,10 @@ def load_teacher(teacher: ZeroShotClassifier | str | None, classifier: ZeroShotC
         return None
     if isinstance(teacher, str):
         teacher = ZeroShotClassifier.from_pretrained(
-            teacher, class_names=classifier.class_names, template=classifier.template
+            teacher,
+            class_names=classifier.class_names,
+            template=classifier.template,
+            class_texts=classifier.class_texts or {},
         )
     if teacher.class_names != classifier.class_names:
         raise ValueError(

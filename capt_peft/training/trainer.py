@@ -28,7 +28,8 @@ from transformers.trainer_utils import (
 
 from ..attacks import Attack, AttackResult
 from ..clip.activations import lean_activations
-from ..clip.classifier import ZeroShotClassifier, normalize
+from ..clip.classifier import ZeroShotClassifier
+from ..clip.texts import normalize
 from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, PixelTransform
 from ..data.task import Task, kind_of
@@ -108,7 +109,12 @@ class CaptTrainer(Trainer):
         self.task = task
         # checks the texts before any long work
         self.classifier = ZeroShotClassifier(
-            model, processor, task.class_names, task.template, text_chunk_size=args.text_chunk_size
+            model,
+            processor,
+            task.class_names,
+            task.template,
+            class_texts=task.class_texts,
+            text_chunk_size=args.text_chunk_size,
         )
         self._text_parts = self.classifier.text_parts(cut=not args.torch_compile)
         self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
@@ -151,7 +157,8 @@ class CaptTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}  # over the images since the last log line
         if isinstance(model, PeftModel):
             config: Any = model.peft_config[model.active_adapter]
-            config.class_names, config.template = list(task.class_names), task.template
+            config.class_names, config.template = list(task.class_names), self.classifier.template
+            config.class_texts = self.classifier.class_texts
 
     def _make_trainable(self) -> None:
         """Makes the active adapter trainable if nothing is, as PEFT loads adapters without `is_trainable=True`."""

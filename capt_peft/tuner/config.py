@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -37,7 +39,7 @@ MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, an
 NUMBERS = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
 TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (NUMBERS, int, "an integer"),
-    (("coupling", "template", "init"), str, "a string"),
+    (("coupling", "init"), str, "a string"),
     (("base_model_name_or_path", "revision", "base_model_fingerprint"), str | None, "a string or None"),
     (("auto_mapping", "calibration"), dict | None, "a dictionary or None"),
     (("class_specific",), bool, "True or False"),
@@ -64,7 +66,9 @@ class CaptConfig(PeftConfig):
             `"text_to_vision"` (MaPLe, arXiv 2210.03117): the text prompts are the parameters, each vision prompt is a linear
             map of its text prompt. `"vision_to_text"` (FAP, arXiv 2403.14774): as before at the input, but deeper prompts
             live in the vision tower and are mapped to text.
-        template: The text of a class while tuning; `{}` stands for the class name. The prompts replace its first words.
+        template: The text of a class while tuning; `{}` stands for the class name. The prompts replace its first words. A list:
+            a class has one text of each template, and its feature is their normalised mean, as CLIP's authors have it; the
+            prompts start from the first.
         init: `"template"`: text prompts start as the states that the frozen text tower has at their places, so that a new
             adapter leaves the text features as they were. SigLIP's deeper states depend on the whole text: there class-specific
             prompts start from those in the text of their class, which stays as it was, and others from the mean over (up to 64
@@ -86,6 +90,8 @@ class CaptConfig(PeftConfig):
             `Calibration`. `capt-peft calibrate` fills it in; it changes no logits.
         target_modules: Not used; the places of the prompts follow from the model's structure.
         modules_to_save: Further modules of the base model to train and save, as in every PEFT method.
+        class_texts: Texts of one's own, by class name: a list for each class that has them, in place of the template's; `{}` in
+            a text stands for the class name.
 
     Raises:
         TypeError: A field of another type.
@@ -97,7 +103,7 @@ class CaptConfig(PeftConfig):
     text_depth: int = DEFAULT_DEPTH
     vision_depth: int = DEFAULT_DEPTH
     coupling: str = "none"
-    template: str = DEFAULT_TEMPLATE
+    template: str | list[str] = DEFAULT_TEMPLATE
     init: str = "template"
     init_std: float = 0.02
     template_token_ids: list[int] | None = None
@@ -108,6 +114,7 @@ class CaptConfig(PeftConfig):
     calibration: dict[str, Any] | None = None
     target_modules: list[str] | None = None  # BaseTuner reads the attribute
     modules_to_save: list[str] | None = None
+    class_texts: dict[str, list[str]] | None = None
 
     def __post_init__(self) -> None:
         if self.task_type is not None:  # before PEFT, whose own message has no bound
@@ -156,8 +163,11 @@ class CaptConfig(PeftConfig):
         check_strength(self.strength, self.modules_to_save)
         if self.calibration is not None:
             Calibration.from_dict(self.calibration)
-        check_template(self.template)
-        for text in (self.template, *(self.class_names or [])):
+        self.template = check_template(self.template)
+        self.class_texts = check_class_texts(self.class_texts)
+        templates = [self.template] if isinstance(self.template, str) else self.template
+        own = [text for name, texts in (self.class_texts or {}).items() for text in (name, *texts)]
+        for text in (*templates, *(self.class_names or []), *own):
             if not text.isascii() and text != text.encode(errors="replace").decode():
                 raise ValueError(f"{shown(text)} holds a half of a character (a lone surrogate); write the text again.")
         if self.target_modules is not None:
@@ -204,6 +214,11 @@ class CaptConfig(PeftConfig):
                 f"class_specific=True needs the classes that get text prompts of their own, got class_names={self.class_names}. "
                 "Give their names in order, class_names=['cat', 'dog'], or set class_specific=False."
             )
+
+    @property
+    def first_template(self) -> str:
+        """The template, and of several the first, from whose words the text prompts start."""
+        return self.template if isinstance(self.template, str) else self.template[0]
 
     def depth(self, tower: str) -> int:
         """Returns the number of layers of `tower` ("text" or "vision") that get prompts; 0: the tower is left as it is."""
@@ -299,9 +314,65 @@ def check_strength(strength: float, modules_to_save: Sequence[str] | None = None
         )
 
 
-def check_template(template: str) -> None:
-    """Raises a ValueError unless `template` has exactly one place for the class name, `{}`, and no other braces."""
-    if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
-        raise ValueError(
-            f"template={shown(template)} must hold exactly one {{}}, the place of the class name, and no other braces."
+def check_template(template: str | Sequence[str]) -> str | list[str]:
+    """Returns a template, or several as a list; a single one of a list is returned by itself.
+
+    Raises:
+        TypeError: Something else than a string, a list or a tuple of strings.
+        ValueError: One without exactly one place for the class name, `{}`, or with other braces; none; or one twice.
+    """
+    several = [template] if isinstance(template, str) else template
+    if not isinstance(several, list | tuple) or not all(isinstance(one, str) for one in several):
+        raise TypeError(
+            f"template={shown(template)} must be a string or a list of strings, not {type(template).__name__}."
         )
+    for one in several:
+        if one.count("{}") != 1 or one.count("{") + one.count("}") != 2:
+            raise ValueError(
+                f"template={shown(one)} must hold exactly one {{}}, the place of the class name, and no other braces."
+            )
+    twice = _given_twice(several)
+    if twice is not None:
+        raise ValueError(f"template={shown(twice)} is given twice, and would count twice. Take one of them out.")
+    if not several:
+        raise ValueError("template=[] has no template. Give one or more, as 'a photo of a {}.'.")
+    return several[0] if len(several) == 1 else list(several)
+
+
+def check_class_texts(class_texts: Mapping[str, str | Sequence[str]] | None) -> dict[str, list[str]] | None:
+    """Returns the texts of classes as lists by class name; None where no class has any.
+
+    Raises:
+        TypeError: Something else than a mapping of names to strings, or to lists or tuples of strings.
+        ValueError: A class with no text, an empty one, or one twice; or more text than an adapter's configuration may hold.
+    """
+    if class_texts is None:
+        return None
+    if not isinstance(class_texts, Mapping) or not all(isinstance(name, str) for name in class_texts):
+        raise TypeError(
+            f"class_texts={shown(class_texts)} must map class names to lists of texts, as {{'crane': ['a bird', ...]}}."
+        )
+    found = {}
+    for name, given in class_texts.items():
+        texts = [given] if isinstance(given, str) else given
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"The texts of class {shown(name)} are {shown(given)}; they must be a list of strings.")
+        if not texts or not all(text.strip() for text in texts):
+            what = "an empty text" if texts else "no text"
+            raise ValueError(f"Class {shown(name)} has {what} in class_texts. Give it a text, or leave the class out.")
+        twice = _given_twice(texts)
+        if twice is not None:
+            raise ValueError(
+                f"Class {shown(name)} has the text {shown(twice)} twice, and it would count twice. Take one of them out."
+            )
+        found[name] = list(texts)
+    if len(json.dumps(found)) > MAX_BYTES // 2:
+        raise ValueError(
+            f"class_texts has {len(json.dumps(found)):,} characters; up to {MAX_BYTES // 2:,} are stored with an adapter. Give "
+            "fewer texts per class."
+        )
+    return found or None
+
+
+def _given_twice(texts: Sequence[str]) -> str | None:
+    return next((text for text, count in Counter(texts).items() if count > 1), None)

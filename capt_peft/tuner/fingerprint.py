@@ -25,7 +25,7 @@ _PROVENANCE = {
     "init_weights", "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
 }  # fmt: skip
 # settings that older adapters do not have, and the value that stands for what those compute
-_LATER = {"strength": 1.0}
+_LATER: dict[str, Any] = {"strength": 1.0, "class_texts": None}
 # entries of a base model's configuration that say where it came from, how it began or how it is stored, not what it computes
 _NOT_ACTING = {
     "_commit_hash", "_name_or_path", "architectures", "auto_map", "dtype", "id2label", "initializer_factor", "initializer_range",

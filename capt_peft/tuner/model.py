@@ -112,7 +112,7 @@ class CaptModel(BaseTuner):
         if next(model.parameters()).device.type != "meta":
             tokenizer = _tokenizer(peft_config, model, towers["text"])
             if tokenizer is not None and peft_config.template_token_ids is None:
-                peft_config.template_token_ids = template_tokens(tokenizer, peft_config.template)
+                peft_config.template_token_ids = template_tokens(tokenizer, peft_config.first_template)
             with switched_off(adapted_modules(model)):
                 self._start = _text_start(peft_config, model, towers["text"], tokenizer)
 
@@ -361,7 +361,7 @@ def _tokenizer(config: CaptConfig, model: nn.Module, tower: Tower) -> Any:
                 "Set CaptConfig(template_token_ids=...) to start from it.",
                 name or "",
                 cut(str(error).splitlines()[0]),
-                shown(config.template),
+                shown(config.first_template),
             )
         return None
 
@@ -399,7 +399,7 @@ def _start_texts(config: CaptConfig, model: nn.Module, tokenizer: Any, ids: list
     names = list(config.class_names or [])
     if not config.class_specific:  # a mean of so many tells enough
         names = names[:: max(1, -(-len(names) // _TEXTS_AT_ONCE))]
-    texts = [config.template.format(name) for name in names]
+    texts = [config.first_template.format(name) for name in names]
     if tokenizer is None or not texts or max(map(len, tokenizer(texts)["input_ids"])) > max_text_length(model):
         return whole_text(model, ids)
     return tokenize(model, tokenizer, texts)["input_ids"]

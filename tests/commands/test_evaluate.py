@@ -59,6 +59,33 @@ def launch(*command):
     return done.stdout
 
 
+def test_texts_go_from_files_into_the_adapter_its_record_and_its_evaluations(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    own = {"seven": ["a photo of the digit 7", "a photo of seven"]}
+    Path("texts.json").write_text(json.dumps(own))
+    Path("templates.txt").write_text("a photo of the {}.\n\na drawing of the {}\n")
+    templates = ["a photo of the {}.", "a drawing of the {}"]
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    quick = ["--max_steps", "1", "--eval_limit", "4", "--eval_attack", "pgd-1", "--save_strategy", "no", "--use_cpu"]
+    data = ["--dataset_name", "digits", "--shots", "1", "--class_names", *names]
+    texts = ["--template", "templates.txt", "--class_texts", "texts.json"]
+    train(["--model_name_or_path", TINY_CLIP, "--output_dir", "mine", *quick, *data, *texts, "--learning_rate", "0.01"])
+    assert "as 'a photo of the zero.' and so on, 20 texts in all" in capsys.readouterr().out
+    record = json.loads(Path("mine/results.json").read_text())
+    assert record["task"]["template"] == templates and record["task"]["class_texts"] == own
+    Path("texts.json").unlink()
+    Path("templates.txt").unlink()
+    few = ["--limit", "3", "--signs", "false", "--use_cpu", "--attacks", "clean"]
+    found = main(["--adapter", "mine", *few, "--update_card", "--split", "test"]).configuration["model"]
+    assert found["template"] == templates and found["class_texts"] == own and "its own template" not in caplog.text
+    other = main(["--adapter", "mine", *few, "--template", "a photo of {} there", *data[:2], *data[4:]]).configuration[
+        "model"
+    ]
+    assert other["template"] == "a photo of {} there" and "class_texts" not in other
+    kept = main(["--adapter", "mine", *few, *data[:2], *data[4:]]).configuration["model"]
+    assert kept["template"] == templates and kept["class_texts"] == own
+
+
 def test_an_adapter_is_measured_at_every_epsilon(adapter, tmp_path, capsys, caplog):
     output = tmp_path / "results.json"
     result = main(["--adapter", adapter, *QUICK, "--output", str(output)])

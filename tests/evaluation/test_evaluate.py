@@ -340,6 +340,42 @@ def test_attacks_can_see_another_text(tuned, digits):
     assert same.attacks[0].kind == "robust"
 
 
+def test_attacks_can_see_one_text_of_a_classifier_with_several(tuned, digits):
+    images, own = digits["validation"].select(range(6)), {"7": ["a photo of the digit 7, drawn"]}
+    several = [digits.template, "a drawing of the digit {}."]
+    averaged = ZeroShotClassifier(tuned.model, tuned.processor, digits.class_names, several)
+    described = ZeroShotClassifier(tuned.model, tuned.processor, digits.class_names, digits.template, class_texts=own)
+    for classifier, seen, kind in (
+        (averaged, None, "robust"),
+        (averaged, several, "robust"),
+        (averaged, digits.template, "transfer"),
+        (tuned, several, "transfer"),
+        (described, None, "robust"),
+        (described, digits.template, "transfer"),  # its template, but not its texts
+    ):
+        found = quiet(classifier, images, ATTACKS[0], attack_template=seen)
+        assert found.attacks[0].kind == kind and found.configuration["attack_template"] == seen
+    model = quiet(described, images).configuration["model"]
+    assert model["template"] == digits.template and model["class_texts"] == own
+    assert quiet(averaged, images).configuration["model"]["template"] == several
+    assert "class_texts" not in quiet(averaged, images).configuration["model"]
+
+
+def test_results_of_other_texts_are_set_aside(clip, digits, tmp_path, caplog):
+    images, names = digits["validation"].select(range(4)), digits.class_names
+    for template, own, words in (
+        ("a {}", None, ""),
+        ("a {}", {"7": ["a seven", "7"]}, "model.class_texts is"),
+        ("a {}", {"7": ["7", "a seven"]}, "model.class_texts.7[0] is"),
+        (["a {}", "the {}"], None, "model.template is"),
+    ):
+        classifier = ZeroShotClassifier(clip.model, clip.processor, names, template, class_texts=own)
+        caplog.clear()
+        for _ in range(2):  # the second time it is there already
+            quiet(classifier, images, output=tmp_path / "results.json")
+        assert words in caplog.text and caplog.text.count("results.old") == (1 if words else 0)
+
+
 def test_the_record_names_base_adapter_and_their_fingerprints(tuned, clip, digits):
     images = digits["validation"].select(range(2))
     model = quiet(tuned, images).configuration["model"]

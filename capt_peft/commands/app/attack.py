@@ -22,6 +22,7 @@ from ...clip.classifier import ZeroShotClassifier
 from ...clip.loading import load_model
 from ...data import load_task
 from ...data.images import load_image
+from ...data.texts import texts_for
 from ...randomness import example_generators
 from ...tuner.config import check_template
 from ...utils.embedded import TINY_CLIP, embedded_name, recorded_path
@@ -30,7 +31,7 @@ CLIP, CAPT = "CLIP", "CLIP + CAPT"
 NONE = "“none of these”"
 DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
 MAX_SIDE, MAX_RATIO, MAX_BYTES = 4096, 20, 10_000_000
-MAX_CLASSES, MAX_NAME, MAX_TEMPLATE, MAX_STEPS = 100, 100, 200, 200
+MAX_CLASSES, MAX_NAME, MAX_TEMPLATE, MAX_TEMPLATES, MAX_STEPS = 100, 100, 200, 100, 200
 SHOWN = 256  # pixels that a shown image has at least
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
@@ -102,13 +103,16 @@ class Page:
 
     def __init__(self, adapter: str | None = None, base: str | None = None) -> None:
         self.class_names, self.template = DIGITS, DIGITS_TEMPLATE
+        self.class_texts: dict[str, list[str]] | None = None
         self.base, revision = base or TINY_CLIP, None
         if adapter is not None:
             config: Any = PeftConfig.from_pretrained(adapter)
             if base is None:
                 self.base, revision = recorded_path(config.base_model_name_or_path or ""), config.revision
             self.class_names = list(getattr(config, "class_names", None) or DIGITS)[:MAX_CLASSES]
-            self.template = getattr(config, "template", None) or DIGITS_TEMPLATE
+            template = getattr(config, "template", None) or DIGITS_TEMPLATE
+            self.template = template if isinstance(template, str) else "\n".join(template)
+            self.class_texts = getattr(config, "class_texts", None)
         separator = "\n" if any("," in name for name in self.class_names) else ", "
         self.class_text = separator.join(self.class_names)
         self.models = {CLIP: load_model(self.base, revision=revision)}
@@ -141,7 +145,8 @@ class Page:
         Args:
             image: Path of an image file.
             class_names: The classes, separated by commas, or one a line.
-            template: The text of a class; `{}` stands for its name.
+            template: The text of a class; `{}` stands for its name. Several: one a line. While it is the adapter's, classes
+                that have texts of their own in the adapter have these.
             epsilon_levels: L-inf epsilon in levels of 255, 0 to 255.
             steps: Steps of the attack, 1 to 200.
             true_class: The class to lead away from; by default each model's own clean answer.
@@ -156,19 +161,22 @@ class Page:
         """
         if cancelled():
             raise Cancelled
-        names, template = read_class_names(class_names), read_template(template)
+        names, templates = read_class_names(class_names), read_templates(template)
+        own = texts_for(names, self.class_texts, strict=False) if templates == self.template.splitlines() else None
         true_class = read_true_class(true_class, names)
         attack = PGD(ThreatModel("linf", read_epsilon(epsilon_levels)), steps=read_steps(steps))
         picture = read_image(image)
-        classifiers = list(self._classifiers(names, template))
+        classifiers = list(self._classifiers(names, templates, own))
         outcomes = [attack_one(name, c, picture, attack, true_class, cancelled) for name, c in classifiers]
         return outcomes, describe(attack, true_class, len(outcomes))
 
-    def _classifiers(self, names: list[str], template: str) -> Iterator[tuple[str, ZeroShotClassifier]]:
+    def _classifiers(
+        self, names: list[str], templates: list[str], own: dict[str, list[str]] | None
+    ) -> Iterator[tuple[str, ZeroShotClassifier]]:
         for name, (model, processor) in self.models.items():
             try:
                 with self._lock:  # a tokenizer keeps its padding in itself
-                    classifier = ZeroShotClassifier(model, processor, names, template)
+                    classifier = ZeroShotClassifier(model, processor, names, templates, class_texts=own)
             except ValueError as error:  # a text is too long, or so short that prompts would overwrite the class name
                 raise Refused(str(error)) from error
             yield name, classifier
@@ -302,15 +310,22 @@ def read_class_names(text: Any) -> list[str]:
     return names
 
 
-def read_template(text: Any) -> str:
-    """Returns a template that is short, can be shown and has one place for a class name."""
-    if not isinstance(text, str) or len(text) > MAX_TEMPLATE or not text.isprintable():
-        raise Refused(f"The template must be one line of up to {MAX_TEMPLATE} characters.")
+def read_templates(text: Any) -> list[str]:
+    """Returns templates, one a line, that are short, can be shown and have one place for a class name each."""
+    lines = text.splitlines() if isinstance(text, str) and len(text) <= MAX_TEMPLATE * MAX_TEMPLATES else []
+    if not 1 <= len(lines) <= MAX_TEMPLATES or any(
+        len(line) > MAX_TEMPLATE or not line.isprintable() for line in lines
+    ):
+        raise Refused(
+            f"The template must be one line of up to {MAX_TEMPLATE} characters, or up to {MAX_TEMPLATES} of them."
+        )
     try:
-        check_template(text)
+        check_template(lines)
     except ValueError:
-        raise Refused("The template must hold {} once, the place of the class name, and no other braces.") from None
-    return text
+        raise Refused(
+            "The template must hold {} once, the place of the class name, and no other braces; several must differ."
+        ) from None
+    return lines
 
 
 def read_true_class(text: Any, names: list[str]) -> str | None:

@@ -250,7 +250,12 @@ def settings_components(page: Page) -> list[Any]:
     epsilon = gr.Slider(0, 32, 10, step=0.5, label="Epsilon × 255", info="Largest change of a pixel", elem_id="epsilon")
     steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Attack steps", elem_id="steps")
     with gr.Accordion("Template", open=False):
-        template = gr.Textbox(page.template, label="Text of a class", info="{} stands for the class name")
+        template = gr.Textbox(
+            page.template,
+            label="Text of a class",
+            info="{} stands for the class name; of several, one a line, the mean is taken",
+            lines=min(5, len(page.template.splitlines())),
+        )
     names.change(
         update_choices, [names, true_class], true_class, preprocess=False, queue=False, show_progress="hidden",
         api_visibility="private",
