@@ -112,8 +112,18 @@ def _after_loading() -> None:
     importlib.import_module(".toy.tasks", __name__)
 
 
+def _after_captions() -> None:
+    """Lets `load_captions` know the toy captions."""
+    importlib.import_module(".toy.captions", __name__)
+
+
 # what follows once a module has been imported, by whomever: none of them has to know what builds on it
-_AFTER = {"peft": _after_peft, f"{__name__}.tuner": _after_tuner, f"{__name__}.data.loading": _after_loading}
+_AFTER = {
+    "peft": _after_peft,
+    f"{__name__}.tuner": _after_tuner,
+    f"{__name__}.data.loading": _after_loading,
+    f"{__name__}.data.captions": _after_captions,
+}
 
 
 class _Follow(importlib.abc.MetaPathFinder):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attacks.features import squared_distance
+
 WEIGHTINGS = ("confidence", "entropy", "batch", "schedule")
 
 
@@ -209,8 +211,3 @@ def certainty(logits: Tensor) -> Tensor:
     entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
     most = logits.new_full((), logits.shape[-1], dtype=torch.float32).log()
     return (1 - entropy / most).clamp(0, 1)
-
-
-def squared_distance(features: Tensor, target: Tensor) -> Tensor:
-    """Returns the squared Euclidean distance of each row, in float32: (B, D), (B, D) -> (B,)."""
-    return (features.float() - target.float()).square().sum(-1)

@@ -41,7 +41,8 @@ COMMANDS = {
     "demo": Command("tunes, measures, saves and loads back an adapter on handwritten digits", "demo", also=(
         "capt_peft.commands.train", *DATA, *TRAINER)),
     "train": Command("tunes an adapter, and measures it before and after", "train", also=(*DATA, *TRAINER)),
-    "evaluate": Command("measures how robust an adapter, or a bare CLIP, really is", "evaluate", ("adapter",), DATA),
+    "evaluate": Command("measures how robust an adapter, or a bare CLIP, really is", "evaluate", ("adapter",), also=(
+        "capt_peft.commands.retrieval", *DATA)),
     "calibrate": Command("fits an adapter's temperature, and the answer none of these", "calibrate", ("adapter",), DATA),
     "benchmark": Command("compares methods by the paper's protocols", "benchmark"),
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),

@@ -3,6 +3,7 @@
 capt-peft evaluate outputs/demo --attacks clean,pgd-20,pgd-100,autoattack --epsilon 10/255
 capt-peft evaluate --base openai/clip-vit-base-patch32 --dataset_name path/to/images --epsilon 1/255,4/255 --limit 1000
 torchrun --nproc_per_node 2 -m capt_peft evaluate outputs/demo    # processes share the images
+capt-peft evaluate outputs/demo --retrieval --epsilon 4/255       # Recall@k of images and captions instead of accuracy
 capt-peft evaluate outputs/demo --curve                   # accuracy against epsilon and steps, as pictures
 
 A killed evaluation goes on where it was when the same command is given again.
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,32 +27,35 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 
-from ..attacks import Attack, ThreatModel, parse_attack
+from ..attacks import ThreatModel, parse_attack
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import TARGETS, describe
 from ..evaluation.curve import robustness_curves
+from ..evaluation.retrieval import QueryAttack, parse_query_attack
 from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
+from ..results.retrieval import Retrieval
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
 from ..utils.text import cut, shown
-from .data import DataArguments, measured, read_templates
+from .data import measured, read_templates
 from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import check_places
+from .retrieval import ANY_CLASSES, OPTIONS, RetrievalArguments, measure
 from .tuned import take_over
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 
 
 @dataclass
-class Arguments(DataArguments):
+class Arguments(RetrievalArguments):
     """What is measured, on what, and how."""
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPT adapter."})
@@ -115,7 +120,7 @@ class Arguments(DataArguments):
 def parse_args(argv: list[str]) -> Arguments:
     """Reads the command line, and refuses what cannot work or would have no effect before anything is loaded."""
     (args,) = Parser(Arguments).into_dataclasses(argv)
-    named = {*values_in(argv)}
+    named = args.prepare({*values_in(argv)})
     if args.adapter is None and args.base is None:
         raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
     check_places(asdict(args))
@@ -146,7 +151,7 @@ def parse_args(argv: list[str]) -> Arguments:
     return args
 
 
-def parse_attacks(args: Arguments) -> list[Attack]:
+def parse_attacks(args: Arguments) -> list[Any]:
     """Returns every attack at every epsilon."""
     names = [name.strip() for name in args.attacks.split(",") if name.strip()]
     if not names:
@@ -159,18 +164,20 @@ def parse_attacks(args: Arguments) -> list[Attack]:
     for threat in threats:
         if args.norm == "linf" and threat.epsilon == 1:
             logging.warning("epsilon=1 is the whole range of a pixel; one level of 255 is written 1/255.")
-    return [parse_attack(name, threat) for threat in threats for name in names if name != "clean"]
+    parse: Any = parse_query_attack if args.retrieval else parse_attack
+    return [parse(name, threat) for threat in threats for name in names if name != "clean"]
 
 
-def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroShotClassifier:
-    """Returns the classifier over the task's classes."""
+def load_classifier(
+    args: Arguments, class_names: Sequence[str] | None, of_task: Mapping[str, Any], device: torch.device
+) -> ZeroShotClassifier:
+    """Returns the classifier over these classes, by default those of the adapter; a bare CLIP takes the texts of the task."""
     name = args.model
-    of_task: dict[str, Any] = {"template": task.template, "class_texts": task.class_texts}
     texts = args.texts if args.adapter else of_task
     with loading(name):
         classifier = ZeroShotClassifier.from_pretrained(
             name,
-            class_names=task.class_names,
+            class_names=class_names,
             **texts,
             dtype=torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype),
             **({"base": args.base} if args.adapter and args.base else {}),
@@ -182,12 +189,12 @@ def load_classifier(args: Arguments, task: Task, device: torch.device) -> ZeroSh
         )
     if args.adapter and not adapted:
         raise ValueError(f"--adapter {name} is a CLIP without an adapter. Measure it with --base.")
-    if args.adapter and args.template is None and task.template != classifier.template:
+    if args.adapter and args.template is None and of_task.get("template", classifier.template) != classifier.template:
         logging.warning(
             "%s classifies with its own template, %s; the task's is %s (--template).",
             name,
             shown(classifier.template),
-            shown(task.template),
+            shown(of_task["template"]),
         )
     return classifier.to(device)
 
@@ -210,7 +217,9 @@ def warn_of_calibration(classifier: ZeroShotClassifier, task: Task, split: str) 
 def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     """Returns a file of its own for these settings and weights, beside the adapter where that is a folder here."""
     name = args.model
-    own = {k: v for k, v in asdict(args).items() if k not in ("adapter", "output", "overwrite", "update_card", "curve")}
+    left_out = {"adapter", "output", "overwrite", "update_card", "curve"}
+    left_out |= set() if args.retrieval else {"retrieval", *OPTIONS}
+    own = {k: v for k, v in asdict(args).items() if k not in left_out}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
     if args.class_texts is None:  # as before there were any: results that are there are found again
@@ -232,7 +241,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", text.replace(",", "+").replace(" ", ""), flags=re.ASCII).strip("._")
 
 
-def main(argv: list[str]) -> Evaluation:
+def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     """Measures, saves and shows."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(argv)
@@ -243,6 +252,9 @@ def main(argv: list[str]) -> Evaluation:
         use_tf32(args.dtype == "tf32")
     elif args.dtype == "tf32":
         raise ValueError("dtype='tf32' is for CUDA GPUs, and there is none here, or --use_cpu is given. Give float32.")
+    common: dict[str, Any] = {"batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite}
+    if args.retrieval:
+        return search(args, attacks, state.device, common)
     try:
         task = args.load()
     except FileNotFoundError as error:
@@ -252,7 +264,8 @@ def main(argv: list[str]) -> Evaluation:
             f"{args.model} was tuned on {cut(args.dataset_name)}, which is not here: give --dataset_name."
         ) from error
     data = measured(task, args.split, args.limit)
-    classifier = load_classifier(args, task, state.device)
+    of_task = {"template": task.template, "class_texts": task.class_texts}
+    classifier = load_classifier(args, task.class_names, of_task, state.device)
     output = Path(args.output or default_output(args, classifier.model))
     details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
     outside = None
@@ -266,14 +279,9 @@ def main(argv: list[str]) -> Evaluation:
             "limit": args.limit,
         }
     warn_of_calibration(classifier, task, args.split)
+    common["details"] = details
     if args.update_card:
         check_update(args.model, {**details, "model": describe(classifier)})
-    common: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "seed": args.seed,
-        "overwrite": args.overwrite,
-        "details": details,
-    }
     evaluation = evaluate(
         classifier,
         data,
@@ -294,6 +302,19 @@ def main(argv: list[str]) -> Evaluation:
     if args.curve:
         draw(classifier, data, args, output, common)
     return evaluation
+
+
+def search(
+    args: Arguments, attacks: list[QueryAttack], device: torch.device, common: dict[str, Any]
+) -> dict[str, Retrieval]:
+    """Measures retrieval instead of accuracy."""
+    data = args.load_captions(args.split, args.limit)
+    classifier = load_classifier(args, None if args.adapter else ANY_CLASSES, {}, device)
+    output = Path(args.output or default_output(args, classifier.model))
+    details = {"task": {"name": data.name, "source": data.source, "split": args.split, "limit": args.limit}}
+    common |= {"caption_template": args.caption_template, "details": details}
+    print(f"\n{args.model} on {args.dataset_name}: {len(data):,} images, {len(data.texts):,} captions")
+    return measure(classifier, data, attacks, output, curve=args.curve, **common)
 
 
 def show(evaluation: Evaluation, args: Arguments) -> None:

@@ -1,5 +1,6 @@
 """What is classified: tasks, their images and pixels, and which of them are trained on."""
 
+from .captions import CaptionedImages, load_captions
 from .catalog import CATALOG, Entry
 from .images import load_image
 from .loading import list_tasks, load_task
@@ -11,11 +12,13 @@ from .texts import TEMPLATES
 __all__ = [
     "CATALOG",
     "TEMPLATES",
+    "CaptionedImages",
     "Entry",
     "PixelTransform",
     "Task",
     "describe_task",
     "list_tasks",
+    "load_captions",
     "load_image",
     "load_task",
     "sample_shots",

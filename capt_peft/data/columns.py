@@ -30,8 +30,10 @@ def label_splits(
     """
     split, parts = next(iter(splits.items()))
     first = parts[0]
-    image_column = _find_column(first.dataset, image_column, "image", _is_image)
-    label_column = _find_column(first.dataset, label_column, "label", lambda feature: isinstance(feature, ClassLabel))
+    image_column = find_column(first.dataset, image_column, "image", is_image, "images")
+    label_column = find_column(
+        first.dataset, label_column, "label", lambda feature: isinstance(feature, ClassLabel), "classes (a ClassLabel)"
+    )
     found = _classes(parts, label_column, class_names)
     check_apart(found, where=first.called(split))
     names = tuple(found if found is class_names else (name.replace("_", " ").strip() for name in found))
@@ -48,7 +50,7 @@ def _labelled(
     part: Part, where: str, image_column: str, label_column: str, found: Sequence[str], first: Part
 ) -> tuple[Dataset, np.ndarray]:
     """Returns the images of a part and their labels, as places in the names `found`."""
-    for column, suits in ((image_column, _is_image), (label_column, _is_label)):
+    for column, suits in ((image_column, is_image), (label_column, _is_label)):
         feature = part.dataset.features.get(column)
         expected = first.dataset.features[column]
         if not (suits(feature) or feature == expected) or is_number(feature) != is_number(expected):
@@ -80,13 +82,27 @@ def rename_classes(
     return {split: relabelled(dataset, lookup, names) for split, dataset in splits.items()}, names
 
 
-def _find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable[[Any], bool]) -> str:
+def find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable[[Any], bool], expected: str) -> str:
+    """Returns the column that is given, or else the only one whose feature suits.
+
+    Args:
+        dataset: Its columns are looked at.
+        given: The column, if the user names it.
+        kind: What it holds in a word, which is the beginning of the option that names it: "image", "label", "caption".
+        suits: Tells by its feature whether a column can be it.
+        expected: What it holds, in words for a message.
+
+    Raises:
+        ValueError: There is no such column, or none or several that suit.
+    """
     columns = ", ".join(dataset.column_names)
     if given is not None:
         if given not in dataset.column_names:
             raise ValueError(f"There is no column {given!r}. Columns: {columns}. Set `{kind}_column` to one of them.")
-        if kind == "image" and not suits(dataset.features[given]):
-            raise ValueError(f"Column {given!r} has no images but {dataset.features[given]}. Columns: {columns}.")
+        if kind != "label" and not suits(
+            dataset.features[given]
+        ):  # labels may also be texts and numbers, if they are named
+            raise ValueError(f"Column {given!r} has no {expected} but {dataset.features[given]}. Columns: {columns}.")
         return given
     found = [str(column) for column, feature in dataset.features.items() if suits(feature)]
     if kind == "image":  # bytes and structures are images only where no column says that it is
@@ -97,13 +113,12 @@ def _find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable
             f"Several columns could be the {kind}: {', '.join(found)}. Set `{kind}_column` to one of them."
         )
     if not found:
-        expected = "images" if kind == "image" else "classes (a ClassLabel)"
         raise ValueError(f"No column holds {expected}. Columns: {columns}. Set `{kind}_column` to the right one.")
     return found[0]
 
 
-def _is_image(feature: Any) -> bool:
-    """Whether a column holds images, or their bytes or paths as other libraries write them into parquet files."""
+def is_image(feature: Any) -> bool:
+    """Tells whether a column holds images, or their bytes or paths as other libraries write them into parquet files."""
     if isinstance(feature, Value):
         return feature.dtype in ("binary", "large_binary")
     return isinstance(feature, Image) or (

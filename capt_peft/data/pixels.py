@@ -270,14 +270,20 @@ def digest_images(dataset: datasets.Dataset) -> str:
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     labels = column_values(dataset, "label").tolist()
     digest = hashlib.sha256()
-    begun: float | None = time.monotonic()
-    for place, (label, image) in enumerate(zip(labels, _encoded(dataset), strict=True)):
+    for label, image in zip(labels, image_digests(dataset), strict=True):
         name = names[label] if names and 0 <= label < len(names) else label
-        digest.update(f"{name}\0".encode() + _image_digest(image, place))
-        if begun is not None and time.monotonic() - begun > _LONG:
-            logger.info("Reading %d images for their hash, by which a changed one is noticed.", len(labels))
-            begun = None
+        digest.update(f"{name}\0".encode() + image)
     return digest.hexdigest()[:16]
+
+
+def image_digests(dataset: datasets.Dataset) -> Iterator[bytes]:
+    """Yields a hash of each image of a split, as `digest_images` counts it, which tells what is raised."""
+    begun: float | None = time.monotonic()
+    for place, image in enumerate(_encoded(dataset)):
+        yield _image_digest(image, place)
+        if begun is not None and time.monotonic() - begun > _LONG:
+            logger.info("Reading %d images for their hash, by which a changed one is noticed.", len(dataset))
+            begun = None
 
 
 def _encoded(dataset: datasets.Dataset) -> Iterator[dict[str, Any]]:

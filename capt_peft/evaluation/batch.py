@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..attacks import Attack, AttackResult, LogitsFn
+from ..attacks import Attack, AttackResult, LogitsFn, ThreatModel
 from ..attacks.base import Guarded, Report
 from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
@@ -302,7 +302,7 @@ def attack_batch(
     if len(right):
         generators = example_generators(seed, [indices[i] for i in rows], stream="evaluation", device=pixels.device)
         result = attack.run(counted, pixels[right], labels[right], generators, report=report)
-        _check_inside(attack, result.images, pixels[right])
+        check_inside(attack.name, attack.threat_model, result.images, pixels[right])
         adversarial[right] = result.images
         logits[right] = subject.scored(result.images)
         prediction[right] = logits[right].argmax(1)
@@ -339,13 +339,13 @@ def attack_batch(
     return record, adversarial
 
 
-def _check_inside(attack: Attack, adversarial: Tensor, pixels: Tensor) -> None:
+def check_inside(name: str, threat_model: ThreatModel, adversarial: Tensor, pixels: Tensor) -> None:
     """Raises a ValueError if an attack has left its threat model: what it breaks then says nothing."""
-    length = float(attack.threat_model.norm_of(adversarial - pixels).max())
+    length = float(threat_model.norm_of(adversarial - pixels).max())
     low, high = (float(value) for value in adversarial.aminmax())
-    if not (length <= attack.threat_model.epsilon + _ROUNDING and low >= 0 and high <= 1):
+    if not (length <= threat_model.epsilon + _ROUNDING and low >= 0 and high <= 1):
         raise ValueError(
-            f"The attack {attack.name} has left its threat model {attack.threat_model}: a perturbation has length {length:.6g}, "
+            f"The attack {name} has left its threat model {threat_model}: a perturbation has length {length:.6g}, "
             f"and pixels range from {low:.6g} to {high:.6g}. Project its images: threat_model.project(adversarial, images)."
         )
 

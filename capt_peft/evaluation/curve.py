@@ -17,6 +17,7 @@ from ..attacks import PGD, ThreatModel
 from ..clip.classifier import ZeroShotClassifier
 from ..plotting import COLOURS, GREY, new_figure, open_axis, save_figure
 from ..results.accuracy import Accuracy
+from ..results.retrieval import DIRECTIONS, Retrieval
 from ..tuner import adapters_in_use
 from ..utils.files import make_writable, write_json, written_whole
 from ..utils.fractions import format_fraction
@@ -144,6 +145,43 @@ def draw_curves(curves: Mapping[str, Curve], threat_model: ThreatModel, steps: i
     right.set_title(f"PGD, {threat_model}", fontsize=10)
     n = next(iter(curves.values())).epsilon[0][1].n
     figure.suptitle(f"Accuracy against the strength of the attack (n = {n}; shaded: 95% interval)", fontsize=11)
+    return _saved(figure, path)
+
+
+def draw_recall(results: Mapping[str, Retrieval], path: Path) -> list[Path]:
+    """Draws Recall@1 of retrieval against epsilon with 95% intervals, in both directions, as PNG and SVG.
+
+    Under each threat model it is the worst case over the attacks that were run.
+
+    Args:
+        results: By the names of the models, of the same images and attacks.
+        path: Where to write, without suffix.
+
+    Returns:
+        The paths of the pictures.
+    """
+    figure = new_figure(9, 3.6)
+    axes = figure.subplots(1, len(DIRECTIONS), sharey=True)
+    clean = next(iter(results.values())).clean
+    for axis, (direction, words) in zip(axes, DIRECTIONS.items(), strict=True):
+        for (name, result), colour in zip(results.items(), (GREY, *COLOURS), strict=False):
+            points = [(0.0, getattr(result.clean, direction)[0])]
+            points += [(threat.epsilon, getattr(row, direction)[0]) for threat, row in result.worst_case.items()]
+            places = [255 * epsilon for epsilon, _ in points]
+            axis.plot(places, [100 * r.value for _, r in points], marker="o", markersize=4, color=colour, label=name)
+            low, high = zip(*[r.interval for _, r in points], strict=True)
+            axis.fill_between(places, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, lw=0)
+        axis.set_title(f"{words}, of {getattr(clean, direction)[0].queries} queries", fontsize=10)
+        axis.set_xlabel("epsilon, in 255ths")
+        axis.set_ylim(0, 100)
+        open_axis(axis)
+    axes[0].set_ylabel(f"Recall@{clean.image_to_text[0].k} (%)")
+    axes[0].legend(frameon=False)
+    figure.suptitle("Retrieval under attack (worst case over attacks; shaded: 95% interval)", fontsize=11)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: Path) -> list[Path]:
     paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     with written_whole(path.parent) as folder:
         save_figure(figure, *(folder / target.name for target in paths), dpi=120)

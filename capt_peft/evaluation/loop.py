@@ -95,7 +95,9 @@ def evaluate(
     """
     attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
-    _check(attacks, batch_size, seed, output, save_images)
+    check_call(attacks, batch_size, seed, output)
+    if save_images and output is None:
+        raise ValueError("save_images=True needs an output: the images lie beside it.")
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
     with mode, buffers_kept(modules_in(classifier)):
         subject = subject_of(classifier, attack_target, attack_template)
@@ -104,7 +106,7 @@ def evaluate(
         examples.check_labels(classes)
         examples.warn_of_units(attacks)
         outside, threshold = _rejecting(classifier, out_of_class, classes, subject)
-        configuration = _agreed(
+        configuration = agreed(
             {
                 **(details or {}),
                 "model": {**subject.description, "logits": logits},
@@ -126,7 +128,7 @@ def evaluate(
         )
         folder = images = None
         if output is not None:
-            if not overwrite and (evaluation := finished(output, configuration)) is not None:
+            if not overwrite and (evaluation := finished(output, configuration, Evaluation)) is not None:
                 return evaluation
             names = output.name, examples_path(output).name
             main_process_says(lambda: make_writable(output.parent, *names))
@@ -167,7 +169,8 @@ def _rejecting(
     return Examples(data, classifier, label=classes), calibration.threshold
 
 
-def _check(attacks: Sequence[Attack], batch_size: int, seed: int, output: Path | None, save_images: bool) -> None:
+def check_call(attacks: Sequence[Any], batch_size: int, seed: int, output: Path | None) -> None:
+    """Refuses what an evaluation of any kind cannot do: two attacks alike, a batch or seed out of range, another kind of file."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     check_seed(seed)
@@ -180,17 +183,13 @@ def _check(attacks: Sequence[Attack], batch_size: int, seed: int, output: Path |
     for name, threat_model in names:
         if names.count((name, threat_model)) > 1:
             raise ValueError(f"The attack {name}, {threat_model} is given more than once.")
-    if save_images and output is None:
-        raise ValueError("save_images=True needs an output: the images lie beside it.")
     if output is not None and output.suffix != ".json":
-        raise ValueError(
-            f"output={str(output)!r} must end in .json; the examples go to a .parquet file of the same name."
-        )
+        raise ValueError(f"output={str(output)!r} must end in .json; other files go beside it under the same name.")
     # a process that waits for another's AutoAttack must not give up; torchrun's processes on CPUs are not seen by themselves
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def _agreed(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def agreed(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the main process's configuration in JSON types, with the same bits everywhere, or refuses another one's."""
     first, *others = gather_object([json.loads(json.dumps(configuration))])
     for number, other in enumerate(others, 1):

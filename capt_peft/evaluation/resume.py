@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..attacks import LogitsFn
 from ..randomness import own_random_state
 from ..results.evaluation import RANDOM, TOLERANCE, Evaluation, changes, logit_distance, set_aside
+from ..results.retrieval import Retrieval
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
 from .batch import Subject
@@ -25,29 +26,31 @@ from .images import Examples, spread
 SAMPLED = 16  # images
 KEPT = 32  # numbers per image
 
+_Result = TypeVar("_Result", Evaluation, Retrieval)
+
 logger = logging.getLogger(__name__)
 
 
-def finished(output: Path, configuration: Mapping[str, Any]) -> Evaluation | None:
+def finished(output: Path, configuration: Mapping[str, Any], kind: type[_Result]) -> _Result | None:
     """Returns what an earlier call has finished with the same configuration; None if it must be measured (again).
 
     Results of another configuration are set aside.
 
     Raises:
-        ValueError: The file holds something else than an evaluation.
+        ValueError: The file holds something else than results of this kind.
     """
-    if not main_process_says(lambda: _is_of(output, configuration)):
+    if not main_process_says(lambda: _is_of(output, configuration, kind.__name__.lower())):
         return None
     try:
-        evaluation = Evaluation.load(output)
+        found = kind.load(output)
     except ValueError as error:
         logger.warning("%s The evaluation is measured again.", error)
         return None
     logger.info("%s holds this evaluation already.", output)
-    return evaluation
+    return found
 
 
-def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
+def _is_of(output: Path, configuration: Mapping[str, Any], kind: str) -> bool:
     if not output.exists():
         return False
     try:
@@ -55,8 +58,10 @@ def _is_of(output: Path, configuration: Mapping[str, Any]) -> bool:
     except DamagedFileError as error:
         logger.warning("%s The evaluation is measured again.", error)
         return False
-    if content.get("kind") != "evaluation":
-        raise ValueError(f"{output} holds something else than an evaluation. Give another output, or overwrite=True.")
+    if content.get("kind") != kind:
+        raise ValueError(
+            f"{output} holds something else than an evaluation of this kind. Give another output, or overwrite=True."
+        )
     changed = changes(configuration, content.get("configuration") or {})
     if changed:
         set_aside(output, (".json", ".parquet", ".images"), changed)
@@ -153,14 +158,14 @@ def sample_logits(subject: Subject, examples: Examples, batch_size: int) -> tupl
     size = min(batch_size, SAMPLED)
     chunks = [places[i : i + size] for i in range(0, len(places), size)]
     batches = [examples.batch(chunk, subject.device)[0] for chunk in chunks]  # each (b, 3, H, W)
-    scored = _logits(subject.scored, batches, subject.device)
+    scored = logits_twice(subject.scored, batches, subject.device)
     record: dict[str, Any] = {"images": places, "scored": compared_logits(*scored)}
     if subject.attacked_is_other:
-        record["attacked"] = compared_logits(*_logits(subject.attacked, batches, subject.device))
+        record["attacked"] = compared_logits(*logits_twice(subject.attacked, batches, subject.device))
     return record, scored[0].shape[1]
 
 
-def _logits(function: LogitsFn, batches: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def logits_twice(function: LogitsFn, batches: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Returns the logits (16, N) of two runs, with the same global random numbers in each."""
     runs = []
     for _ in range(2):

@@ -109,7 +109,7 @@ def readable(name: Any) -> Iterator[None]:
         ) from error
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(correct: float, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Returns the Wilson score interval of a share.
 
     Args:

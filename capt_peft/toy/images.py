@@ -150,6 +150,13 @@ def caption(facts: Facts, rng: np.random.Generator) -> tuple[str, Facts]:
 
 def phrase(stated: Facts, rng: np.random.Generator) -> tuple[str, Facts]:
     """Returns a sentence that states the given facts, and all that it states by that: shapes have a number."""
+    words, stated = describe(stated, rng)
+    opening = _OPENINGS[rng.integers(len(_OPENINGS))]
+    return f"{opening}{words}{'.' if rng.random() < 0.8 else ''}", stated
+
+
+def describe(stated: Facts, rng: np.random.Generator) -> tuple[str, Facts]:
+    """Returns the words of `phrase`, without an opening and a full stop: "a red star in the top left"."""
     if "texture" in stated:
         words = f"a {stated['texture']} texture"
     elif "letter" in stated or "digit" in stated:
@@ -163,8 +170,7 @@ def phrase(stated: Facts, rng: np.random.Generator) -> tuple[str, Facts]:
         words = _shape_words(stated, stated["number"] == "one")
     if "background" in stated:
         words += f" on a {stated['background']} background"
-    opening = _OPENINGS[rng.integers(len(_OPENINGS))]
-    return f"{opening}{words}{'.' if rng.random() < 0.8 else ''}", stated
+    return words, stated
 
 
 _OPENINGS = ("a photo of ",) * 6 + ("a picture of ", "an image of ", "a drawing of ", "")

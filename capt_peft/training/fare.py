@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import AttackResult
+from ..attacks.features import squared_distance, two_logits
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
-from ..objectives import FeatureDistance, squared_distance
+from ..objectives import FeatureDistance
 from ..tuner.clip import in_tower
 from .arguments import CaptTrainingArguments, one_processor
 from .chunks import Batch
@@ -82,16 +83,15 @@ class FareTrainer(CaptTrainer):
         )
 
     def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
-        """Attacks the features: two "logits" whose cross-entropy against class 0 is a rising function of the distance."""
+        """Attacks the features: climbs their distance from those that the original has of the clean images."""
         target = self._frozen(batch.pixels, batch.indices)  # (B, D)
 
-        def logits_fn(images: Tensor) -> Tensor:
+        def loss(images: Tensor) -> Tensor:
             with self._attack_precision():
                 features = self._image_features(images)  # (B, D)
-            distance = squared_distance(features.float(), target)  # (B,)
-            return torch.stack([-distance, torch.zeros_like(distance)], dim=1)  # log-odds against class 0: the distance
+            return squared_distance(features, target)
 
-        return self.attack.run(logits_fn, batch.pixels, torch.zeros_like(batch.labels), self._generators(batch))
+        return self.attack.run(two_logits(loss), batch.pixels, torch.zeros_like(batch.labels), self._generators(batch))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return embed(self.classifier, pixels)

@@ -14,9 +14,9 @@ from transformers import CLIPModel
 
 from capt_peft import AdversarialCrossEntropy, CaptTrainer, CaptTrainingArguments, ZeroShotClassifier, load_task
 from capt_peft.attacks import parse_attack
+from capt_peft.attacks.features import squared_distance
 from capt_peft.commands import demo
 from capt_peft.commands.finetune_backbone import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
-from capt_peft.objectives import squared_distance
 from capt_peft.toy import TINY_CLIP_ROBUST
 from capt_peft.toy.images import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.training.chunks import split_batch
