@@ -180,6 +180,23 @@ def test_the_trainers_block_evaluates_both_splits_and_the_record_of_its_run_fill
     assert "10 images" in (tmp_path / "outputs" / "mine" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_blocks_on_retrieval_run(capsys):
+    """With a bare model, a few images and one step of each attack."""
+    adapter, bare = '"outputs/demo"', '"tiny_clip", class_names=("image", "text")'
+    embed, measure = blocks(ROOT / "docs" / "retrieval.md", "python")
+    names = {}
+    for code, pairs in (
+        (embed, [(adapter, bare), ('data.images["image"]', 'data.images["image"][:9]')]),
+        (measure, [(adapter, bare), ("sample(200)", "sample(12)"), ("pgd-20", "pgd-1")]),
+    ):
+        for old, new in pairs:
+            assert old in code
+            code = code.replace(old, new)
+        exec(code, names)
+    assert names["best"].shape == (2, 3)
+    assert "| text → image | L-inf 4/255 | worst case | CAPT |" in capsys.readouterr().out
+
+
 def test_documents_name_no_place_on_a_machine():
     notebook = ROOT / "examples" / "quickstart.ipynb"
     for path in [*PAGES, notebook]:
