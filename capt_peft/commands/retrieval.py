@@ -24,8 +24,8 @@ ATTACKS = "clean,feature-pgd-20,caption-pgd-20,contrast-pgd-20"
 ANY_CLASSES = ("image", "text")  # of a CLIP whose classes have no say
 OPTIONS = ("caption_column", "caption_template")
 IDLE = (
-    "root", "train_split", "validation_split", "test_split", "label_column", "class_names", "template", "class_texts", "attack_target",
-    "attack_template", "out_of_class", "signs", "update_card", "save_images",
+    "root", "train_split", "validation_split", "test_split", "label_column", "class_names", "template", "class_texts",
+    "attack_target", "attack_template", "out_of_class", "signs", "update_card", "save_images",
 )  # fmt: skip
 
 

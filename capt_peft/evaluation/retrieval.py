@@ -164,7 +164,9 @@ def evaluate_retrieval(
     _check(data, attacks, ks)
     check_template(caption_template)
     with eval_mode(classifier, gradients=False), buffers_kept(modules_in(classifier)):
-        description = {k: v for k, v in describe(classifier).items() if k not in ("class_names", "template", "class_texts")}
+        description = {
+            k: v for k, v in describe(classifier).items() if k not in ("class_names", "template", "class_texts")
+        }
         if description["precision"] not in OF_FLOAT32:
             raise ValueError(
                 f"The model is in {description['precision']}, and retrieval is measured in float32: load it with dtype='float32'."
