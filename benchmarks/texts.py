@@ -45,7 +45,7 @@ def measure(classifier: ZeroShotClassifier, task: Task) -> list[float]:
     """Returns clean and robust accuracy in percent on test images that are drawn by seed 0."""
     images = task["test"].shuffle(seed=0).select(range(min(IMAGES, len(task["test"]))))
     found = evaluate(classifier.eval(), images, ATTACK, signs=False, progress=False)
-    return [100 * found.clean.value, 100 * found.robust.value]
+    return [round(100 * accuracy.value, 1) for accuracy in (found.clean, found.robust)]
 
 
 def tuned(task: Task, seed: int, folder: str) -> ZeroShotClassifier:
@@ -109,7 +109,7 @@ def table(known: dict[str, list[float]]) -> str:
 
 def draw(known: dict[str, list[float]]) -> None:
     """Draws clean and robust accuracy of every set of texts, a panel for each task."""
-    figure = new_figure(9, 4.6)
+    figure = new_figure(6.4, 5)
     axes = figure.subplots(2, len(TASKS), sharex=True, sharey="row")
     for column, task in enumerate(TASKS):
         for row, what in enumerate(("clean", "PGD-20, 4/255")):
