@@ -24,7 +24,7 @@ from .options import values_in
 from .train import DIGITS
 
 FOLDER = Path("outputs/demo")
-FIXED = ("output_dir", "config", "dataset_name", "dataset_config", "class_names", "template", "method")
+FIXED = ("output_dir", "config", "dataset_name", "dataset_config", "class_names", "template", "class_texts", "method")
 SHOWN = 10  # one image per class
 
 

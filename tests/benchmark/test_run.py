@@ -27,6 +27,8 @@ from capt_peft import (
 )
 from capt_peft.benchmark import Plan, get_suite, run, run_cell
 from capt_peft.benchmark.inputs import TUNED_WITH
+from capt_peft.benchmark.lines import Result
+from capt_peft.data import TEMPLATES
 from capt_peft.objectives import CaptObjective
 from capt_peft.training import callbacks
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
@@ -62,9 +64,9 @@ def transfer(adapters):
     seen = []
 
     class Spy(ZeroShotClassifier):
-        def __init__(self, model, processor, class_names, template):
+        def __init__(self, model, processor, class_names, template, **texts):
             seen.append((tuple(class_names), template))
-            super().__init__(model, processor, class_names, template)
+            super().__init__(model, processor, class_names, template, **texts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "ZeroShotClassifier", Spy)
@@ -281,6 +283,10 @@ def test_a_template_among_the_settings_is_the_text_of_tuned_methods_and_not_of_z
     assert result["template"] == text["template"] and trained == [text["template"]]
     (result,) = run_cell(cell("zero-shot", **text))["results"]
     assert result["template"] == load_task("digits").template
+    line = run_cell(cell(template="clip-eurosat"))
+    assert trained[1:] == [TEMPLATES["clip-eurosat"]] and line["results"][0]["template"] == TEMPLATES["clip-eurosat"]
+    read = Result.from_dict(line["results"][0])
+    assert read.template == tuple(TEMPLATES["clip-eurosat"]) and hash(read.template)
 
 
 # ----------------------------------------------------------------------------------------------------------- failures

@@ -26,7 +26,8 @@ KINDS = {
 }
 FIELDS = [
     "auto_mapping", "base_model_fingerprint", "base_model_name_or_path", "calibration", "class_names", "class_specific",
-    "coupling", "inference_mode", "init", "init_std", "modules_to_save", "num_text_tokens", "num_vision_tokens", "peft_type",
+    "class_texts", "coupling", "inference_mode", "init", "init_std", "modules_to_save", "num_text_tokens", "num_vision_tokens",
+    "peft_type",
     "peft_version", "revision", "runtime_config", "target_modules", "task_type", "template", "template_token_ids", "text_depth",
     "vision_depth",
 ]  # fmt: skip
@@ -226,6 +227,14 @@ def refusal(root, kind, **fields):
         ("coupled", {"task_type": "CAUSAL_LM"}, "CAPT adds no head"),
         ("coupled", {"template": "\ud800 {}"}, "half of a character"),
         ("coupled", {"class_names": ["\ud800", "b"]}, "half of a character"),
+        ("coupled", {"template": ["a {}", "\ud800 {}"]}, "half of a character"),
+        ("coupled", {"template": ["a {}", 3]}, "template=['a {}', 3] must be a string or a list of strings"),
+        ("coupled", {"template": []}, "has no template"),
+        ("coupled", {"class_texts": {"a": ["\ud800"]}}, "half of a character"),
+        ("coupled", {"class_texts": {"\ud800": ["x"]}}, "half of a character"),
+        ("coupled", {"class_texts": [["a", "x"]]}, "must map class names to lists of texts"),
+        ("coupled", {"class_texts": {"a": {"x": 1}}}, "they must be a list of strings"),
+        ("coupled", {"class_texts": {"a": []}}, "Class 'a' has no text"),
         ("coupled", {"template_token_ids": [10**9] * 5}, "template_token_ids has 1000000000"),
         ("coupled", {"modules_to_save": ["visual_projection"]}, "lacks 1 tensor (visual_projection.weight)"),
         ("coupled", {"modules_to_save": ["layer"]}, "'layer' is not a module"),
