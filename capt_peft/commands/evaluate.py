@@ -173,14 +173,14 @@ def load_classifier(
 ) -> ZeroShotClassifier:
     """Returns the classifier over these classes, by default those of the adapter; a bare CLIP takes the texts of the task."""
     name = args.model
-    texts = args.texts if args.adapter else of_task
+    settings = {"class_names": class_names, **(args.texts if args.adapter else of_task)}
+    if args.adapter and args.base:
+        settings["base"] = args.base
     with loading(name):
         classifier = ZeroShotClassifier.from_pretrained(
             name,
-            class_names=class_names,
-            **texts,
             dtype=torch.float32 if args.dtype == "tf32" else getattr(torch, args.dtype),
-            **({"base": args.base} if args.adapter and args.base else {}),
+            **settings,
         )
     adapted = isinstance(classifier.model, PeftModel)
     if adapted and not args.adapter:

@@ -160,23 +160,25 @@ def draw_recall(results: Mapping[str, Retrieval], path: Path) -> list[Path]:
     Returns:
         The paths of the pictures.
     """
-    figure = new_figure(9, 3.6)
+    figure = new_figure(9, 3.8)
     axes = figure.subplots(1, len(DIRECTIONS), sharey=True)
-    clean = next(iter(results.values())).clean
+    first = next(iter(results.values()))
+    clean, norms = first.clean, {threat.norm for threat in first.worst_case}
     for axis, (direction, words) in zip(axes, DIRECTIONS.items(), strict=True):
         for (name, result), colour in zip(results.items(), (GREY, *COLOURS), strict=False):
             points = [(0.0, getattr(result.clean, direction)[0])]
             points += [(threat.epsilon, getattr(row, direction)[0]) for threat, row in result.worst_case.items()]
-            places = [255 * epsilon for epsilon, _ in points]
+            places = [epsilon * (1 if norms == {"l2"} else 255) for epsilon, _ in points]
             axis.plot(places, [100 * r.value for _, r in points], marker="o", markersize=4, color=colour, label=name)
             low, high = zip(*[r.interval for _, r in points], strict=True)
             axis.fill_between(places, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.15, lw=0)
         axis.set_title(f"{words}, of {getattr(clean, direction)[0].queries} queries", fontsize=10)
-        axis.set_xlabel("epsilon, in 255ths")
+        axis.set_xlabel("L2 epsilon" if norms == {"l2"} else "L-inf epsilon, in 255ths")
         axis.set_ylim(0, 100)
         open_axis(axis)
     axes[0].set_ylabel(f"Recall@{clean.image_to_text[0].k} (%)")
-    axes[0].legend(frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle("Retrieval under attack (worst case over attacks; shaded: 95% interval)", fontsize=11)
     return _saved(figure, path)
 
