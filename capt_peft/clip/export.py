@@ -114,7 +114,7 @@ def describe_export(classifier: ZeroShotClassifier, *, int8: bool = False) -> di
         "calibration": calibration.to_dict() if calibration is not None else None,
         "adapter": adapter_fingerprint(model) if in_use else None,
         "base_model": base_fingerprint(model),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
     }
 
 

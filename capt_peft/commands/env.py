@@ -12,7 +12,7 @@ import torch
 from ..utils.machine import describe_machine, versions
 from .parser import Parser
 
-MORE = ("huggingface_hub", "pyarrow", "pandas", "matplotlib", "gradio")
+MORE = ("huggingface_hub", "pyarrow", "pandas", "matplotlib", "gradio", "onnxruntime", "onnxscript")
 
 
 def main(argv: list[str]) -> None:
