@@ -12,10 +12,14 @@ from siglip_models import (
     siglip_processor,
     siglip_tokenizer,
 )
+from torch.nn.functional import logsigmoid, one_hot
+from training_helpers import make_task
 from transformers import SiglipConfig, SiglipModel, SiglipProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from capt_peft import CaptConfig, ZeroShotClassifier
+from capt_peft import PGD, CaptConfig, CaptTrainer, CaptTrainingArguments, ThreatModel, ZeroShotClassifier, evaluate
+from capt_peft.data.pixels import PixelTransform
+from capt_peft.tuner import clip
 
 NAMES = ["cat", "red dog", "blue shape", "green star", "pink shape"]
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -135,3 +139,52 @@ def test_the_true_shape_of_siglip_base_patch16_224():
             assert torch.equal(classifier(pixels), base)
         classifier.strength = 0
         assert torch.equal(classifier(pixels), base)
+
+
+def pretrained_siglip(task, processor, seed):
+    """A SigLIP of 34 thousand parameters after 60 steps of its own sigmoid loss, image by class text."""
+    model = random_siglip(seed, text_layers=2, vision_layers=2).train()
+    pixels, labels = PixelTransform(processor).batch(task["train"]["image"]), torch.tensor(task["train"]["label"])
+    ids = clip.tokenize(model, processor.tokenizer, task.texts)["input_ids"]
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(seed)
+    for _ in range(60):
+        rows = torch.randint(len(labels), (32,), generator=generator)
+        logits = model(input_ids=ids, pixel_values=2 * pixels[rows] - 1).logits_per_image
+        signs = 2 * one_hot(labels[rows], task.num_classes) - 1
+        optimizer.zero_grad()
+        (-logsigmoid(signs * logits).sum(-1).mean()).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def tuned_tiny_siglip(folder, seed):
+    """Clean and robust accuracy at 40/255, on images that were not trained on, before and after tuning."""
+    task = make_task(per_class=16, names=("red shape", "green shape", "blue shape"))
+    processor, threat = siglip_processor(), ThreatModel("linf", "40/255")
+    base = pretrained_siglip(task, processor, seed)
+    torch.manual_seed(seed)
+    # text prompts alone: an image of 16 patches is disturbed by any further token
+    config = CaptConfig(class_names=list(task.class_names), num_vision_tokens=0, template_token_ids=TEMPLATE_IDS)
+    model = get_peft_model(base, config)
+    arguments = CaptTrainingArguments(
+        output_dir=str(folder), use_cpu=True, num_train_epochs=40, per_device_train_batch_size=48, learning_rate=0.1,
+        epsilon="40/255", save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=seed,
+    )  # fmt: skip
+    trainer = CaptTrainer(model, arguments, task=task, processor=processor)
+
+    def measured():
+        result = evaluate(trainer.classifier, task["validation"], PGD(threat, steps=10), progress=False)
+        return result.clean.value, result.robust.value
+
+    with trainer.classifier.frozen():
+        before = measured()
+    trainer.train()
+    return before, measured()
+
+
+def test_a_tiny_siglip_learns_to_classify_and_then_to_withstand_attacks(tmp_path):
+    (clean, robust), (tuned_clean, tuned_robust) = tuned_tiny_siglip(tmp_path, seed=0)
+    assert clean > 0.9  # a third by chance, as every answer that is always the same
+    assert robust < 0.1
+    assert tuned_clean > 0.5
+    assert tuned_robust > 0.4
