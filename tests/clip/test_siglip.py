@@ -142,7 +142,7 @@ def test_the_true_shape_of_siglip_base_patch16_224():
 
 
 def pretrained_siglip(task, processor, seed):
-    """A SigLIP of 34 thousand parameters after 60 steps of its own sigmoid loss, image by class text."""
+    """A SigLIP of 52 thousand parameters after 60 steps of its own sigmoid loss, image by class text."""
     model = random_siglip(seed, text_layers=2, vision_layers=2).train()
     pixels, labels = PixelTransform(processor).batch(task["train"]["image"]), torch.tensor(task["train"]["label"])
     ids = clip.tokenize(model, processor.tokenizer, task.texts)["input_ids"]
