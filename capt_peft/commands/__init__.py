@@ -44,6 +44,7 @@ COMMANDS = {
     "evaluate": Command("measures how robust an adapter, or a bare CLIP, really is", "evaluate", ("adapter",), also=(
         "capt_peft.commands.retrieval", *DATA)),
     "calibrate": Command("fits an adapter's temperature, and the answer none of these", "calibrate", ("adapter",), DATA),
+    "strength": Command("measures an adapter over its strength from 0 to 1, and sets one", "strength", ("adapter",), DATA),
     "benchmark": Command("compares methods by the paper's protocols", "benchmark"),
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),
     "card": Command("writes an adapter's model card again", "card", ("adapter",)),

@@ -40,6 +40,7 @@ from ..results.card import is_capt
 from ..results.hub import check_update, update_card
 from ..results.retrieval import Retrieval
 from ..tuner import adapters_in_use
+from ..tuner.config import check_strength
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
 from ..utils.text import cut, shown
@@ -92,6 +93,10 @@ class Arguments(RetrievalArguments):
             "help": 'Data set of images of no class (name, Hub id, folder or file): measure the answer "none of these" too.'
         },
     )
+    strength: float | None = field(
+        default=None,
+        metadata={"help": "Measure the adapter at this strength, 0 to 1, without writing it; by default at its own."},
+    )
     signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
     output: str | None = field(
         default=None,
@@ -142,6 +147,15 @@ def parse_args(argv: list[str]) -> Arguments:
     idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
     if idle:
         raise ValueError(f"--{idle[0]} has no effect on clean accuracy, and --attacks names no attack.")
+    if args.strength is not None:
+        if args.adapter is None:
+            raise ValueError("--strength needs --adapter: it says how much of an adapter acts.")
+        if args.update_card:
+            raise ValueError(
+                "--update_card shows figures of the strength that the adapter is stored with: leave --strength out, or store it "
+                "first with capt-peft strength ADAPTER --set."
+            )
+        check_strength(args.strength)
     if args.adapter is None and args.attack_target == "frozen":
         raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
     if args.update_card:
@@ -196,6 +210,8 @@ def load_classifier(
             shown(classifier.template),
             shown(of_task["template"]),
         )
+    if args.strength is not None:
+        classifier.strength = args.strength
     return classifier.to(device)
 
 
@@ -222,12 +238,14 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     own = {k: v for k, v in asdict(args).items() if k not in left_out}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
-    if args.class_texts is None:  # as before there were any: results that are there are found again
-        del own["class_texts"]
+    for name in ("class_texts", "strength"):  # as before they were options: results that are there are found again
+        if own[name] is None:
+            del own[name]
     own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
     epsilons = [] if args.attacks == "clean" else [args.norm, args.epsilon.replace("/", "of")]
     few = [] if args.limit is None else [str(args.limit)]
+    few += [] if args.strength is None else [f"strength{args.strength:g}"]
     words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
     readable = "-".join(slug(word)[:40] for word in words)
     folder = Path("outputs", "evaluation", slug(name)[-80:])

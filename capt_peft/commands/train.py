@@ -11,8 +11,10 @@ Without --config and --model_name_or_path the settings are those of `--config di
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,13 @@ import torch
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from ..data import Task
+from ..evaluation.strength import draw_front, strength_front
 from ..methods import get_method, make_trainer, method_settings
 from ..results.hub import save_run
 from ..results.run import RunResults
-from ..training import CaptTrainingArguments
+from ..results.strength import StrengthFront, check_keep_clean
+from ..training import CaptTrainer, CaptTrainingArguments
+from ..tuner.config import check_strength
 from ..tuner.loading import load_pretrained
 from ..utils.text import some
 from .data import DataArguments, measured
@@ -31,6 +36,7 @@ from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import CONFIGS, check_places
+from .strength import check_choice, task_details
 
 DIGITS, SHOTS = str(CONFIGS / "digits.yaml"), 16
 
@@ -64,6 +70,18 @@ class ScriptArguments(DataArguments):
     init: str | None = field(default=None, metadata={"help": "Start of the prompts: template, random or normal."})
     init_std: float | None = field(default=None, metadata={"help": "Standard deviation of random prompts (0.02)."})
     class_specific: bool = field(default=False, metadata={"help": "Every class has text prompts of its own."})
+    strength: str | None = field(
+        default=None,
+        metadata={
+            "help": "Store the tuned adapter with this strength, 0 to 1; 'auto': the best on the validation images. By default 1."
+        },
+    )
+    keep_clean: float | None = field(
+        default=None,
+        metadata={
+            "help": "The most robust one that keeps this share of the base's clean accuracy, e.g. 0.99; by default the best H."
+        },
+    )
 
     def prompts(self) -> dict[str, Any]:
         """Returns the fields of CaptConfig that were given."""
@@ -124,6 +142,46 @@ def few_shot(task: Task, shots: str | None, seed: int) -> tuple[Task, str]:
     return task.few_shot(int(shots), seed), shots
 
 
+def check_strength_options(script: ScriptArguments, task: Task) -> None:
+    """Raises a ValueError, before anything is tuned, if the strength that is asked for cannot be had."""
+    if script.keep_clean is not None and script.strength != "auto":
+        raise ValueError(f"keep_clean={script.keep_clean} has no effect without --strength auto.")
+    if script.strength is None:
+        return
+    if script.strength == "auto":
+        check_keep_clean(script.keep_clean)
+        check_choice(task, "validation")
+        if script.eval_split == "validation":
+            logging.warning("The strength is chosen on the validation images, whose accuracy then overstates it.")
+        return
+    try:
+        strength = float(script.strength)
+    except ValueError:
+        raise ValueError(f"strength={script.strength!r} must be a number from 0 to 1, or 'auto'.") from None
+    check_strength(strength)
+
+
+def set_strength(trainer: CaptTrainer, script: ScriptArguments) -> StrengthFront | None:
+    """Gives the tuned adapter its strength; returns what it was chosen on, if it was."""
+    if script.strength is None:
+        return None
+    if script.strength != "auto":
+        trainer.classifier.strength = float(script.strength)
+        return None
+    args, task = trainer.args, trainer.task
+    front = strength_front(
+        trainer.classifier,
+        task["validation"],
+        args.evaluation_attack,
+        keep_clean=script.keep_clean,
+        seed=args.seed,
+        batch_size=args.per_device_eval_batch_size,
+        details=task_details(task, "validation"),
+    )
+    trainer.classifier.strength = front.chosen.strength
+    return front
+
+
 def main(argv: list[str]) -> RunResults:
     """Tunes, measures and saves; returns the results."""
     script, args = parse_args(argv)
@@ -136,6 +194,7 @@ def main(argv: list[str]) -> RunResults:
     check_places(asdict(script))
     task = script.load()
     task, script.shots = few_shot(task, script.shots, args.seed)
+    check_strength_options(script, task)
     images = measured(task, script.eval_split, script.eval_limit)
 
     set_seed(args.seed)
@@ -154,6 +213,7 @@ def main(argv: list[str]) -> RunResults:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
+    front = set_strength(trainer, script)
     after = trainer.evaluate(images, metric_key_prefix="after")
 
     results = RunResults.of(
@@ -168,7 +228,10 @@ def main(argv: list[str]) -> RunResults:
     )
     if trainer.is_world_process_zero():
         output = str(args.output_dir)
-        results = save_run(trainer.model, results, output, str(trainer.hub_model_id if args.push_to_hub else output))
+        name = str(trainer.hub_model_id if args.push_to_hub else output)
+        results = save_run(trainer.model, results, output, name, front)
+        if front is not None:
+            print(f"\n{front.table()}\n\nThe picture: {draw_front(front, Path(output, 'strength'))[0]}")
         trainer.unlock()
         print(f"\n{results.table()}\n\nSaved to {output} after {seconds:.0f} s of tuning.")
         if args.push_to_hub:

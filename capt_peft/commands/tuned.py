@@ -34,7 +34,7 @@ def take_over(args: DataArguments, adapter: str, named: Set[str]) -> None:
     own = {field.name for field in fields(args)}
     missing = "give --dataset_name, and --epsilon." if "epsilon" in own else "give --dataset_name."
     records = read_record(adapter)
-    record, why = records.results, " ".join(f"{adapter}: {reason}" for reason in records.unshown)
+    record, why = records.run, " ".join(f"{adapter}: {reason}" for reason in records.unshown)
     if record is None:
         bare = os.path.isfile(Path(adapter, "config.json"))  # a CLIP without an adapter is told later
         if "dataset_name" not in named and not bare:
@@ -75,5 +75,5 @@ def read_record(adapter: str) -> Records:
     try:
         fingerprint = adapter_fingerprint(folder)
     except (OSError, ValueError, SafetensorError):  # not an adapter, or a damaged one, which loading it will tell
-        return Records(RunResults.load(folder))
+        return Records(run=RunResults.load(folder))
     return Records.read(folder, fingerprint, names=[RESULTS], strict=False)

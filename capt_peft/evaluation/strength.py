@@ -77,11 +77,9 @@ def strength_front(
             classifier.strength = strength
             file = None if output is None else output.with_name(f"{output.stem}.{strength!r}.json")
             evaluations[strength] = evaluate(classifier, data, attacks, signs=False, output=file, **settings)
-        classifier.strength = 1.0
-        whole = adapter_fingerprint(classifier.model)
     front = StrengthFront(
         tuple(StrengthPoint(strength, each.clean, each.robust) for strength, each in evaluations.items()),
-        _common(evaluations[0.0], whole),
+        _common(evaluations[0.0], adapter_fingerprint(classifier.model, strength=1)),
         evaluations[0.0].machine,
         keep_clean,
     )

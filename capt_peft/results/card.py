@@ -23,6 +23,7 @@ from ..utils.markup import Markdown, code, escape, plain, quoted
 from ..utils.text import some
 from .accuracy import Accuracy
 from .run import RESULTS, Records
+from .strength import StrengthFront
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def write_cards_for(temporary: Path, home: Path, adapter: str | None = None) -> 
             _write_unless_kept(folder, to, adapter, strict=(folder / RESULTS).is_file())
 
 
-def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
+def write_saved_card(folder: Path, config: CaptConfig, whole: bool, details: CardDetails | None = None) -> None:
     """Writes the card of an adapter that is being saved, unless there is one that somebody has written.
 
     `CaptConfig.save_pretrained` calls it, whoever saves. It never fails for a record: that of other weights is not shown.
@@ -204,9 +205,10 @@ def write_saved_card(folder: Path, config: CaptConfig, whole: bool) -> None:
         folder: Where the adapter is saved.
         config: Its configuration.
         whole: Whether its weights are in the folder already; otherwise no record can be compared with them.
+        details: What else the card says; by default what the card that is there says of these weights.
     """
     whole = whole and (folder / SAFETENSORS_NAME).is_file()
-    _write_unless_kept(folder, folder, unsaved=None if whole else config)
+    _write_unless_kept(folder, folder, unsaved=None if whole else config, details=details)
     if whole:
         _put_right_above(folder.parent)
 
@@ -249,7 +251,7 @@ def card_of(
     fingerprint = None if unsaved else adapter_fingerprint(folder)
     home = home or folder
     measured = folder if (folder / RESULTS).is_file() else home
-    records = Records.read(measured, fingerprint, config.base_model_fingerprint, strict=strict)
+    records = Records.read(measured, fingerprint, config.base_model_fingerprint, strict=strict, weights=folder)
     details = (details or CardDetails()).over(kept_details(home / CARD, fingerprint))
     name = str(adapter or (records.results and records.results.name) or shown_path(home))
     return card_text(records, name, config.to_dict(), fingerprint, details), records
@@ -343,6 +345,8 @@ def card_text(
         "config": config,
         "fingerprint": fingerprint,
         "calibration": _calibration(config, fingerprint),
+        "strength": _strength(records.front, config["strength"]),
+        "run": records.run is not None,
         "base": Markdown(f"{code(embedded)} (embedded in capt-peft)") if embedded else code(shown_path(base, hub=True)),
         "datasets": [shown_path(name) + words for name in details.datasets],
         "rows": rows,
@@ -366,6 +370,17 @@ def card_text(
     )
     environment.filters |= {"code": code, "quoted": quoted, "markdown": Markdown}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+
+
+def _strength(front: StrengthFront | None, strength: float) -> str | None:
+    """Says which strength the adapter has and how it was chosen; None where it has all of it and nothing was chosen."""
+    if front is None:
+        return None if strength == 1 else f"{strength:g}, set by hand"
+    chosen = f"{front.rule}, of the strengths {', '.join(f'{point.strength:g}' for point in front.points)}"
+    on = f"on {front.images} under {front.attack}"
+    if strength == front.chosen.strength:
+        return f"{strength:g}, chosen {on}: {chosen}"
+    return f"{strength:g}, set by hand; {on}, strength {front.chosen.strength:g} has the {chosen}"
 
 
 def _calibration(config: Mapping[str, Any], fingerprint: str | None) -> Mapping[str, Any] | None:

@@ -23,7 +23,7 @@ from transformers.utils import PushToHubMixin
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..tuner.switching import active_adapter
 from ..utils.embedded import embedded_name
-from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text
+from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text, written_whole
 from ..utils.outputs import save_somewhere
 from .card import (
     CARD,
@@ -41,11 +41,12 @@ from .card import (
 )
 from .evaluation import EVALUATION, Evaluation, changes, examples_path, set_aside
 from .run import RESULTS, RecordError, Records, RunResults, why_unshown
+from .strength import STRENGTH, StrengthFront
 
 logger = logging.getLogger(__name__)
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
-_RECORDS = (CONFIG_NAME, RESULTS, EVALUATION)
+_RECORDS = (CONFIG_NAME, RESULTS, EVALUATION, STRENGTH)
 UPLOADED = [SAFETENSORS_NAME, CARD, *_RECORDS]
 _LOCAL_BASE = (
     "The base model was loaded from the folder %r, which adapter_config.json names: others cannot load it from there, and read "
@@ -56,7 +57,9 @@ _LOCAL_BASE = (
 # ---------------------------------------------------------------------------------------------------------------- in a folder
 
 
-def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> RunResults:
+def save_run(
+    model: Any, results: RunResults, folder: str | Path, name: str, front: StrengthFront | None = None
+) -> RunResults:
     """Writes the active adapter, its results and its card into a folder, each whole or not at all.
 
     Args:
@@ -64,6 +67,7 @@ def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> 
         results: The record of the run, of the model's very weights.
         folder: Where to write.
         name: Folder or Hub id by which people load it, for the card.
+        front: What its strength was chosen on, where that was measured.
 
     Returns:
         The record as it was written, with the name and the size of the adapter.
@@ -81,10 +85,13 @@ def save_run(model: Any, results: RunResults, folder: str | Path, name: str) -> 
         size = (temporary / SAFETENSORS_NAME).stat().st_size
         saved = replace(results, adapter=replace(adapter, bytes=size), name=name)
         write_json(temporary / RESULTS, saved.to_dict())
+        if front is not None:
+            front.save(temporary / STRENGTH)
         write_cards_for(temporary, folder, name)
 
     save_somewhere(folder, write)
-    (folder / EVALUATION).unlink(missing_ok=True)  # it was of the adapter before
+    for record in [EVALUATION] if front else [EVALUATION, STRENGTH]:  # they were of the adapter before
+        (folder / record).unlink(missing_ok=True)
     return RunResults.load(folder)
 
 
@@ -102,9 +109,44 @@ def update_config(folder: str | Path, **settings: Any) -> None:
     """
     folder = Path(folder)
     replace(adapter_config(folder), **settings)  # or it raises
+    kept = kept_details(folder / CARD, adapter_fingerprint(folder))
     path = folder / CONFIG_NAME
     write_json(path, dict(sorted((read_json(path) | settings).items())))
-    write_saved_card(folder, adapter_config(folder), True)
+    write_saved_card(folder, adapter_config(folder), True, kept)
+
+
+def save_strength(
+    folder: str | Path, strength: float, *, front: StrengthFront | None = None, results: RunResults | None = None
+) -> None:
+    """Writes a strength into an adapter in a folder, with what was measured for it, and its card again.
+
+    The weights stay. An evaluation of another strength that is there is kept under the name `evaluation.old1.json`.
+
+    Args:
+        folder: Folder of the adapter.
+        strength: From 0 (the base model) to 1.
+        front: What it was chosen on; by default the front that is there stays.
+        results: The record of the run with the figures of this strength; by default the record that is there stays, and the
+            card shows its figures only if they are of this strength.
+
+    Raises:
+        OSError: Nothing can be written there.
+        ValueError: There is no whole CAPT adapter, or one that cannot have this strength.
+    """
+    folder = Path(folder)
+    before = adapter_config(folder)
+    replace(before, strength=strength)  # or it raises
+    if strength != before.strength and (folder / EVALUATION).exists():
+        set_aside(
+            folder / EVALUATION, (".json", ".parquet"), [f"strength is {strength:g} now and was {before.strength:g}"]
+        )
+    with written_whole(folder) as temporary:
+        if front is not None:
+            front.save(temporary / STRENGTH)
+        if results is not None:
+            write_json(temporary / RESULTS, results.to_dict())
+    # last: until then the record is one of another strength, which no card shows
+    update_config(folder, strength=float(strength))
 
 
 def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = None) -> None:
@@ -234,7 +276,11 @@ def push_adapter(
                 contents[name] = _for_others((folder / name).read_bytes())
             contents[CARD] = _card_to_send(folder, repo_id, details, strict).encode()
             operations: list[CommitOperationAdd | CommitOperationDelete] = []
-            for name, record in ((RESULTS, records.results), (EVALUATION, records.evaluation)):
+            for name, record in (
+                (RESULTS, records.results),
+                (EVALUATION, records.evaluation),
+                (STRENGTH, records.front),
+            ):
                 if record is None:
                     contents.pop(name, None)
                     if api.file_exists(repo_id, name, revision=revision, token=token):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..utils.machine import describe_machine, versions
 from ..utils.markup import Markdown, escape, plain, table_row
 from .accuracy import Accuracy, known_fields, readable
 from .evaluation import EVALUATION, Evaluation
+from .strength import STRENGTH, StrengthFront
 
 RESULTS = "results.json"
 # the training arguments that a card shows
@@ -224,6 +225,35 @@ class RunResults:
         """The adapter's fingerprint; None where the record does not say."""
         return None if self.adapter is None else self.adapter.fingerprint
 
+    @property
+    def strength(self) -> float:
+        """The adapter's strength at which accuracy was measured; older records are of strength 1."""
+        config = None if self.adapter is None else self.adapter.config
+        return float((config or {}).get("strength", 1.0))
+
+    def at_strength(self, after: Evaluation, strength: float, fingerprint: str) -> RunResults:
+        """Returns the record of the same run with its adapter at another strength.
+
+        Args:
+            after: Measured at that strength, under the run's attack and on the same images as before.
+            strength: The strength.
+            fingerprint: The adapter's fingerprint at that strength.
+
+        Raises:
+            ValueError: There is no adapter, or other images were measured.
+        """
+        if self.adapter is None or after.clean.n != self.evaluation.before.clean.n:
+            raise ValueError(
+                f"{after.clean.n} images were measured; {RESULTS} has the figures of {self.evaluation.before.clean.n}, of an "
+                "adapter. Give the data that it was measured on."
+            )
+        config = {**(self.adapter.config or {}), "strength": strength}
+        return replace(
+            self,
+            evaluation=replace(self.evaluation, after=Accuracies.of(after, "")),
+            adapter=replace(self.adapter, fingerprint=fingerprint, config=config),
+        )
+
     def table(self) -> str:
         """Returns a Markdown table of clean and robust accuracy before and after the tuning."""
         measured = self.evaluation
@@ -332,12 +362,16 @@ class Records:
     Attributes:
         results: Its run; None if there is no record of it, or it is not shown.
         evaluation: Its evaluation; None as above.
+        front: Its accuracy over strengths; None as above.
+        run: The run that tuned it, also where accuracy was measured at another strength than the adapter has.
         unshown: For each record that is there but not shown, a sentence that says why.
     """
 
     results: RunResults | None = None
     evaluation: Evaluation | None = None
     unshown: tuple[str, ...] = ()
+    front: StrengthFront | None = None
+    run: RunResults | None = None
 
     @classmethod
     def read(
@@ -346,8 +380,9 @@ class Records:
         fingerprint: str | None,
         base: str | None = None,
         *,
-        names: Sequence[str] = (RESULTS, EVALUATION),
+        names: Sequence[str] = (RESULTS, EVALUATION, STRENGTH),
         strict: bool = True,
+        weights: str | Path | None = None,
     ) -> Records:
         """Reads the records in an adapter's folder.
 
@@ -356,16 +391,27 @@ class Records:
             fingerprint: The adapter's (`adapter_fingerprint`); None: unknown, so that no record is shown.
             base: The base model's fingerprint, as the adapter's configuration names it; None: not compared.
             names: Which records to read.
-            strict: Raise a ValueError for a record that is damaged or of other weights; False: leave it out and say why.
+            strict: Raise a ValueError for a record that is damaged or of other weights; False: leave it out and say why. Figures
+                of another strength are left out in any case.
+            weights: Where the adapter is, if not in the folder of its records.
         """
         found: dict[str, Any] = {}
-        unshown = []
+        run, unshown = None, []
+
+        def of(strength: float) -> str | None:
+            return None if fingerprint is None else adapter_fingerprint(weights or folder, strength=strength)
+
         for name in (name for name in names if Path(folder, name).is_file()):
             path = Path(folder, name)
             try:
                 if name == RESULTS:
                     found[name] = RunResults.load(path)
-                    reason = _why_other_weights(name, found[name].fingerprint, fingerprint)
+                    at, own = found[name].strength, found[name].fingerprint
+                    reason = _why_other_weights(name, own, of(at)) or _why_other_strength(name, at, own, fingerprint)
+                    run = found[name] if own is not None and own == of(at) else None
+                elif name == STRENGTH:
+                    found[name] = StrengthFront.load(path)
+                    reason = _why_other_weights(name, found[name].fingerprint, of(1))
                 else:
                     found[name] = Evaluation.load(path, with_examples=False)
                     reason = why_unshown(found[name].configuration, fingerprint, base, found.get(RESULTS))
@@ -376,7 +422,7 @@ class Records:
             if reason is not None:
                 found.pop(name, None)
                 unshown.append(reason)
-        return cls(found.get(RESULTS), found.get(EVALUATION), tuple(unshown))
+        return cls(found.get(RESULTS), found.get(EVALUATION), tuple(unshown), found.get(STRENGTH), run)
 
 
 def why_unshown(
@@ -426,6 +472,15 @@ def why_unshown(
                 "compares figures of the same kind alone: keep this evaluation under another name, without --update_card."
             )
     return None
+
+
+def _why_other_strength(name: str, strength: float, own: str | None, fingerprint: str | None) -> str | None:
+    if own == fingerprint:
+        return None
+    return (
+        f"{name} has the figures of strength {strength:g}, and the adapter is stored with another one, so they are not shown. "
+        "Measure again: capt-peft strength ADAPTER --set, with the strength that it has."
+    )
 
 
 def _why_other_weights(name: str, own: str | None, fingerprint: str | None) -> str | None:

@@ -79,9 +79,9 @@ class CaptTrainer(Trainer):
 
     Raises:
         TypeError: `args` or `task` of another kind.
-        ValueError: A setting without effect, which is named; no training images; splits with classes that the task does not have;
-            a teacher with other classes or another image size, or that moves with the model; no teacher for a base model that
-            is tuned itself; FSDP or DeepSpeed; or processes that do not know of each other.
+        ValueError: A setting without effect, which is named; an adapter of strength 0; no training images; splits with classes
+            that the task does not have; a teacher with other classes or another image size, or that moves with the model; no
+            teacher for a base model that is tuned itself; FSDP or DeepSpeed; or processes that do not know of each other.
     """
 
     args: CaptTrainingArguments
@@ -106,6 +106,7 @@ class CaptTrainer(Trainer):
         if not isinstance(task, Task):
             raise TypeError(f"task must be a Task, as load_task('digits') returns one, not {repr(task)[:80]}.")
         processor = one_processor(processor, processing_class)
+        _check_strength(model)
         self.task = task
         # checks the texts before any long work
         self.classifier = ZeroShotClassifier(
@@ -644,6 +645,14 @@ class CaptTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Uploads nothing while it trains."""
+
+
+def _check_strength(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) and getattr(model.peft_config[model.active_adapter], "strength", 1) == 0:
+        raise ValueError(
+            "The adapter has strength 0: its prompts do not act, and no gradient would reach them. Give it another one first: "
+            "capt_peft.set_strength(model, 1)."
+        )
 
 
 def epoch_cosine(optimizer: Optimizer, steps: int, epochs: int) -> LambdaLR:

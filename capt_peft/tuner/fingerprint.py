@@ -70,7 +70,9 @@ def _acting(content: Any) -> Any:
     return {key: _acting(value) for key, value in content.items() if key not in _NOT_ACTING}
 
 
-def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | None = None) -> str:
+def adapter_fingerprint(
+    adapter: nn.Module | str | Path, adapter_name: str | None = None, *, strength: float | None = None
+) -> str:
     """Returns a hash of what an adapter computes: its tensors, its base model's fingerprint, and the settings that act.
 
     It is the same for an adapter in memory, in its folder and loaded again, under whatever name.
@@ -79,6 +81,7 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
         adapter: A model with PEFT adapters (a `PeftModel`, or a model of transformers with an adapter loaded), or the folder of
             a saved adapter.
         adapter_name: Which adapter of a model; by default the active one.
+        strength: Of a CAPT adapter, as if it had this strength; by default the one that it has.
 
     Raises:
         OSError: The folder has no weights.
@@ -92,6 +95,8 @@ def adapter_fingerprint(adapter: nn.Module | str | Path, adapter_name: str | Non
     else:
         config, tensors = PeftConfig.from_pretrained(str(adapter)), load_file(Path(adapter, SAFETENSORS_NAME))
     settings = {key: value for key, value in config.to_dict().items() if key not in _PROVENANCE}
+    if strength is not None and "strength" in settings:
+        settings["strength"] = float(strength)
     settings = {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}
     text = json.dumps(
         settings, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
