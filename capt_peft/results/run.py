@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..attacks import ThreatModel
-from ..tuner.fingerprint import adapter_fingerprint
+from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..tuner.switching import active_adapter
 from ..utils.files import read_json
 from ..utils.machine import describe_machine, versions
@@ -398,8 +398,12 @@ class Records:
         found: dict[str, Any] = {}
         run, unshown = None, []
 
-        def of(strength: float) -> str | None:
-            return None if fingerprint is None else adapter_fingerprint(weights or folder, strength=strength)
+        def of(strength: float, own: str | None) -> str | None:
+            """Returns the adapter's fingerprint at a strength; `own` is that of a record."""
+            whole = Path(weights or folder, SAFETENSORS_NAME).is_file()
+            if fingerprint in (None, own) or not whole:
+                return fingerprint
+            return adapter_fingerprint(weights or folder, strength=strength)
 
         for name in (name for name in names if Path(folder, name).is_file()):
             path = Path(folder, name)
@@ -407,11 +411,14 @@ class Records:
                 if name == RESULTS:
                     found[name] = RunResults.load(path)
                     at, own = found[name].strength, found[name].fingerprint
-                    reason = _why_other_weights(name, own, of(at)) or _why_other_strength(name, at, own, fingerprint)
-                    run = found[name] if own is not None and own == of(at) else None
+                    reason = _why_other_weights(name, own, of(at, own)) or _why_other_strength(
+                        name, at, own, fingerprint
+                    )
+                    run = found[name] if own is not None and fingerprint is not None else None
                 elif name == STRENGTH:
                     found[name] = StrengthFront.load(path)
-                    reason = _why_other_weights(name, found[name].fingerprint, of(1))
+                    own = found[name].fingerprint
+                    reason = _why_other_weights(name, own, of(1, own))
                 else:
                     found[name] = Evaluation.load(path, with_examples=False)
                     reason = why_unshown(found[name].configuration, fingerprint, base, found.get(RESULTS))

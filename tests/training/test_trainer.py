@@ -15,6 +15,7 @@ from capt_peft import (
     CaptTrainingArguments,
     ThreatModel,
     TrainingStopped,
+    set_strength,
 )
 from capt_peft.clip.classifier import ZeroShotClassifier
 from capt_peft.evaluation import evaluate
@@ -22,9 +23,11 @@ from capt_peft.objectives import Views
 from capt_peft.randomness import example_generators
 
 
-def test_a_steps_loss_is_the_objective_of_plainly_computed_views(tmp_path, processor):
+@pytest.mark.parametrize("strength", [1, 0.5])
+def test_a_steps_loss_is_the_objective_of_plainly_computed_views(tmp_path, processor, strength):
     model = make_model()
     shake(model)
+    set_strength(model, strength)  # an adapter is tuned at the strength that it has
     trainer = make_trainer(tmp_path, processor, model=model, seed=3)
     model.train()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -232,6 +235,18 @@ def test_bad_arguments_are_refused_before_anything_is_set_up(tmp_path, arguments
 def test_the_name_of_a_task_is_no_task(tmp_path, processor):
     with pytest.raises(TypeError, match=r"task must be a Task, as load_task\('digits'\) returns one, not 'digits'"):
         make_trainer(tmp_path, processor, task="digits")
+
+
+def test_an_adapter_of_strength_0_is_refused_and_one_of_less_than_1_learns(tmp_path, processor):
+    model = make_model()
+    set_strength(model, 0)
+    with pytest.raises(ValueError, match="has strength 0: its prompts do not act, and no gradient would reach them"):
+        make_trainer(tmp_path, processor, model=model)
+    set_strength(model, 0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    make_trainer(tmp_path, processor, model=model, max_steps=1, learning_rate=1.0).train()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert model.peft_config["default"].strength == 0.5
 
 
 def test_a_task_without_training_images_is_refused(tmp_path, processor):
