@@ -238,9 +238,9 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     own = {k: v for k, v in asdict(args).items() if k not in left_out}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
-    for name in ("class_texts", "strength"):  # as before they were options: results that are there are found again
-        if own[name] is None:
-            del own[name]
+    for option in ("class_texts", "strength"):  # as before they were options: results that are there are found again
+        if own[option] is None:
+            del own[option]
     own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
     epsilons = [] if args.attacks == "clean" else [args.norm, args.epsilon.replace("/", "of")]

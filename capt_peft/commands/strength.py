@@ -157,11 +157,11 @@ def recorded_attack(record: RunResults) -> Attack:
     return attack
 
 
-def load_classifier(folder: Path, task: Task, template: str | None, device: torch.device) -> ZeroShotClassifier:
+def load_classifier(folder: Path, task: Task, data: DataArguments, device: torch.device) -> ZeroShotClassifier:
     """Returns the adapter as a classifier over the task's classes."""
     with loading(str(folder)):
         classifier = ZeroShotClassifier.from_pretrained(
-            str(folder), class_names=task.class_names, template=template, dtype=torch.float32
+            str(folder), class_names=task.class_names, **data.texts, dtype=torch.float32
         )
     return classifier.to(device)
 
@@ -170,7 +170,7 @@ def measure_front(args: Arguments, attacks: list[Attack], folder: Path, device: 
     """Measures the front on the images that the strength is chosen on."""
     task = args.load()
     check_choice(task, args.split)
-    classifier = load_classifier(folder, task, args.template, device)
+    classifier = load_classifier(folder, task, args, device)
     return strength_front(
         classifier,
         measured(task, args.split, args.limit),
@@ -194,7 +194,7 @@ def measure_again(
     take_over(data, str(folder), set())
     task = data.load()
     split, limit = record.evaluation.split, (record.configuration.get("script") or {}).get("eval_limit")
-    classifier = load_classifier(folder, task, data.template, device)
+    classifier = load_classifier(folder, task, data, device)
     with strength_kept(classifier):
         classifier.strength = strength
         evaluation = evaluate(
