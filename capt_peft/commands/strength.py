@@ -210,6 +210,11 @@ def measure_again(
     return record.at_strength(evaluation, strength, adapter_fingerprint(folder, strength=strength))
 
 
+def draw(front: StrengthFront, folder: Path) -> str:
+    """Draws a front into an adapter's folder, and says where."""
+    return f"The picture: {draw_front(front, folder / 'strength')[0]}"
+
+
 def main(argv: list[str]) -> float:
     """Measures, chooses, writes and shows; returns the strength."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -230,8 +235,7 @@ def main(argv: list[str]) -> float:
     if not state.is_main_process:
         return strength
     if front is not None:
-        draw_front(front, folder / "strength")
-        print(f"\n{front.table()}\n\nThe picture: {folder / 'strength.png'}")
+        print(f"\n{front.table()}\n\n{draw(front, folder)}")
     save_strength(folder, strength, front=front, results=results)
     print(f"\nThe adapter's strength is {strength:g} now (0: the base model, 1: the whole adapter).")
     shown = results or record

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModel, AutoProcessor, set_seed
 
 from ..data import Task
-from ..evaluation.strength import draw_front, strength_front
+from ..evaluation.strength import strength_front
 from ..methods import get_method, make_trainer, method_settings
 from ..results.hub import save_run
 from ..results.run import RunResults
@@ -36,7 +36,7 @@ from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import CONFIGS, check_places
-from .strength import check_choice, task_details
+from .strength import check_choice, draw, task_details
 
 DIGITS, SHOTS = str(CONFIGS / "digits.yaml"), 16
 
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> RunResults:
         name = str(trainer.hub_model_id if args.push_to_hub else output)
         results = save_run(trainer.model, results, output, name, front)
         if front is not None:
-            print(f"\n{front.table()}\n\nThe picture: {draw_front(front, Path(output, 'strength'))[0]}")
+            print(f"\n{front.table()}\n\n{draw(front, Path(output))}")
         trainer.unlock()
         print(f"\n{results.table()}\n\nSaved to {output} after {seconds:.0f} s of tuning.")
         if args.push_to_hub:
