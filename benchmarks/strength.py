@@ -1,4 +1,4 @@
-"""What an adapter's strength is worth: CAPT of the toy suite at a strength chosen on validation images, beside zero-shot and s = 1.
+"""What a strength that validation images chose is worth: CAPT on the toy suite, beside zero-shot and the whole adapter.
 
 capt-peft benchmark --suite toy --methods capt --shots 1,4,16 --output outputs/toy.jsonl     # tunes the adapters
 python benchmarks/strength.py outputs/toy.adapters --output outputs/strength.jsonl
@@ -8,7 +8,7 @@ The lines are those of a benchmark, so that `capt-peft report` makes tables of t
 
 - "": the whole adapter.
 - "dial": the strength of the best H on validation images of what it was tuned on.
-- "dial, target": on a few labelled images of the target instead; where the target is what it was tuned on, nothing is measured.
+- "dial, target": that of the best H on a few labelled images of each target, where it is not what was tuned on.
 
 Each line has the chosen strengths and the fronts. Run again, it goes on where it was.
 """
@@ -40,12 +40,13 @@ STRENGTHS = (0, 0.1, 0.25, 0.5, 1)
 WHOLE, SOURCE, TARGET = "", "dial", "dial, target"
 FEW = 50  # labelled images of a target
 CHOOSING = 100  # validation images of what an adapter was tuned on
+MEASURED = 100  # test images of a target
 
 
 def cells(protocols: list[str], shots: list[int], seeds: list[int]) -> list[Cell]:
     """Returns a cell for each line, those of one adapter behind each other."""
     plan = Plan(
-        get_suite("toy"), "tiny_clip", ["zero-shot", "capt"], protocols, shots, seeds, attacks=ATTACKS, limit=100
+        get_suite("toy"), "tiny_clip", ["zero-shot", "capt"], protocols, shots, seeds, attacks=ATTACKS, limit=MEASURED
     )
     found = []
     for cell in plan.cells():
@@ -64,12 +65,11 @@ def is_other(cell: Cell, target: Target) -> bool:
     return target.task != cell.task or target.classes == "new"
 
 
-def few_images(cell: Cell, task: Task) -> datasets.Dataset:
-    """Returns labelled images of a target, none of which is measured: of its validation split, or of the rest of its test split."""
-    if "validation" in task:
+def few_images(task: Task) -> datasets.Dataset:
+    """Returns labelled images of a target, which are not measured: of its validation split, or the rest of its test split."""
+    if "validation" in task.splits:
         return drawn(task["validation"], FEW)
-    rest = task["test"].shuffle(seed=0)
-    return rest.select(range(cell.limit or len(rest), (cell.limit or len(rest)) + FEW))
+    return task["test"].shuffle(seed=0).select(range(MEASURED, MEASURED + FEW))  # `drawn` measures those before
 
 
 class Measurement:
@@ -96,7 +96,7 @@ class Measurement:
         name = f"{place.task}, {place.classes}"
         if name not in self.fronts:
             classifier, task = self.classifier(place)
-            data = drawn(task["validation"], CHOOSING) if place == own else few_images(self.cell, task)
+            data = drawn(task["validation"], CHOOSING) if place == own else few_images(task)
             self.fronts[name] = strength_front(
                 classifier, data, self.attacks[0], STRENGTHS, seed=self.cell.seed, progress=False
             )
@@ -132,7 +132,14 @@ class Measurement:
             for name, front in self.fronts.items()
         }
         more = {"strengths": strengths, "fronts": fronts} if cell.tuned else {}
-        line = {"key": cell.key, "status": "finished", "cell": cell.to_dict(), "results": results, "training": {}, **more}
+        line = {
+            "key": cell.key,
+            "status": "finished",
+            "cell": cell.to_dict(),
+            "results": results,
+            "training": {},
+            **more,
+        }
         return line | {"versions": versions(), "machine": describe_machine()}
 
 
@@ -154,7 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", type=Path, help="folder of the adapters, OUTPUT.adapters of capt-peft benchmark")
     parser.add_argument("--output", type=Path, default=Path("outputs/strength.jsonl"), help="file of lines")
-    parser.add_argument("--protocols", default=",".join([*TRANSFERS, "few-shot", "base-to-new"]), help="as for capt-peft benchmark")
+    parser.add_argument(
+        "--protocols", default=",".join([*TRANSFERS, "few-shot", "base-to-new"]), help="as for capt-peft benchmark"
+    )
     parser.add_argument("--shots", default="1,4,16", help="of the protocol few-shot")
     parser.add_argument("--seeds", default="0,1,2", help="seeds")
     args = parser.parse_args()
