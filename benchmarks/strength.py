@@ -81,6 +81,7 @@ class Measurement:
         self.model = PeftModel.from_pretrained(base, str(adapters / cell.training_key)) if cell.tuned else base
         self.attacks = [parse_attack(name, cell.threat) for name in cell.attacks]
         self.fronts: dict[str, Any] = {}
+        self.results: dict[tuple[Target, float | None], dict[str, Any]] = {}
 
     def classifier(self, target: Target) -> tuple[ZeroShotClassifier, Task]:
         """Returns the classifier of a target's classes, and the target."""
@@ -102,28 +103,28 @@ class Measurement:
             )
         return float(self.fronts[name].chosen.strength)
 
+    def measured(self, target: Target, strength: float | None) -> dict[str, Any]:
+        """Returns clean and robust accuracy on a target's test images, at a strength; None: without an adapter."""
+        if (target, strength) not in self.results:
+            classifier, task = self.classifier(target)
+            if strength is not None:
+                classifier.strength = strength
+            data = drawn(task["test"], self.cell.limit)
+            found = evaluate(classifier, data, self.attacks, seed=self.cell.seed, signs=False, progress=False)
+            self.results[target, strength] = {
+                "task": target.task,
+                "classes": target.classes,
+                "template": classifier.template,
+                "clean": count(found.clean),
+                "attacks": {outcome.name: count(outcome.accuracy) for outcome in found.attacks},
+                "worst_case": count(found.robust),
+            }
+        return self.results[target, strength]
+
     def line(self, cell: Cell) -> dict[str, Any]:
         """Returns the line of a cell."""
-        results, strengths = [], {}
-        for target in cell.targets:
-            classifier, task = self.classifier(target)
-            name = f"{target.task}, {target.classes}"
-            if cell.tuned:
-                strengths[name] = self.chosen(cell.variant, target)
-                classifier.strength = strengths[name]
-            evaluation = evaluate(
-                classifier, drawn(task["test"], cell.limit), self.attacks, seed=cell.seed, signs=False, progress=False
-            )
-            results.append(
-                {
-                    "task": target.task,
-                    "classes": target.classes,
-                    "template": classifier.template,
-                    "clean": count(evaluation.clean),
-                    "attacks": {outcome.name: count(outcome.accuracy) for outcome in evaluation.attacks},
-                    "worst_case": count(evaluation.robust),
-                }
-            )
+        strengths = {target: self.chosen(cell.variant, target) if cell.tuned else None for target in cell.targets}
+        results = [self.measured(target, strength) for target, strength in strengths.items()]
         fronts = {
             name: [
                 {"strength": point.strength, "clean": count(point.clean), "robust": count(point.robust)}
@@ -131,7 +132,8 @@ class Measurement:
             ]
             for name, front in self.fronts.items()
         }
-        more = {"strengths": strengths, "fronts": fronts} if cell.tuned else {}
+        chosen = {f"{target.task}, {target.classes}": strength for target, strength in strengths.items()}
+        more = {"strengths": chosen, "fronts": fronts} if cell.tuned else {}
         line = {
             "key": cell.key,
             "status": "finished",
