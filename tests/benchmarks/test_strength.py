@@ -15,7 +15,7 @@ from capt_peft.results.accuracy import harmonic_mean
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import strength  # noqa: E402
+import strength
 
 
 @pytest.fixture
