@@ -197,6 +197,22 @@ def test_the_blocks_on_retrieval_run(capsys):
     assert "| text → image | L-inf 4/255 | worst case | CAPT |" in capsys.readouterr().out
 
 
+def test_the_block_on_strength_runs(tmp_path, monkeypatch, capsys):
+    """With an adapter that was not tuned, a few images and one step."""
+    monkeypatch.chdir(tmp_path)
+    digits = capt_peft.load_task("digits")
+    config = capt_peft.CaptConfig(template=digits.template, class_names=list(digits.class_names))
+    get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), config).save_pretrained("outputs/demo")
+    (code,) = blocks(ROOT / "docs" / "strength.md", "python")
+    for old, new in (('digits["validation"]', 'digits["validation"].select(range(9))'), ("steps=20", "steps=1")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert "| strength | clean, % | robust (pgd-1, L-inf 10/255), % | H, % |" in capsys.readouterr().out
+    assert Path("outputs/front.png").is_file() and Path("outputs/front.json").is_file()
+    capt_peft.CaptConfig.from_pretrained("outputs/chosen")
+
+
 def test_documents_name_no_place_on_a_machine():
     notebook = ROOT / "examples" / "quickstart.ipynb"
     for path in [*PAGES, notebook]:
