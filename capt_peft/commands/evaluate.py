@@ -19,6 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import TARGETS, describe
 from ..evaluation.curve import robustness_curves
 from ..evaluation.retrieval import QueryAttack, parse_query_attack
+from ..evaluation.scores import draw_scores
 from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
@@ -315,6 +317,9 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     if state.is_main_process:
         show(evaluation, args)
         print(f"\nSaved to {output}")
+        if evaluation.rejection is not None and find_spec("matplotlib") is not None:
+            pictures = draw_scores(evaluation, output.with_name(f"{output.stem}.scores"))
+            print("The scores: " + " and ".join(map(str, pictures)))
         if args.update_card:
             print(f"The card: {update_card(args.model, evaluation)}")
     if args.curve:

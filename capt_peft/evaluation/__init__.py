@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ..results.accuracy import Accuracy, wilson_interval
 from ..results.evaluation import AttackOutcome, Evaluation, Sign
+from ..results.rejection import Rejection, RejectionOutcome
+from ..results.reliability import Reliability
 from ..results.retrieval import Recall, Retrieval, RetrievalRow, retrieval_table
 from .batch import outcomes
+from .calibration import calibrate, logits_and_labels
 from .loop import evaluate
 from .retrieval import QueryAttack, evaluate_retrieval, parse_query_attack
 
@@ -15,11 +18,16 @@ __all__ = [
     "Evaluation",
     "QueryAttack",
     "Recall",
+    "Rejection",
+    "RejectionOutcome",
+    "Reliability",
     "Retrieval",
     "RetrievalRow",
     "Sign",
+    "calibrate",
     "evaluate",
     "evaluate_retrieval",
+    "logits_and_labels",
     "outcomes",
     "parse_query_attack",
     "retrieval_table",

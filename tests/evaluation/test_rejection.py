@@ -1,11 +1,14 @@
 """The answer "none of these" in an evaluation: attackers who want a class and to be accepted, and what is counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import TINY_CLIP
 from peft import get_peft_model
+from PIL import Image
 from toy_models import make_model, some_images
-from transformers import CLIPModel
+from transformers import AutoProcessor, CLIPModel
 
 from capt_peft import (
     APGD,
@@ -21,6 +24,7 @@ from capt_peft import (
 from capt_peft.evaluation import Evaluation
 from capt_peft.evaluation.calibration import calibrate, logits_and_labels
 from capt_peft.evaluation.rejection import with_rejection
+from capt_peft.evaluation.scores import draw_scores
 from capt_peft.toy.tasks import load_toy_task
 
 THREAT = ThreatModel("linf", "8/255")
@@ -88,8 +92,6 @@ def outside():
 
 @pytest.fixture(scope="module")
 def classifier(digits):
-    from transformers import AutoProcessor
-
     base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32)
     model = get_peft_model(base, CaptConfig(template=digits.template, class_names=list(digits.class_names)))
     classifier = ZeroShotClassifier(
@@ -162,3 +164,15 @@ def test_what_cannot_be_measured_is_refused(classifier, digits, outside):
 def test_images_of_no_class_may_be_pixels(classifier, digits, outside):
     pixels = classifier.transform.batch(list(outside["image"]))
     assert measured(classifier, digits, pixels).rejection == measured(classifier, digits, outside).rejection
+
+
+def test_the_picture_of_the_scores_is_drawn_with_and_without_none_of_these(classifier, digits, outside, tmp_path):
+    found = measured(classifier, digits, outside)
+    for name, each in (("both", found), ("one", replace(found, rejection=None))):
+        png, svg = draw_scores(each, tmp_path / name)
+        before = svg.read_bytes()
+        with Image.open(png) as image:
+            assert (image.width > 900) == (name == "both")
+        assert draw_scores(each, tmp_path / name) == [png, svg] and svg.read_bytes() == before
+    with pytest.raises(ValueError, match="has no scores: measure again"):
+        draw_scores(replace(found, reliability=None), tmp_path / "none")
