@@ -297,7 +297,7 @@ class ZeroShotClassifier(nn.Module):
             clip.check_sigmoid(self.model)
             if multi_label:
                 raise ValueError("sigmoid=True and multi_label=True are scores of two kinds. Choose one.")
-        calibration, why = calibration_for(self.model, self.class_names, self.texts)
+        calibration, why = calibration_for(self)
         if calibration is None and (reject or multi_label):
             raise ValueError(f"{'reject' if reject else 'multi_label'}=True needs thresholds: {why}.")
         images = _listed(images)
@@ -317,7 +317,7 @@ class ZeroShotClassifier(nn.Module):
     @property
     def calibration(self) -> Calibration | None:
         """The adapter's calibration, if it holds for exactly these classes, texts, strength and weights, else None."""
-        return calibration_for(self.model, self.class_names, self.texts)[0]
+        return calibration_for(self)[0]
 
     def scores(self, logits: Tensor) -> Tensor:
         """Returns the scores (B, N) that `predict` gives for logits (B, N), on the CPU."""

@@ -223,7 +223,7 @@ def warn_of_calibration(classifier: ZeroShotClassifier, task: Task, split: str) 
     configs: Any = [classifier.model.peft_config[name] for name in adapters]
     found = classifier.calibration
     if found is None and any(getattr(config, "calibration", None) for config in configs):
-        why = calibration_for(classifier.model, classifier.class_names, classifier.texts)[1]
+        why = calibration_for(classifier)[1]
         logging.warning("Scores are measured at the model's own temperature: %s.", why)
     if found is not None and (found.task, found.split) == (task.name, split):
         logging.warning(

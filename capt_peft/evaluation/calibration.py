@@ -101,7 +101,7 @@ def calibrate(
         task=task,
         split=split,
         class_names=list(classifier.class_names),
-        texts=texts_digest(classifier.texts),
+        texts=texts_digest(classifier),
         strength=config.strength,
         fingerprint=adapter_fingerprint(classifier.model, in_use[0]),
     )

@@ -159,7 +159,7 @@ def _rejecting(
         return None, 0.0
     if not isinstance(classifier, ZeroShotClassifier):
         raise ValueError("out_of_class needs a ZeroShotClassifier, whose adapter has a calibration with a threshold.")
-    calibration, why = calibration_for(classifier.model, classifier.class_names, classifier.texts)
+    calibration, why = calibration_for(classifier)
     if calibration is None:
         raise ValueError(f"out_of_class needs a threshold: {why}.")
     if not subject.white_box:

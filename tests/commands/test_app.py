@@ -100,7 +100,7 @@ def test_a_calibrated_adapter_has_its_scores_and_says_none_of_these(page, digits
     calibration = {
         "temperature": 0.5, "threshold": 1000.0, "false_rejection_rate": 0.05, "class_thresholds": [0.0] * 10,
         "false_positive_rate": 0.05, "images": 300, "task": "digits", "split": "validation", "class_names": list("0123456789"),
-        "texts": texts_digest([DIGITS_TEMPLATE.format(digit) for digit in range(10)]), "strength": 1.0,
+        "texts": texts_digest(ZeroShotClassifier(*page.models[CAPT], NAMES.split(", "), DIGITS_TEMPLATE)), "strength": 1.0,
         "fingerprint": adapter_fingerprint(adapter),
     }  # fmt: skip
     model, _ = page.models[CAPT]

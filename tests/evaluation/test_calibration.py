@@ -161,7 +161,8 @@ def others(calibrated, processor, change):
     if change == "adapters":
         model.add_adapter("other", CaptConfig(template=template))
         model.set_adapter("other")
-    return ZeroShotClassifier(model, processor, names, template)
+    texts = {"0": ["a scan of the digit {}.", "a photo of the digit {}."]} if change == "several texts" else None
+    return ZeroShotClassifier(model, processor, names, template, class_texts=texts)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,7 @@ def others(calibrated, processor, change):
         ("classes", "for the 10 classes '0', '1', '2', '3', '4' and 5 more, not for the 9 classes"),
         ("order", "not for the 10 classes '9', '8'"),
         ("texts", "for other texts of the classes"),
+        ("several texts", "for other texts of the classes"),
         ("strength", "for strength 1, and it is 0.5 here"),
         ("weights", "with other weights"),
         ("precision", "in another precision"),

@@ -68,7 +68,7 @@ def calibrate(classifier):
     calibration = Calibration(
         temperature=2.5, threshold=float(largest.median()) + 1e-3, false_rejection_rate=0.5, false_positive_rate=0.1, images=6,
         class_thresholds=[0.0] * 3, task="pictures", split="validation", class_names=list(classifier.class_names),
-        texts=texts_digest(classifier.texts), strength=1.0, fingerprint=adapter_fingerprint(classifier.model),
+        texts=texts_digest(classifier), strength=1.0, fingerprint=adapter_fingerprint(classifier.model),
     )  # fmt: skip
     classifier.model.peft_config["default"].calibration = calibration.to_dict()
     assert classifier.calibration == calibration
