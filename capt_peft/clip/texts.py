@@ -26,7 +26,7 @@ from ..tuner.clip import (
 )
 from ..tuner.switching import adapted_modules
 from ..utils.machine import moved
-from ..utils.text import shown, some
+from ..utils.text import counted, shown, some
 
 WHOLE = 256  # up to so many texts run at once, unless a size is given
 SIZE = 64  # texts of a part, above that
@@ -240,8 +240,8 @@ def _check_room(name: str, places: slice, room: Room) -> None:
         what = f"The text {shown(room.text.text)} of class {shown(room.class_name)}"
         told, mark = "the words that tell the class", "them"
     raise ValueError(
-        f"{what} has {words} tokens before {told}, but the {prompts} text prompts of adapter {name!r} would overwrite "
-        f"{prompts}. Put more words before {mark}, or set num_text_tokens lower."
+        f"{what} has {counted(words, 'token')} before {told}, but the {counted(prompts, 'text prompt')} of adapter {name!r} "
+        f"would overwrite {prompts}. Put more words before {mark}, or tune with fewer text prompts (num_text_tokens)."
     )
 
 

@@ -11,6 +11,7 @@ from importlib import import_module
 
 TRAINER = ("capt_peft.training.arguments", "transformers.training_args", "capt_peft.utils.versions")
 DATA = ("capt_peft.commands.data",)
+TUNED_DATA = ("capt_peft.commands.tuned", *DATA)
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ COMMANDS = {
         "capt_peft.commands.train", *DATA, *TRAINER)),
     "train": Command("tunes an adapter, and measures it before and after", "train", also=(*DATA, *TRAINER)),
     "evaluate": Command("measures how robust an adapter, or a bare CLIP, really is", "evaluate", ("adapter",), also=(
-        "capt_peft.commands.retrieval", *DATA)),
-    "calibrate": Command("fits an adapter's temperature, and the answer none of these", "calibrate", ("adapter",), DATA),
-    "strength": Command("measures an adapter over its strength from 0 to 1, and sets one", "strength", ("adapter",), DATA),
+        "capt_peft.commands.retrieval", *TUNED_DATA)),
+    "calibrate": Command("fits an adapter's temperature, and the answer none of these", "calibrate", ("adapter",), TUNED_DATA),
+    "strength": Command("measures an adapter over its strength from 0 to 1, and sets one", "strength", ("adapter",), TUNED_DATA),
     "benchmark": Command("compares methods by the paper's protocols", "benchmark"),
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),
     "card": Command("writes an adapter's model card again", "card", ("adapter",)),

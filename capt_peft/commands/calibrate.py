@@ -23,15 +23,15 @@ from ..results.reliability import BINS, Reliability
 from ..tuner import Calibration
 from ..utils.files import make_writable
 from .card import adapter_folder
-from .data import DataArguments, measured
+from .data import measured
 from .ending import loading
 from .options import values_in
 from .parser import Parser
-from .tuned import take_over
+from .tuned import TunedDataArguments, take_over
 
 
 @dataclass
-class Arguments(DataArguments):
+class Arguments(TunedDataArguments):
     """What is calibrated, and on what."""
 
     adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})

@@ -14,6 +14,12 @@ from typing import Any, NoReturn
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_SENTENCE, MAX_FOREIGN = 700, 300
+# what messages recommend in Python, and the option that it is here
+AS_OPTIONS = {
+    "overwrite=True": "--overwrite",
+    "(num_text_tokens)": "(--num_text_tokens)",
+    "(out_of_class)": "(--out_of_class)",
+}
 
 
 def run(main: Callable[[], Any], debug: bool = False) -> None:
@@ -79,7 +85,9 @@ def sentence(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if not is_ours(error):
         text = shorten(text.strip().split("\n")[0], MAX_FOREIGN)
-    text = " ".join(text.split()).replace("overwrite=True", "--overwrite")
+    text = " ".join(text.split())
+    for name, option in AS_OPTIONS.items():
+        text = text.replace(name, option)
     return shorten(text, MAX_SENTENCE) + suggestion(text) if text else type(error).__name__
 
 
@@ -89,16 +97,16 @@ def shorten(text: str, length: int) -> str:
 
 
 _UNKNOWN = re.compile(
-    r"(?:[Uu]nknown|[Hh]as no|[Tt]here is no) \w+ '?(?P<a>[\w./:-]*\w)|'(?P<b>[^']+)' is (?:unknown|not? )"
+    r"[Uu]nknown \w+ '?(?P<a>[\w./:-]*\w)|(?:[Hh]as no|[Tt]here is no) \w+ '(?P<b>[^']+)'|'(?P<c>[^']+)' is (?:unknown|not? )"
 )
 
 
 def suggestion(text: str) -> str:
     """Returns " Did you mean ...?" where a message names something unknown and, after it, something that is much like it."""
     found = _UNKNOWN.search(text)
-    if found is None or "Did you mean" in text:
+    if found is None or "did you mean" in text.lower():
         return ""
-    word = found["a"] or found["b"]
+    word = next(filter(None, found.groups()))
     if word in ("nan", "inf"):
         return ""
     listed = [name for name in re.findall(r"\w[\w./:-]*\w", text[found.end() :]) if name != word]

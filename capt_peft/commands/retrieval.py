@@ -17,7 +17,7 @@ from ..evaluation.retrieval import QueryAttack, evaluate_retrieval
 from ..results.retrieval import Retrieval, retrieval_table
 from ..tuner import adapters_in_use
 from ..tuner.config import check_template
-from .data import DataArguments
+from .tuned import TunedDataArguments
 
 TOY = "captions"
 ATTACKS = "clean,feature-pgd-20,caption-pgd-20,contrast-pgd-20"
@@ -30,7 +30,7 @@ IDLE = (
 
 
 @dataclass
-class RetrievalArguments(DataArguments):
+class RetrievalArguments(TunedDataArguments):
     """Retrieval: images and captions instead of classes."""
 
     retrieval: bool = field(

@@ -39,15 +39,11 @@ from .data import DataArguments, measured
 from .ending import loading
 from .options import values_in
 from .parser import Parser
-from .tuned import read_record, take_over
-
-KEEP_CLEAN = (
-    "The most robust strength that keeps this share of the base model's clean accuracy, e.g. 0.99, not the best H."
-)
+from .tuned import TunedDataArguments, read_record, take_over
 
 
 @dataclass
-class Arguments(DataArguments):
+class Arguments(TunedDataArguments):
     """What is measured, on what, and which strength is written."""
 
     adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
@@ -57,7 +53,8 @@ class Arguments(DataArguments):
     keep_clean: float | None = field(
         default=None,
         metadata={
-            "help": "The most robust one that keeps this share of the base's clean accuracy, e.g. 0.99; by default the best H."
+            "help": "The most robust one that keeps this share of the base's clean accuracy, e.g. 0.99; by default the one "
+            "of the best H, the harmonic mean of clean and robust accuracy."
         },
     )
     set: float | None = field(default=None, metadata={"help": "Write this strength; nothing is measured to choose it."})
@@ -66,7 +63,7 @@ class Arguments(DataArguments):
     )
     split: str = field(default="validation", metadata={"help": "Split that the strength is chosen on."})
     choose_on_test: bool = field(
-        default=False, metadata={"help": "Allow --split test, whose accuracy then says too much."}
+        default=False, metadata={"help": "Allow --split test, whose accuracy is then too optimistic."}
     )
     limit: int | None = field(default=None, metadata={"help": "Choose on this many images, drawn by seed 0."})
     attacks: str | None = field(

@@ -79,7 +79,8 @@ class ScriptArguments(DataArguments):
     keep_clean: float | None = field(
         default=None,
         metadata={
-            "help": "The most robust one that keeps this share of the base's clean accuracy, e.g. 0.99; by default the best H."
+            "help": "The most robust one that keeps this share of the base's clean accuracy, e.g. 0.99; by default the one "
+            "of the best H, the harmonic mean of clean and robust accuracy."
         },
     )
 

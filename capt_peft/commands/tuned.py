@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Set
-from dataclasses import fields
+import shlex
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import hf_hub_download
@@ -16,12 +18,36 @@ from safetensors import SafetensorError
 
 from ..results.run import RESULTS, Records, RunResults
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
-from ..utils.text import cut
+from ..utils.text import counted, cut
 from .data import DataArguments
+
+# what stays the adapter's own, and is not taken over, where an option is named that it may not fit: texts of other classes, or
+# texts of classes beside another template
+UNFIT = {"class_names": ("template", "class_texts"), "template": ("class_texts",)}
+
+SEVERAL: dict[str, Callable[[int], str]] = {
+    "class_names": lambda n: counted(n, "class name"),
+    "template": lambda n: counted(n, "template"),
+    "class_texts": lambda n: f"texts of {counted(n, 'class', 'classes')}",
+}
+
+
+@dataclass
+class TunedDataArguments(DataArguments):
+    """Data: where the images and their class names come from."""
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "A task's name, a Hub id, or a folder or file of images; by default the data that the adapter was tuned on."
+        },
+    )
 
 
 def take_over(args: DataArguments, adapter: str, named: Set[str]) -> None:
     """Gives a command the data and the threat model that an adapter was tuned with, unless others are named.
+
+    `dataset_name` alone names other data. Every other option about the data changes that one thing about the adapter's own.
 
     Args:
         args: Options about the data and, where the command has them, `split`, `norm` and `epsilon`; they are set in place.
@@ -48,16 +74,24 @@ def take_over(args: DataArguments, adapter: str, named: Set[str]) -> None:
         return
     training, script = (record.configuration.get(name) or {} for name in ("training", "script"))
     known = {name: training[name] for name in ("norm", "epsilon") if name in training}
-    if not named & {field.name for field in fields(DataArguments)}:
+    if "dataset_name" not in named:
         known |= {"dataset_name": record.task.source, "split": record.evaluation.split}
         known |= {name: value for name, value in script.items() if name in {f.name for f in fields(DataArguments)}}
+        for name in named & UNFIT.keys():
+            known = {other: value for other, value in known.items() if other not in UNFIT[name]}
     taken = {name: value for name, value in known.items() if name in own - named and getattr(args, name) != value}
     for name, value in taken.items():
         setattr(args, name, value)
-    if taken:
-        words = " ".join(f"--{name} {cut(value, 80)}" for name, value in taken.items())
-        if PartialState().is_main_process:
-            print(f"As {adapter} was tuned: {words}")
+    if taken and PartialState().is_main_process:
+        print(f"As {adapter} was tuned: {in_words(taken)}")
+
+
+def in_words(taken: Mapping[str, Any]) -> str:
+    """Returns options as one would write them, and after them, of those that hold several values, how many there are."""
+    several = {name: value for name, value in taken.items() if name in SEVERAL and isinstance(value, list | dict)}
+    options = [f"--{name} {cut(shlex.quote(str(v)), 300)}" for name, v in taken.items() if name not in several]
+    own = [f"its {SEVERAL[name](len(value))}" for name, value in several.items()]
+    return ", ".join([*([" ".join(options)] if options else []), *own])
 
 
 def read_record(adapter: str) -> Records:

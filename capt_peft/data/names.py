@@ -221,8 +221,8 @@ def check_other_classes(dataset: Dataset, class_names: Sequence[str]) -> None:
     same = [name for name, place in zip(names, name_places(names, class_names), strict=True) if place is not None]
     if same:
         raise ValueError(
-            f"The images of no class have some of the class {some(same, quote=True)}, which is one of the {len(class_names)} "
-            "classes. Give images of other classes."
+            f"Some images of no class (out_of_class) are of the class{'es' if len(same) > 1 else ''} {some(same, quote=True)}, "
+            "which the classifier knows. Give images of other classes."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -96,9 +97,10 @@ def texts_for(
     places = dict(zip(given, name_places(list(given), class_names), strict=True))
     lost = [name for name, place in places.items() if place is None]
     if lost and strict:
+        near = next((n for name in lost for n in difflib.get_close_matches(name, class_names, 1, 0.7)), None)
         raise ValueError(
-            f"class_texts has texts for {some(lost, 3, quote=True)}, but the classes are {some(class_names, 5, quote=True)}. "
-            "Write the names as they are there, or take the texts out."
+            f"class_texts has texts for {some(lost, 3, quote=True)}, but the classes are {some(class_names, 5, quote=True)}."
+            f"{f' Did you mean {shown(near, 40)}?' if near else ''} Write the names as they are there, or take the texts out."
         )
     by_place = {place: name for name, place in places.items()}
     return {name: given[by_place[i]] for i, name in enumerate(class_names) if i in by_place} or None

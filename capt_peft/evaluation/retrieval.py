@@ -109,7 +109,7 @@ def parse_query_attack(name: str, threat_model: ThreatModel) -> QueryAttack:
     attack = parse_attack(match[2], threat_model) if match else None
     if match is None or not isinstance(attack, PGD):
         known = "; ".join(f"{goal}-pgd-STEPS ({meaning})" for goal, meaning in GOALS.items())
-        raise ValueError(f"Unknown attack on retrieval {shown(name, 40)}. Known: {known}.")
+        raise ValueError(f"{shown(name, 40)} is not an attack on retrieval. Known: {known}.")
     return QueryAttack(match[1], attack)
 
 

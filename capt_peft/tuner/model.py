@@ -357,9 +357,9 @@ def _tokenizer(config: CaptConfig, model: nn.Module, tower: Tower) -> Any:
     except (OSError, ValueError) as error:
         if config.template_token_ids is None:
             logger.warning(
-                "No tokenizer for the base model %s (%s): the text prompts start at random instead of from the template %s. "
+                "No tokenizer for the base model%s (%s): the text prompts start at random instead of from the template %s. "
                 "Set CaptConfig(template_token_ids=...) to start from it.",
-                name or "",
+                f" {name}" if name else "",
                 cut(str(error).splitlines()[0]),
                 shown(config.first_template),
             )

@@ -23,6 +23,11 @@ def some(items: Iterable[object], limit: int = 3, *, quote: bool = False, separa
     return separator.join(texts[:limit]) + more
 
 
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """Returns a number with its noun, as "1 token" and "2 tokens"; `many` is the plural where that is not `one` with an s."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def shown(value: Any, limit: int = LIMIT) -> str:
     """Returns the `repr` of a value, cut after `limit` characters; then its length follows."""
     if isinstance(value, str) and len(value) > limit:

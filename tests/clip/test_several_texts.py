@@ -173,7 +173,7 @@ def test_classes_may_share_some_of_their_texts(processor):
 @pytest.mark.parametrize(
     ("template", "own", "words"),
     [
-        ("clip-imagenet-7", None, r"The template 'a \{\} in a video game.' has 1 tokens before the class name"),
+        ("clip-imagenet-7", None, r"The template 'a \{\} in a video game.' has 1 token before the class name"),
         (
             "a photo of a {}.",
             {"red": ["a photo of red", "red paint"]},
@@ -182,7 +182,7 @@ def test_classes_may_share_some_of_their_texts(processor):
         (
             "a photo of a {}.",
             {"seven": "a seven"},
-            "The text 'a seven' of class 'seven' has 1 tokens before the words that tell",
+            "The text 'a seven' of class 'seven' has 1 token before the words that tell",
         ),
         # without its name, what departs from the template tells the class
         ("a photo of a {}.", {"seven": "six plus one"}, "The text 'six plus one' of class 'seven' has 0 tokens before"),

@@ -73,6 +73,10 @@ WRONG = [
     ("evaluate --adapter ./nowhere", "There is no folder ./nowhere (--adapter)"),
     ("evaluate --adapter no/such", "--adapter no/such is neither a folder here nor a Hub model in the cache"),
     ("evaluate --base {tiny} --attacks pdg-20", "Did you mean pgd-20?"),
+    (
+        "evaluate {adapter} --dataset_name digits --attacks clean --limit 2 --use_cpu --template 'a {{}}.'",
+        "would overwrite 2. Put more words before {{}}, or tune with fewer text prompts (--num_text_tokens).",
+    ),
     ("evaluate --base {tiny} --split tset", "has no split 'tset'"),
     ("evaluate --base {tiny} --use_cpu maybe", "use_cpu"),
     ("evaluate --base {tiny} --update_card", "--update_card needs a local --adapter"),
@@ -85,6 +89,7 @@ WRONG = [
     ("strength {adapter} --split test", "makes their accuracy too high"),
     ("strength {adapter} --set 2", "strength=2.0 must be from 0 (the base model) to 1 (the whole adapter)."),
     ("strength {adapter} --set half", "invalid float value: 'half'"),
+    ("strength {adapter} --strength 1", "--strength; did you mean --strengths?"),
     ("strength {adapter} --keep_claen 1", "did you mean --keep_clean?"),
     ("evaluate --base {tiny} --strength 0.5", "--strength needs --adapter"),
     ("benchmark --suite tyo", "Did you mean toy?"),
@@ -283,6 +288,9 @@ def test_of_several_processes_the_first_one_tells_what_all_see(monkeypatch, caps
         ("Unknown protocols few-shots. Allowed: few-shot, base-to-new.", "few-shot"),
         ("Unknown method 'magic'. Allowed: zero-shot, capt.", None),
         ("Class '0' has 79 images, but 1000 are asked.", None),
+        ("There is no option --strength; did you mean --strengths?", None),
+        ("'pgd-20' is not an attack on retrieval. Known: feature-pgd-STEPS (away from its own embedding).", None),
+        ("pets has no class folders. A folder of images needs a folder for each class.", None),
     ],
 )
 def test_the_name_that_was_probably_meant_is_suggested(message, name):

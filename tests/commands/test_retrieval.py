@@ -61,9 +61,10 @@ def test_a_bare_clip_needs_no_classes_and_a_file_of_images_no_more_than_its_name
     [
         (["--retrieval", "--class_names", "a", "b"], "--class_names has no effect with --retrieval"),
         (["--retrieval", "--signs", "false"], "--signs has no effect with --retrieval"),
+        (["--retrieval", "--out_of_class", "shapes"], "--out_of_class has no effect with --retrieval"),
         (["--retrieval", "--update_card"], "--update_card has no effect with --retrieval"),
         (["--caption_column", "text"], "--caption_column has no effect without --retrieval"),
-        (["--retrieval", "--attacks", "pgd-20"], "Unknown attack on retrieval 'pgd-20'. Known: feature-pgd-STEPS"),
+        (["--retrieval", "--attacks", "pgd-20"], "'pgd-20' is not an attack on retrieval. Known: feature-pgd-STEPS"),
         (["--retrieval", "--caption_template", "text"], "{}"),
         (["--retrieval", "--dtype", "bfloat16"], "in float32"),
     ],

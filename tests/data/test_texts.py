@@ -61,9 +61,14 @@ def test_texts_of_ones_own_go_with_their_classes():
 def test_a_name_that_is_none_of_the_classes_is_refused_unless_told():
     own = {"red": ["a"], "gren": ["b"]}
     with pytest.raises(
-        ValueError, match="class_texts has texts for 'gren', but the classes are 'red', 'green', 'grey'"
+        ValueError,
+        match=r"class_texts has texts for 'gren', but the classes are 'red', 'green', 'grey', 'black'\. Did you mean 'green'",
     ):
         Task("t", NAMES, {}, class_texts=own)
+    with pytest.raises(ValueError, match=r"'b' and 5 more\. Did you mean 'hexagon'\? Write the names"):
+        texts_for([*"axyzb", *"cdef", "hexagon"], {"qqq": ["a"], "hexagonn": ["b"]})
+    with pytest.raises(ValueError, match=r"'black'\. Write the names as they are there"):
+        texts_for(NAMES, {"pink": "x"})
     assert texts_for(NAMES, own, strict=False) == {"red": ["a"]}
     assert texts_for(NAMES, {}) is None and texts_for(NAMES, {"pink": "x"}, strict=False) is None
 

@@ -146,7 +146,8 @@ def test_its_reliability_is_that_of_the_scores_of_predict(classifier, digits, ou
 
 def test_what_cannot_be_measured_is_refused(classifier, digits, outside):
     with pytest.raises(
-        ValueError, match="have some of the class '0', '1', '2' and 7 more, which is one of the 10 classes"
+        ValueError,
+        match=r"no class \(out_of_class\) are of the classes '0', '1', '2' and 7 more, which the classifier knows",
     ):
         measured(classifier, digits, digits["test"])
     with pytest.raises(ValueError, match="needs white-box attacks"):

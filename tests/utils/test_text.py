@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from capt_peft.utils.text import cut, differences, short, shown, some
+from capt_peft.utils.text import counted, cut, differences, short, shown, some
 
 
 def test_some_names_the_first_and_counts_the_others():
@@ -14,6 +14,11 @@ def test_some_names_the_first_and_counts_the_others():
     assert some((str(i) for i in range(5000)), 1) == "0 and 4,999 more"
     assert some(["a: 1", "b, c"], separator="; ") == "a: 1; b, c"
     assert some(["a'b", "c" * 50, "d"], 2, quote=True) == f"\"a'b\", '{'c' * 40}'... (50 characters) and 1 more"
+
+
+def test_a_number_has_its_noun():
+    assert [counted(n, "token") for n in (0, 1, 2000)] == ["0 tokens", "1 token", "2,000 tokens"]
+    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
 def test_long_values_are_cut_and_say_how_long_they_were():
