@@ -70,6 +70,11 @@ class CaptModel(BaseTuner):
             )
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model, as PEFT does; a ValueError, with nothing changed, if torch cannot hold its name."""
+        _check_name(adapter_name)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -191,7 +196,7 @@ class CaptModel(BaseTuner):
             name: tensor
             for name, tensor in own.items()
             if f".modules_to_save.{adapter_name}." in name
-            or (prompts in name and adapter_name in name.rsplit(prompts, 1)[1].split("."))
+            or (prompts in name and adapter_name in name.split(prompts, 1)[1].split("."))
         }
         check_adapter_tensors(remapped, expected, getattr(config, "_weights_file", "The state dict"))
         return remapped
@@ -280,6 +285,19 @@ def capt_config(model: Any, adapter_name: str | None = None) -> CaptConfig:
 
 def _prompt_layers(model: nn.Module) -> list[PromptLayer]:
     return [module for module in model.modules() if isinstance(module, PromptLayer)]
+
+
+def _check_name(adapter_name: str) -> None:
+    """Refuses names under which torch's dictionaries of parameters and modules keep nothing."""
+    why = None
+    if not adapter_name or "." in adapter_name:
+        why = "is empty" if not adapter_name else "has a dot"
+    elif any(hasattr(kind, adapter_name) for kind in (nn.ParameterDict(), nn.ModuleDict())):
+        why = "is the name of an attribute of torch's modules"
+    if why is not None:
+        raise ValueError(
+            f"An adapter cannot have the name {shown(adapter_name)}, which {why}. Give it another (adapter_name=...)."
+        )
 
 
 def _fit_depths(config: CaptConfig, layers: dict[str, int]) -> None:

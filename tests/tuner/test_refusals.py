@@ -55,6 +55,38 @@ def test_unload_gives_back_the_base_model_without_modules_to_save():
         assert torch.equal(base(**clip_inputs()).logits_per_image, expected)
 
 
+# ------------------------------------------------------------------------------------------------------------ adapter names
+
+
+@pytest.mark.parametrize("name", ["half", "train", "items", "keys", "_keys", "_modules", "a.b", ""])
+def test_a_name_that_torch_cannot_hold_is_refused_before_anything_changes(name):
+    base = random_clip()
+    modules = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match=rf"cannot have the name {name!r}, which .* Give it another \(adapter_name="):
+        get_peft_model(base, CaptConfig(), adapter_name=name)
+    assert [type(module) for module in base.modules()] == modules
+    model = adapted(base).eval()
+    with torch.no_grad():
+        expected = model(**clip_inputs()).logits_per_image
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot have the name"):
+        model.add_adapter(name, CaptConfig(text_depth=1, vision_depth=1))
+    assert [*model.peft_config] == ["default"] and model.active_adapter == "default"
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    with torch.no_grad():
+        assert torch.equal(model(**clip_inputs()).logits_per_image, expected)
+
+
+@pytest.mark.parametrize("name", ["capt_v2", "capt_prompt", "prompt", "weight", "original_module"])
+def test_an_adapter_may_have_the_name_of_a_tensor(name, tmp_path):
+    model = adapted(random_clip(), adapter_name=name, coupling="text_to_vision").eval()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(random_clip(), str(tmp_path / name), adapter_name=name)
+    with torch.no_grad():
+        assert torch.equal(loaded(**clip_inputs()).logits_per_image, model(**clip_inputs()).logits_per_image)
+
+
 # ------------------------------------------------------------------------------------------------------------ PEFT's options
 
 
