@@ -137,27 +137,51 @@ def room_for_prompts(
 ) -> Room:
     """Returns which of the texts (T, L) has the least room before the class name; a text prompt must not overwrite the name.
 
-    A word that the tokenizer joins with the beginning of a name counts to the name. Of a class's own text without its name, the
-    words count that it begins with as `template` does: all others describe the class.
+    A word that the tokenizer joins with the beginning of a name counts to the name. Words with which a class's own text begins as
+    `template` does tell no class if its name stands behind them ("a photo of the letter a"); if it never has its name, all other
+    words tell the class.
     """
-    places: dict[str, list[int]] = {}  # of the texts with the same words before the name
-    for i, one in enumerate(class_texts):
-        places.setdefault(one.template or _up_to_name(one.text, class_names[one.label]) or template, []).append(i)
-    rooms = []
-    for words, rows in places.items():
+    openings = [_openings(one, class_names[one.label], template) for one in class_texts]
+    first, last = (_common(tokenizer, input_ids, words) for words in zip(*openings, strict=True))
+    room = first.maximum(last.minimum(_common(tokenizer, input_ids, [template] * len(class_texts)))).tolist()
+    i = min(range(len(room)), key=room.__getitem__)
+    return Room(class_texts[i], class_names[class_texts[i].label], room[i])
+
+
+def _common(tokenizer: Any, input_ids: Tensor, openings: Sequence[str]) -> Tensor:
+    """Returns with how many tokens each of the texts (T, L) begins as its opening does, start token included: (T,)."""
+    rows: dict[str, list[int]] = {}
+    for i, words in enumerate(openings):
+        rows.setdefault(words, []).append(i)
+    common = torch.empty(len(openings), dtype=torch.long)
+    for words, places in rows.items():
         ids = template_tokens(tokenizer, words)
-        same = input_ids[rows, : len(ids)] == torch.tensor(ids[: input_ids.shape[1]], dtype=torch.long)  # (rows, n)
-        least, row = same.int().cumprod(-1).sum(-1).min(0)
-        tightest = class_texts[rows[int(row)]]
-        rooms.append(Room(tightest, class_names[tightest.label], int(least)))
-    return min(rooms, key=lambda room: room.tokens)
+        same = input_ids[places, : len(ids)] == torch.tensor(ids[: input_ids.shape[1]], dtype=torch.long)  # (n, l)
+        common[places] = same.int().cumprod(-1).sum(-1)
+    return common
 
 
-def _up_to_name(text: str, name: str) -> str | None:
-    """Returns a text up to where it first has a class name, in upper or lower case, with {} behind; None if it never has."""
-    words = r"\s+".join(map(re.escape, name.replace("_", " ").split()))
-    found = re.search(rf"(?<!\w){words}", text.replace("_", " "), re.IGNORECASE)
-    return None if found is None else text[: found.start()] + "{}"
+def _openings(one: ClassText, name: str, template: str) -> tuple[str, str]:
+    """Returns a text up to where it first has its class's name, and up to where it last has it; the template if it never has.
+
+    A whole word is the name rather than the beginning of one, and a spelling that keeps the name's capitals rather than another.
+    A capital at the beginning may be the sentence's: it is no name if the name comes again ("A drawing of the letter A").
+    """
+    if one.template is not None:
+        return one.template, one.template
+    text, words = one.text.replace("_", " "), name.replace("_", " ").split() or [name]
+    spaced = r"\s+".join(map(re.escape, words))
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for found in re.finditer(rf"(?<!\w){spaced}(\w*)", text, re.IGNORECASE):
+        pairs = zip("".join(words), "".join(found[0].split()), strict=False)
+        other = any(ours != theirs and ours.isupper() for ours, theirs in pairs)
+        kinds.setdefault((bool(found[1]), other), []).append(found.start())
+    if not kinds:
+        return template, template
+    places = kinds[min(kinds)]
+    if len(places) > 1 and places[0] == 0 and words[0][0].isupper() and text[0].isupper():
+        del places[0]
+    return text[: places[0]], text[: places[-1]]
 
 
 def check_adapter_fits(model: nn.Module, class_names: Sequence[str], room: Room) -> None:

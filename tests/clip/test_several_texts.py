@@ -1,5 +1,7 @@
 """Several texts per class: their mean, what is refused of them, and which of them a classifier has."""
 
+import string
+
 import pytest
 import torch
 from helpers import TINY_CLIP, shake
@@ -9,8 +11,8 @@ from peft import get_peft_model
 from transformers import AutoProcessor, CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier
-from capt_peft.clip.texts import class_means, normalize
-from capt_peft.data.texts import TEMPLATES
+from capt_peft.clip.texts import class_means, normalize, room_for_prompts
+from capt_peft.data.texts import TEMPLATES, ClassText
 from capt_peft.tuner import clip
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
@@ -196,6 +198,63 @@ def test_a_text_that_the_prompts_would_overwrite_is_named(processor, template, o
     assert ZeroShotClassifier(tuned(num_text_tokens=1), processor, NAMES, "clip-imagenet-7")(PIXELS).shape == (4, 3)
 
 
+def room(text, name, template="a photo of a {}."):
+    """The tokens before the words that tell a class, start token not included."""
+    _, processor = loaded(2)
+    ids = processor.tokenizer([text], return_tensors="pt")["input_ids"]
+    return room_for_prompts(processor.tokenizer, [name], [ClassText(0, text, None)], ids, template).tokens - 1
+
+
+@pytest.mark.parametrize("name", [*string.ascii_uppercase, *string.ascii_lowercase])
+def test_a_letter_is_told_from_the_words_before_it(name):
+    assert room(f"a photo of the letter {name}.", name) >= 3  # "a photo of", and more unless it is "a"
+    assert room(f"the letter {name}, as in a drawing of a scene", name) == 2
+    assert room(f"{name} is a vowel", name) < 2
+    assert room(f"the {name} of a word", name) == 1
+    if name.isupper():
+        assert room(f"A drawing of the letter {name}", name) == room(f"a drawing of the letter {name}.", name) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "before"),
+    [
+        ("a caterpillar and a cat", "cat", "a caterpillar and a"),  # a whole word
+        ("a tomcat", "cat", "a"),  # its name is not there: "a" is the template's
+        ("two cats", "cat", "two"),  # a plural
+        ("A CAT", "cat", "a"),
+        ("a small crane on a large crane", "crane", "a small"),  # the first of several
+        ("crane by crane", "crane", ""),
+        ("Crane by crane", "crane", ""),
+        ("a polish sausage of the Polish", "Polish", "a polish sausage of the"),  # its capital
+        ("Polish off a Polish sausage", "Polish", "polish off a"),
+        ("Polish off a polish sausage", "Polish", ""),
+        ("may I see it in May", "May", "may i see it in"),
+        ("a photo", "photo", "a"),  # the template's words tell the class if nothing else does
+        ("a photo of photography", "photo", "a"),
+        ("a photo of a photo", "photo", "a photo of a"),
+        ("a photo of water_bird", "water bird", "a photo of"),
+        ("a photo of a waterbird, the best", "water bird", "a photo of a"),
+        ("a C plus of C++", "C++", "a c plus of"),
+        ("a photo of _", "_", "a photo of"),
+    ],
+)
+def test_where_a_text_tells_its_class(text, name, before):
+    assert room(text, name) == len(loaded(2)[1].tokenizer.tokenize(before))
+
+
+def test_short_names_are_classes_of_a_tuned_model(processor):
+    names = list(string.ascii_uppercase)
+    own = {"A": ["a photo of the letter A.", "A drawing of the letter A."], "I": "I saw a letter I"}
+    torch.manual_seed(0)
+    model = get_peft_model(base(), CaptConfig(class_names=names)).eval()
+    shake(model)
+    assert ZeroShotClassifier(model, processor, names, class_texts=own)(PIXELS).shape == (4, 26)
+    with pytest.raises(
+        ValueError, match="'A is a vowel' of class 'A' has 0 tokens before the words that tell the class"
+    ):
+        ZeroShotClassifier(model, processor, names, class_texts={"A": ["A is a vowel"]})
+
+
 BEGINNINGS = ["", "a ", "the small ", "a photo of a ", "this is a ", "A Photo, of ", "five of the "]
 
 
@@ -203,7 +262,7 @@ BEGINNINGS = ["", "a ", "the small ", "a photo of a ", "this is a ", "A Photo, o
 @given(
     templates=st.lists(st.sampled_from([f"{begin}{{}}." for begin in BEGINNINGS]), min_size=1, max_size=3, unique=True),
     begin=st.sampled_from(BEGINNINGS),
-    own=st.sampled_from(["{} thing", "Red", "reddish", "RED or {}", "x red"]),
+    own=st.sampled_from(["{} thing", "Red", "reddish", "RED or {}", "x red", "infrared"]),
     n=st.integers(1, 4),
 )
 def test_prompts_never_stand_in_the_place_of_a_class_name(templates, begin, own, n):
