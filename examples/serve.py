@@ -18,11 +18,21 @@ model = onnxruntime.InferenceSession(os.environ["MODEL"])
 about = json.loads(model.get_modelmeta().custom_metadata_map["capt_peft"])
 calibration = about["calibration"] or {"temperature": 1, "threshold": -np.inf}  # of capt-peft calibrate
 resize, crop = (about["preprocessing"][name] for name in ("resize", "center_crop"))
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "TIFF",
+    "WEBP",
+)  # of others Pillow opens some with programs that are not its own
 app = FastAPI()
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
     """Returns an image as (3, H, W) float32 in [0, 1], as the description says."""
+    if image.mode[0] in "IF":  # convert would clip it; with capt-peft, ZeroShotClassifier.predict scales it
+        raise HTTPException(422, "Grey of more than 8 bits is not taken. Save the image with 8 bits.")
     image = ImageOps.exif_transpose(image).convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if resize:
@@ -39,7 +49,7 @@ def pixels_of(image: Image.Image) -> np.ndarray:
 def classify(body: bytes = Body(media_type="image/*")) -> dict[str, Any]:
     """Returns the score of each class, and whether the image is none of them."""
     try:
-        pixels = pixels_of(Image.open(io.BytesIO(body)))
+        pixels = pixels_of(Image.open(io.BytesIO(body), formats=FORMATS))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise HTTPException(422, "This cannot be read as an image.") from error
     logits = model.run(["logits"], {"pixels": pixels[None]})[0][0]

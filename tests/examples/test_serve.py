@@ -49,7 +49,7 @@ print(json.dumps(answers))
 
 
 def pictures():
-    """Of every shape, with every grey, with an EXIF rotation, and half transparent."""
+    """Of every shape, with every grey, and half transparent."""
     generator = np.random.default_rng(0)
     noise = {
         size: generator.integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -59,6 +59,30 @@ def pictures():
     found["greys"] = Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8))
     found["transparent"] = Image.fromarray(generator.integers(0, 256, (40, 44, 4), dtype=np.uint8))
     return found
+
+
+def save_modes(folder):
+    """Writes one noisy picture in every mode of Pillow that a file can have; returns those that are taken, and the others."""
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 44, 4), dtype=np.uint8))
+    opaque, grey = noise.convert("RGB"), np.asarray(noise)[..., 0]
+    palette = opaque.quantize(16)
+    files = {
+        "1.png": opaque.convert("1"), "L.png": opaque.convert("L"), "LA.png": noise.convert("LA"), "P.png": palette,
+        "RGBA.tif": noise, "RGBA.webp": noise, "CMYK.tif": opaque.convert("CMYK"), "CMYK.jpg": opaque.convert("CMYK"),
+        "LAB.tif": opaque.convert("LAB"), "PA.tif": palette.convert("PA"), "YCbCr.jpg": opaque.convert("YCbCr"),
+        "RGBX.tif": opaque.convert("RGBX"), "P.gif": palette, "RGB.bmp": opaque,
+        "I16.png": Image.fromarray(grey.astype(np.uint16) * 257), "I16.tif": Image.fromarray(grey.astype(np.uint16) * 257),
+        "I.tif": Image.fromarray(grey.astype(np.int32) * 257), "F.tif": Image.fromarray(grey.astype(np.float32) / 255),
+    }  # fmt: skip
+    for name, picture in files.items():
+        picture.save(folder / name, **({"lossless": True} if name == "RGBA.webp" else {}))
+    palette.save(folder / "P with transparency.png", transparency=3)
+    palette.save(folder / "P with alpha.png", transparency=bytes(range(0, 256, 16)))
+    opaque.convert("L").save(folder / "L with transparency.png", transparency=100)
+    opaque.convert("1").save(folder / "1 with transparency.png", transparency=0)
+    opaque.save(folder / "RGB with transparency.png", transparency=opaque.getpixel((3, 3)))
+    paths = sorted(folder.iterdir())
+    return [path for path in paths if path.name[0] not in "IF"], [path for path in paths if path.name[0] in "IF"]
 
 
 @torch.no_grad()
@@ -91,18 +115,25 @@ def test_the_server_needs_no_torch_and_gives_the_classifiers_scores(processor, t
     turned[274] = 6
     paths["turned"] = tmp_path / "turned.png"
     Image.open(paths["40x50"]).save(paths["turned"], exif=turned)
+    (tmp_path / "modes").mkdir()
+    modes, deep = save_modes(tmp_path / "modes")
+    paths |= {path.name: path for path in modes}
     (tmp_path / "damaged.png").write_bytes(paths["40x50"].read_bytes()[:300])
+    Image.open(paths["40x50"]).save(tmp_path / "program.eps")
+    bad = [tmp_path / "damaged.png", tmp_path / "program.eps"]
     done = subprocess.run(
-        [sys.executable, "-c", SERVER, *paths.values(), tmp_path / "damaged.png"],
+        [sys.executable, "-c", SERVER, *paths.values(), *deep, *bad],
         env={**os.environ, "PYTHONPATH": str(EXAMPLES), "MODEL": str(tmp_path / "model.onnx")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *answers, damaged = json.loads(done.stdout)
-    assert damaged == [422, {"detail": "This cannot be read as an image."}]
+    answers = json.loads(done.stdout)
+    assert answers[-2:] == [[422, {"detail": "This cannot be read as an image."}]] * 2
+    too_deep = "Grey of more than 8 bits is not taken. Save the image with 8 bits."
+    assert len(deep) == 4 and answers[-6:-2] == [[422, {"detail": too_deep}]] * 4  # `predict` scales it
     rejected = [not classifier.predict(path, reject=True)[0] if calibrated else False for path in paths.values()]
     assert len(set(rejected)) == 1 + calibrated  # some are accepted, and only a calibrated one rejects others
-    for (name, path), (status, answer), no_class in zip(paths.items(), answers, rejected, strict=True):
+    for (name, path), (status, answer), no_class in zip(paths.items(), answers[:-6], rejected, strict=True):
         pixels = np.load(f"{path}.npy")
         np.testing.assert_allclose(pixels, classifier.transform(path).numpy(), rtol=0, atol=1e-7, err_msg=name)
         expected = {row["label"]: row["score"] for row in classifier.predict(path)[0]}
