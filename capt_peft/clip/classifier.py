@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -367,6 +367,8 @@ class ZeroShotClassifier(nn.Module):
                 adapter's prompts need it; class-specific prompts, which know no other texts than those of their classes; a
                 `batch_size` below 1, or features that are not finite.
         """
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"texts={shown(texts, 40)} ({type(texts).__name__}) must be a text or a list of texts.")
         listed = [texts] if isinstance(texts, str) else list(texts)
         check_texts(listed)
         inputs: dict[str, Tensor] = {}

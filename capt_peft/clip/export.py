@@ -170,7 +170,22 @@ class OnnxClassifier:
         self.class_names = tuple(self.description["class_names"])
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Returns the logits (B, N) of pixels (B, 3, H, W) in [0, 1], on their device."""
+        """Returns the logits (B, N) of pixels (B, 3, H, W) in [0, 1], on their device.
+
+        Raises:
+            TypeError: Something else than a tensor, or one of whole numbers.
+            ValueError: Pixels of another shape than the file takes.
+        """
+        height, width = self.description["size"]
+        takes = f"the file takes (B, 3, {height}, {width}) of floats in [0, 1]"
+        if not (isinstance(pixels, Tensor) and pixels.is_floating_point()):
+            given = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise TypeError(f"pixels are {given}, but {takes}: give a tensor, of `PixelTransform.batch` for one.")
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, height, width):
+            raise ValueError(
+                f"pixels have the shape {tuple(pixels.shape)}, but {takes}. Resize images as its description says, or add the axis "
+                "B for one image."
+            )
         (logits,) = self._session.run(["logits"], {"pixels": pixels.detach().cpu().float().numpy()})
         return torch.from_numpy(logits).to(pixels.device)
 

@@ -33,7 +33,7 @@ from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
 from ..evaluation import Evaluation, evaluate
-from ..evaluation.batch import TARGETS, describe
+from ..evaluation.batch import OF_FLOAT32, TARGETS, describe
 from ..evaluation.curve import robustness_curves
 from ..evaluation.retrieval import QueryAttack, parse_query_attack
 from ..evaluation.scores import draw_scores
@@ -136,6 +136,10 @@ def parse_args(argv: list[str]) -> Arguments:
         check_places(asdict(args))
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    if args.retrieval and args.dtype not in OF_FLOAT32:
+        raise ValueError(
+            f"dtype={args.dtype!r}: --retrieval is measured in {' or '.join(OF_FLOAT32)}. Give one of them."
+        )
     if args.attack_target not in TARGETS:
         raise ValueError(f"attack_target={args.attack_target!r} is unknown. Allowed: {', '.join(TARGETS)}.")
     check_seed(args.seed)

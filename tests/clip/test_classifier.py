@@ -389,6 +389,8 @@ def test_embeddings_of_a_model_in_half_precision_have_length_one(model, processo
         (["a photo of <|endoftext|> a cat"], ValueError, "special token '<|endoftext|>'"),
         (["a photo", " "], ValueError, "Text 1 is empty"),
         (["a photo", 3], TypeError, r"Text 1 is 3 \(int\)"),
+        (None, TypeError, r"texts=None \(NoneType\) must be a text or a list of texts"),
+        (3, TypeError, r"texts=3 \(int\) must be a text or a list of texts"),
     ],
 )
 def test_texts_that_prompts_or_the_model_cannot_take_are_refused(classifier, texts, error, sentence):

@@ -72,6 +72,30 @@ def test_torchs_program_is_the_classifier_bit_for_bit_and_so_are_its_gradients(c
     assert of_file.abs().max() > 0 and torch.equal(of_file, of_classifier)
 
 
+@pytest.mark.parametrize(
+    ("pixels", "error", "words"),
+    [
+        (images(1)[0], ValueError, r"shape \(3, 32, 32\), but the file takes \(B, 3, 32, 32\) of floats in \[0, 1\]"),
+        (torch.rand(1, 3, 32, 48), ValueError, r"\(1, 3, 32, 48\), but"),
+        (torch.rand(1, 32, 32, 3), ValueError, r"\(1, 32, 32, 3\), but"),
+        (torch.rand(1, 1, 32, 32), ValueError, r"\(1, 1, 32, 32\), but"),
+        (torch.tensor(0.5), ValueError, r"\(\), but"),
+        (torch.ones(1, 3, 32, 32, dtype=torch.uint8), TypeError, r"torch.uint8, but the file takes \(B, 3, 32, 32\)"),
+        (images(1).numpy(), TypeError, "ndarray, but"),
+        (None, TypeError, "NoneType, but"),
+    ],
+)
+def test_pixels_that_the_file_does_not_take_are_refused_with_what_it_takes(files, pixels, error, words):
+    with pytest.raises(error, match=words):
+        OnnxClassifier(files[0] / "model.onnx")(pixels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pixels_of_any_floating_point_are_taken(files, dtype):
+    pixels, one = images(2).to(dtype), OnnxClassifier(files[0] / "model.onnx")
+    assert torch.equal(one(pixels), one(pixels.float())) and one(pixels[:0]).shape == (0, 3)
+
+
 def test_int8_is_smaller_and_near_but_not_the_same(classifier, files):
     folder, differences = files
     assert os.path.getsize(folder / "model.int8.onnx") < 0.4 * os.path.getsize(folder / "model.onnx")

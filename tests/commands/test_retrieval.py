@@ -66,7 +66,7 @@ def test_a_bare_clip_needs_no_classes_and_a_file_of_images_no_more_than_its_name
         (["--caption_column", "text"], "--caption_column has no effect without --retrieval"),
         (["--retrieval", "--attacks", "pgd-20"], "'pgd-20' is not an attack on retrieval. Known: feature-pgd-STEPS"),
         (["--retrieval", "--caption_template", "text"], "{}"),
-        (["--retrieval", "--dtype", "bfloat16"], "in float32"),
+        (["--retrieval", "--dtype", "bfloat16"], "dtype=.bfloat16.: --retrieval is measured in float32 or tf32"),
     ],
 )
 def test_options_that_have_no_effect_or_cannot_work_are_refused(options, sentence):
