@@ -183,8 +183,8 @@ class OnnxClassifier:
             raise TypeError(f"pixels are {given}, but {takes}: give a tensor, of `PixelTransform.batch` for one.")
         if pixels.ndim != 4 or pixels.shape[1:] != (3, height, width):
             raise ValueError(
-                f"pixels have the shape {tuple(pixels.shape)}, but {takes}. Resize images as its description says, or add the axis "
-                "B for one image."
+                f"pixels have the shape {tuple(pixels.shape)}, but {takes}. Resize images as its description says, and give "
+                "one image the axis B too."
             )
         (logits,) = self._session.run(["logits"], {"pixels": pixels.detach().cpu().float().numpy()})
         return torch.from_numpy(logits).to(pixels.device)
