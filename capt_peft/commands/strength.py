@@ -11,6 +11,7 @@ The accuracies in results.json are then measured again at that strength. A kille
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -212,6 +213,12 @@ def draw(front: StrengthFront, folder: Path) -> str:
     return f"The picture: {draw_front(front, folder / 'strength')[0]}"
 
 
+def told(strength: float) -> str:
+    """Says which strength an adapter has now."""
+    acts = "" if strength else " It acts as the base model: nothing of the tuning is left at this strength."
+    return f"The adapter's strength is {strength:g} now (0: the base model, 1: the whole adapter).{acts}"
+
+
 def main(argv: list[str]) -> float:
     """Measures, chooses, writes and shows; returns the strength."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -234,12 +241,21 @@ def main(argv: list[str]) -> float:
     if front is not None:
         print(f"\n{front.table()}\n\n{draw(front, folder)}")
     save_strength(folder, strength, front=front, results=results)
-    print(f"\nThe adapter's strength is {strength:g} now (0: the base model, 1: the whole adapter).")
+    print(f"\n{told(strength)}")
+    given, calibration = shlex.quote(args.adapter), adapter_config(folder).calibration
+    if calibration is not None and calibration["strength"] != strength:
+        print(
+            f"Its calibration held for strength {calibration['strength']:g} and no longer holds; capt-peft calibrate {given} "
+            "fits one again."
+        )
     shown = results or record
     if shown is not None and shown.strength == strength:
         print(f"\n{shown.table()}")
     elif record is not None:
-        print(f"The accuracies in results.json are of strength {record.strength:g}: the card does not show them.")
+        print(
+            f"The accuracies in results.json are of strength {record.strength:g}, so the card does not show them; "
+            f"capt-peft strength {given} --set {strength!r} measures again."
+        )
     if not is_replaceable(folder / CARD):
         print(f"{folder / CARD} was written by a person and stays as it is.")
     return strength

@@ -36,7 +36,7 @@ from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import CONFIGS, check_places
-from .strength import check_choice, draw, task_details
+from .strength import check_choice, draw, task_details, told
 
 DIGITS, SHOTS = str(CONFIGS / "digits.yaml"), 16
 
@@ -235,6 +235,8 @@ def main(argv: list[str]) -> RunResults:
             print(f"\n{front.table()}\n\n{draw(front, Path(output))}")
         trainer.unlock()
         print(f"\n{results.table()}\n\nSaved to {output} after {seconds:.0f} s of tuning.")
+        if script.strength is not None:
+            print(told(results.strength))
         if args.push_to_hub:
             commit: Any = trainer.push_to_hub()
             print(f"Uploaded to {commit.commit_url}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -253,7 +253,8 @@ def card_of(
     measured = folder if (folder / RESULTS).is_file() else home
     records = Records.read(measured, fingerprint, config.base_model_fingerprint, strict=strict, weights=folder)
     details = (details or CardDetails()).over(kept_details(home / CARD, fingerprint))
-    name = str(adapter or (records.results and records.results.name) or shown_path(home))
+    name = str(adapter or (records.run and records.run.name) or shown_path(home))
+    records = replace(records, unshown=tuple(text.replace("ADAPTER", shown_path(name)) for text in records.unshown))
     return card_text(records, name, config.to_dict(), fingerprint, details), records
 
 
@@ -332,8 +333,8 @@ def card_text(
     records: Records, adapter: str, config: Mapping[str, Any], fingerprint: str | None, details: CardDetails
 ) -> str:
     """Returns the card of an adapter with records of its weights, by the name that people load it with."""
-    results, evaluation, rows = records.results, records.evaluation, accuracy_rows(records)
-    task = next(iter(details.datasets), None) if results is None else results.task.name
+    results, run, evaluation, rows = records.results, records.run, records.evaluation, accuracy_rows(records)
+    task = next(iter(details.datasets), None) if run is None else run.task.name
     base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
     embedded = embedded_name(str(base))
     words = f" ({', '.join(details.dataset_args)})" if details.dataset_args else ""
@@ -346,7 +347,7 @@ def card_text(
         "fingerprint": fingerprint,
         "calibration": _calibration(config, fingerprint),
         "strength": _strength(records.front, config["strength"]),
-        "run": records.run is not None,
+        "run": run,
         "base": Markdown(f"{code(embedded)} (embedded in capt-peft)") if embedded else code(shown_path(base, hub=True)),
         "datasets": [shown_path(name) + words for name in details.datasets],
         "rows": rows,
@@ -362,9 +363,9 @@ def card_text(
         "classes": Markdown(some([escape(name, 100) for name in config.get("class_names") or []], _SHOWN_CLASSES)),
         "card_data": _yaml(card_data(records, rows, adapter, config, details)),
     }
-    if results is not None:
-        values["training_threat"] = str(ThreatModel(**results.training.attack["threat_model"]))
-        values["source"] = shown_path(results.task.source or results.task.name)
+    if run is not None:
+        values["training_threat"] = str(ThreatModel(**run.training.attack["threat_model"]))
+        values["source"] = shown_path(run.task.source or run.task.name)
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=escape
     )

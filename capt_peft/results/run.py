@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from ..attacks import ThreatModel
@@ -412,7 +413,7 @@ class Records:
                     found[name] = RunResults.load(path)
                     at, own = found[name].strength, found[name].fingerprint
                     reason = _why_other_weights(name, own, of(at, own)) or _why_other_strength(
-                        name, at, own, fingerprint
+                        name, at, own, fingerprint, Path(weights or folder)
                     )
                     run = found[name] if own is not None and fingerprint is not None else None
                 elif name == STRENGTH:
@@ -481,12 +482,15 @@ def why_unshown(
     return None
 
 
-def _why_other_strength(name: str, strength: float, own: str | None, fingerprint: str | None) -> str | None:
+def _why_other_strength(
+    name: str, strength: float, own: str | None, fingerprint: str | None, adapter: Path
+) -> str | None:
     if own == fingerprint:
         return None
+    stored = read_json(adapter / CONFIG_NAME).get("strength", 1.0)
     return (
-        f"{name} has the figures of strength {strength:g}, and the adapter is stored with another one, so they are not shown. "
-        "Measure again: capt-peft strength ADAPTER --set, with the strength that it has."
+        f"{name} has the figures of strength {strength:g}, and the adapter is stored with strength {stored!r}, so they are not "
+        f"shown. Measure again: capt-peft strength ADAPTER --set {stored!r}."
     )
 
 

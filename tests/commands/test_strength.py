@@ -12,9 +12,10 @@ from transformers import CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier, load_task
 from capt_peft.attacks.registry import known_attack
+from capt_peft.commands.calibrate import main as calibrate
 from capt_peft.commands.data import DataArguments, measured
 from capt_peft.commands.evaluate import main as evaluate_command
-from capt_peft.commands.strength import main
+from capt_peft.commands.strength import main, told
 from capt_peft.commands.train import main as train
 from capt_peft.evaluation import evaluate
 from capt_peft.evaluation.strength import strength_front
@@ -113,10 +114,13 @@ def test_figures_of_another_strength_are_never_shown(adapter, capsys):
     )
     assert (adapter / "evaluation.json").is_file()
     main(["--adapter", str(adapter), "--set", "0.5", "--no_evaluate"])
-    assert "results.json are of strength 1" in capsys.readouterr().out
+    again = f"capt-peft strength {adapter} --set 0.5"
+    assert f"results.json are of strength 1, so the card does not show them; {again}" in capsys.readouterr().out
     card = (adapter / "README.md").read_text()
-    assert whole.robust.percent not in card and "**Not known.**" in card
-    assert "results.json has the figures of strength 1, and the adapter is stored with another one" in card
+    assert whole.robust.percent not in card
+    assert "**Not known.** Clean and robust accuracy were not measured at strength 0.5, so" in card
+    assert "results.json has the figures of strength 1, and the adapter is stored with strength 0.5, so" in card
+    assert f"capt-peft strength {RunResults.load(adapter).name.split('/')[-1]} --set 0.5." in " ".join(card.split())
     assert "The run that tuned it is in `results.json`, with the figures of another strength." in card
     assert (adapter / "evaluation.old1.json").is_file() and not (adapter / "evaluation.json").exists()
     write_card(adapter)  # no error: they are of these prompts
@@ -127,6 +131,29 @@ def test_figures_of_another_strength_are_never_shown(adapter, capsys):
     )
     assert evaluation.robust and evaluation.attacks[0].threat_model.epsilon == 8 / 255
     assert evaluation.configuration["model"]["adapter"]["config"]["strength"] == 0.5
+
+
+def test_what_does_not_depend_on_the_strength_stays_in_the_card(adapter):
+    def facts():
+        rows = [line for line in (adapter / "README.md").read_text().splitlines() if line.startswith("| ")]
+        names = ("dataset", "template", "method", "prompts", "training attack", "optimiser", "seed", "time", "versions")
+        return {name: [row for row in rows if row.startswith(f"| {name} |")] for name in names}
+
+    before, words = facts(), "tuned on digits with the method capt of"
+    assert all(len(rows) == 1 for rows in before.values()) and words in (adapter / "README.md").read_text()
+    main(["--adapter", str(adapter), "--set", "0.5", "--no_evaluate"])
+    assert facts() == before and words in (adapter / "README.md").read_text()
+
+
+def test_a_calibration_of_another_strength_is_told_and_so_is_strength_0(adapter, capsys):
+    calibrate(["--adapter", str(adapter), "--limit", "60", "--use_cpu"])
+    lost = f"Its calibration held for strength 1 and no longer holds; capt-peft calibrate {adapter} fits one again."
+    for strength, loses, base in (("0.5", True, False), ("1", False, False), ("0", True, True)):
+        capsys.readouterr()
+        main(["--adapter", str(adapter), "--set", strength, "--no_evaluate"])
+        shown = capsys.readouterr().out
+        assert f"The adapter's strength is {strength} now" in shown
+        assert (lost in shown) == loses and ("It acts as the base model" in shown) == base
 
 
 def test_another_strength_by_hand_leaves_the_front_and_says_so(adapter):
@@ -246,7 +273,7 @@ def test_an_evaluation_at_a_strength_writes_none(adapter):
             evaluate_command(wrong)
 
 
-def test_training_chooses_on_the_validation_images(tuned, tmp_path, monkeypatch):
+def test_training_chooses_on_the_validation_images(tuned, tmp_path, monkeypatch, capsys):
     def fewer(classifier, data, attack, **settings):
         assert len(data) == len(load_task("digits")["validation"])
         return strength_front(classifier, data.select(range(20)), attack, (0, 0.5, 1), **settings)
@@ -257,6 +284,7 @@ def test_training_chooses_on_the_validation_images(tuned, tmp_path, monkeypatch)
     front = StrengthFront.load(folder)
     assert front.images == "20 images of the validation split of digits" and front.keep_clean == 0.9
     chosen = front.choose(0.9).strength
+    assert told(chosen) in capsys.readouterr().out.splitlines()[-1]
     assert results.strength == config_of(folder)["strength"] == chosen
     classifier = ZeroShotClassifier.from_pretrained(str(folder))
     attack, data = known_attack(results.evaluation.attack), measured(load_task("digits"), "test", 40)
@@ -269,13 +297,14 @@ def test_training_chooses_on_the_validation_images(tuned, tmp_path, monkeypatch)
     assert weights[0] == weights[1]
 
 
-def test_training_stores_a_given_strength_and_forgets_an_old_front(tmp_path, tuned):
+def test_training_stores_a_given_strength_and_forgets_an_old_front(tmp_path, tuned, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "strength.json").write_text("{}")
     results = train([*QUICK, "--strength", "0.5", "--output_dir", str(folder)])
     assert results.strength == config_of(folder)["strength"] == 0.5
     assert not (folder / "strength.json").exists()
+    assert capsys.readouterr().out.endswith(f"{told(0.5)}\n")
     assert (folder / "adapter_model.safetensors").read_bytes() == (tuned / "adapter_model.safetensors").read_bytes()
     assert "| strength | 0.5, set by hand" in (folder / "README.md").read_text()
 
