@@ -49,10 +49,11 @@ class ZeroShotClassifier(nn.Module):
         model: A CLIPModel, with or without adapters (`PeftModel` too).
         processor: Its processor: an image processor and a tokenizer (`AutoProcessor.from_pretrained`).
         class_names: The N class names; at least two, no two alike.
-        template: The text of a class; `{}` stands for its name. Several, as a list or by the name of a published set
-            (`capt_peft.data.TEMPLATES`): a class has one text of each, and its feature is the mean of theirs, scaled to length 1.
-        class_texts: Texts of one's own, by class name: a text or a list for each class that has them, which stand in place of the
-            template's, and of which the mean is taken as well; `{}` in a text stands for the class name.
+        template: The text of a class; `{}` stands for its name. Several, as a list, as a text file with one on each line, or by
+            the name of a published set (`capt_peft.data.TEMPLATES`): a class has one text of each, and its feature is the mean of
+            theirs, scaled to length 1.
+        class_texts: Texts of one's own, by class name, or a JSON file of them: a text or a list for each class that has them,
+            which stand in place of the template's, and of which the mean is taken as well; `{}` in a text stands for the name.
         text_chunk_size: Texts that run at once, which bounds the memory; with gradients the others are run again in the backward
             pass. By default all of them up to 256 classes, and 64 above that. The results are the same up to rounding.
 
@@ -121,9 +122,9 @@ class ZeroShotClassifier(nn.Module):
         Args:
             name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
             class_names: The classes; by default those the adapter was tuned on.
-            template: The text of a class, or several; by default the adapter's.
-            class_texts: Texts of one's own. By default the adapter's, for those of the classes that it has some for, unless a
-                template is given, which is then the text of all classes; {} for none.
+            template: The text of a class, or several, in the forms that the class takes; by default the adapter's.
+            class_texts: Texts of one's own, or a file of them. By default the adapter's, for those of the classes that have some
+                there, unless a template is given, which is then the text of all classes; {} for none.
             kwargs: For loading: `dtype`, float32 by default; `base`, another base model; `revision`, `token`, `cache_dir`,
                 `subfolder`; and of the base model `device_map` (one device), `quantization_config`, `attn_implementation`, ...
 
@@ -246,6 +247,7 @@ class ZeroShotClassifier(nn.Module):
         *,
         class_names: Sequence[str] | None = None,
         template: Template | None = None,
+        class_texts: ClassTexts | None = None,
         top_k: int | None = None,
         batch_size: int = 32,
         reject: bool = False,
@@ -260,7 +262,8 @@ class ZeroShotClassifier(nn.Module):
         Args:
             images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
             class_names: Other classes for this call.
-            template: Another text of a class for this call, or several; of all classes.
+            template: Another text of a class for this call, or several; of all classes but those that `class_texts` has some for.
+            class_texts: Texts of one's own for this call, as in `from_pretrained`; {} for none.
             top_k: Return the k best classes; by default all.
             batch_size: Images per forward pass.
             reject: An image may be none of these classes: its list is empty where no logit reaches the calibration's threshold.
@@ -276,14 +279,15 @@ class ZeroShotClassifier(nn.Module):
         Raises:
             ValueError: `reject` or `multi_label` without a calibration that holds here, or both at once; `sigmoid` with
                 `multi_label`, or of a model that is no SigLIP; an image that cannot be read (the file is named), a
-                `top_k` or `batch_size` below 1, class names or a template that a classifier refuses, or logits that are not
+                `top_k` or `batch_size` below 1, class names or texts that a classifier refuses, or logits that are not
                 finite (the cause is named).
         """
-        if class_names is not None or template is not None:
+        if not (class_names is template is class_texts is None):
             names = self.class_names if class_names is None else class_names
-            own = texts_for(names, self.class_texts, strict=False) if template is None else None
+            if class_texts is None and template is None:
+                class_texts = texts_for(names, self.class_texts, strict=False)
             template = self.template if template is None else template
-            other = ZeroShotClassifier(self.model, self.processor, names, template, class_texts=own)
+            other = ZeroShotClassifier(self.model, self.processor, names, template, class_texts=class_texts)
             return other.predict(
                 images, top_k=top_k, batch_size=batch_size, reject=reject, multi_label=multi_label, sigmoid=sigmoid
             )

@@ -95,7 +95,8 @@ def describe_export(classifier: ZeroShotClassifier, *, int8: bool = False) -> di
     """Returns what a server has to know of an exported classifier, in JSON types.
 
     Returns:
-        `class_names`, in the order of the logits; `template`; `preprocessing`, how an RGB image becomes pixels: `resize`
+        `class_names`, in the order of the logits; `template`; `texts`, by class name those whose mean is taken (files of earlier
+        versions lack them); `preprocessing`, how an RGB image becomes pixels: `resize`
         (`{"shortest_edge": n}`, or `{"height": h, "width": w}`) with the interpolation `resample`, then the centre `center_crop`
         (either may be None), then values divided by 255 (normalisation is inside of the file); `size`, height and width of the
         pixels; `precision`, float32 or int8; `strength`, of the CAPT adapter that acts, or None; `calibration`, the fields of the
@@ -104,9 +105,13 @@ def describe_export(classifier: ZeroShotClassifier, *, int8: bool = False) -> di
     steps, model, calibration = classifier.transform.to_dict(), classifier.model, classifier.calibration
     in_use = adapters_in_use(model)
     tuned = any(isinstance(model.peft_config.get(name), CaptConfig) for name in in_use)
+    texts: dict[str, list[str]] = {name: [] for name in classifier.class_names}
+    for label, text in zip(classifier.text_labels, classifier.texts, strict=True):
+        texts[classifier.class_names[label]].append(text)
     return {
         "class_names": list(classifier.class_names),
         "template": classifier.template,
+        "texts": texts,
         "preprocessing": {name: steps[name] for name in ("resize", "resample", "center_crop")},
         "size": list(classifier.transform.size),
         "precision": "int8" if int8 else "float32",

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 TRAINER = ("capt_peft.training.arguments", "transformers.training_args", "capt_peft.utils.versions")
-DATA = ("capt_peft.commands.data",)
+TEXTS = ("capt_peft.commands.texts",)
+DATA = ("capt_peft.commands.data", *TEXTS)
 TUNED_DATA = ("capt_peft.commands.tuned", *DATA)
 
 
@@ -50,7 +51,7 @@ COMMANDS = {
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),
     "card": Command("writes an adapter's model card again", "card", ("adapter",)),
     "push": Command("uploads an adapter with its card and results to the Hub", "push", ("adapter", "repo_id")),
-    "export": Command("writes an adapter, or a bare CLIP, as one ONNX file or torch program", "export", ("adapter",)),
+    "export": Command("writes an adapter, or a bare CLIP, as one ONNX file or torch program", "export", ("adapter",), TEXTS),
     "app": Command("opens a page to try an adapter on", "app", ("adapter",), needs={"gradio": "capt-peft[app]"}),
     "convert": Command("converts a published robust CLIP to a folder that transformers loads", "convert", (
         "checkpoint", "output")),

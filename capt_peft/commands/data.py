@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 
-from ..data import TEMPLATES, Task, load_task
-from ..data.texts import Template, read_class_texts, read_template
+from ..data import Task, load_task
+from .texts import TextArguments
 
 
 @dataclass
-class DataArguments:
+class DataArguments(TextArguments):
     """Data: where the images and their class names come from."""
 
     dataset_name: str = field(
@@ -29,25 +27,6 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if it cannot be told."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels, if it cannot be told."})
     class_names: list[str] | None = field(default=None, metadata={"help": "Class names in the order of the labels."})
-    template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text of a class, e.g. 'a photo of a {}.'; or several: a published set, as clip-imagenet-7, or a file with "
-            "one a line. By default the adapter's or the data set's."
-        },
-    )
-    class_texts: str | None = field(
-        default=None, metadata={"help": 'JSON file of texts of one\'s own: {"class name": ["text", ...], ...}.'}
-    )
-
-    def __post_init__(self) -> None:
-        # what the files hold, which then stands in the records
-        vars(self).update(template=read_templates(self.template), class_texts=read_class_texts(self.class_texts))
-
-    @property
-    def texts(self) -> dict[str, Any]:
-        """The template and the texts of classes that were asked for, for a task or a classifier; None where none were."""
-        return {"template": self.template, "class_texts": self.class_texts}
 
     def load(self) -> Task:
         """Returns the task that they name."""
@@ -63,16 +42,6 @@ class DataArguments:
             validation_split=self.validation_split,
             test_split=self.test_split,
         )
-
-
-def read_templates(template: Template | None) -> Template | None:
-    """Returns a template or the name of a published set as it is, or the templates of a file that has one on each line."""
-    if not isinstance(template, str) or template in TEMPLATES:
-        return template
-    if "{" not in template and Path(template).expanduser().is_file():
-        lines = Path(template).expanduser().read_text(encoding="utf-8", errors="replace").splitlines()
-        return read_template([line for line in lines if line.strip()])
-    return read_template(template)
 
 
 def measured(task: Task, split: str, limit: int | None) -> Dataset:

@@ -32,6 +32,7 @@ from ..attacks import ThreatModel, parse_attack
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
+from ..data.texts import read_template
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import OF_FLOAT32, TARGETS, describe
 from ..evaluation.curve import robustness_curves
@@ -46,7 +47,7 @@ from ..tuner.config import check_strength
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
 from ..utils.machine import use_tf32, versions
 from ..utils.text import cut, shown
-from .data import measured, read_templates
+from .data import measured
 from .ending import loading
 from .options import values_in
 from .parser import Parser
@@ -148,7 +149,8 @@ def parse_args(argv: list[str]) -> Arguments:
         if value is not None and value < 1:
             why = "there would be no images to evaluate; it" if value == 0 else "it"
             raise ValueError(f"{name}={value}: {why} must be at least 1.")
-    vars(args)["attack_template"] = read_templates(args.attack_template)
+    if args.attack_template is not None:
+        vars(args)["attack_template"] = read_template(args.attack_template)
     attacks = parse_attacks(args)
     idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
     if idle:

@@ -22,10 +22,11 @@ from ..clip.export import FORMATS, check_export, export
 from .ending import loading
 from .parser import Parser
 from .places import check_places
+from .texts import TextArguments
 
 
 @dataclass
-class Arguments:
+class Arguments(TextArguments):
     """What is exported, and to which file."""
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPT adapter."})
@@ -36,9 +37,6 @@ class Arguments:
     int8: bool = field(default=False, metadata={"help": "Quantise the linear layers to 8 bits (onnx alone)."})
     class_names: list[str] | None = field(
         default=None, metadata={"help": "Class names in the order of the logits; by default the adapter's."}
-    )
-    template: str | None = field(
-        default=None, metadata={"help": "Text of a class, e.g. 'a photo of a {}.'; by default the adapter's."}
     )
     output: str | None = field(
         default=None, metadata={"help": "The file; by default model.onnx or the like in the adapter's folder."}
@@ -76,7 +74,7 @@ def main(argv: list[str]) -> Path:
         classifier = ZeroShotClassifier.from_pretrained(
             args.model,
             class_names=args.class_names,
-            template=args.template,
+            **args.texts,
             **({"base": args.base} if args.adapter and args.base else {}),
         )
     if isinstance(classifier.model, PeftModel) != (args.adapter is not None):

@@ -44,7 +44,7 @@ def load_task(
     label_column: str | None = None,
     class_names: ClassNames | None = None,
     template: Template | None = None,
-    class_texts: ClassTexts | str | Path | None = None,
+    class_texts: ClassTexts | None = None,
     train_split: str | None = None,
     validation_split: str | None = None,
     test_split: str | None = None,
@@ -78,8 +78,8 @@ def load_task(
             own names is matched by name; a list of others is taken in order only where the labels are numbers, or where their
             order is published; else give a mapping from old to new names. Names that come from the data have their
             underscores turned into spaces; these stay as they are.
-        template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one. Several: a list, or
-            the name of a published set (`capt_peft.data.TEMPLATES`); see `Task`.
+        template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one. Several: a list,
+            a text file, or the name of a published set; see `Task`.
         class_texts: Texts of one's own, by class name, or a JSON file of them; see `Task`.
         train_split: Name of the split to train on, where its name does not tell.
         validation_split: Likewise, to choose settings on.

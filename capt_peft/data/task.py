@@ -35,12 +35,13 @@ class Task:
         class_names: The N class names, in the order of the labels; no two alike, up to case, underscores and white space.
         splits: `datasets.Dataset` by split name (`train`, `validation`, `test`), each with the columns `image` (an
             image) and `label` (`int`, 0 to N - 1; the names of a `ClassLabel` must be those of `class_names`).
-        template: The text of a class; `{}` stands for its name. Several, as a list or by the name of a published set
-            (`capt_peft.data.TEMPLATES`): a class has one text of each, of whose features the mean is taken.
+        template: The text of a class; `{}` stands for its name. Several, as a list, as a text file with one on each line, or by
+            the name of a published set (`capt_peft.data.TEMPLATES`): a class has one text of each, of whose features the mean is
+            taken.
         source: Where the images come from, as given to `load_task`; recorded with results.
         left_out: What `load_task` left out, one sentence for each reason.
-        class_texts: Texts of one's own, by class name: a text or a list for each class that has them, in place of the template's;
-            `{}` in a text stands for the class name.
+        class_texts: Texts of one's own, by class name, or a JSON file of them: a text or a list for each class that has them, in
+            place of the template's; `{}` in a text stands for the class name.
 
     Raises:
         ValueError: A template without one `{}`, texts of another class, class names that do not match the labels or their names,

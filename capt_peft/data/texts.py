@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +17,8 @@ from ..utils.files import open_regular
 from ..utils.text import cut, shown, some
 from .names import name_places
 
-Template = str | Sequence[str]
-ClassTexts = Mapping[str, str | Sequence[str]]
+Template = str | Path | Sequence[str]
+ClassTexts = Mapping[str, str | Sequence[str]] | str | Path
 
 TEMPLATES: dict[str, list[str]] = yaml.safe_load((files(__package__) / "templates.yaml").read_text(encoding="utf-8"))
 """Published sets of templates, by the names that `template` takes in place of a template."""
@@ -32,23 +33,38 @@ class ClassText(NamedTuple):
 
 
 def read_template(template: Template) -> str | list[str]:
-    """Returns a template, or several as a list: those given, or the published set of this name.
+    """Returns a template, or several as a list: those given, those of a text file with one a line, or the set of this name.
 
     Raises:
-        TypeError: Something else than a string or a list of strings.
-        ValueError: A template without exactly one `{}` that is not the name of a set either; none; or one twice.
+        FileNotFoundError: There is no such file (a `Path`).
+        TypeError: Something else than a string, a path or a list of strings.
+        ValueError: A template without exactly one `{}` that is the name of neither a set nor a file; none; or one twice.
     """
     if isinstance(template, str) and template in TEMPLATES:
         return list(TEMPLATES[template])
+    nameable = isinstance(template, str) and "{" not in template and "}" not in template
+    if isinstance(template, Path) or (nameable and os.path.isfile(os.path.expanduser(str(template)))):
+        return _read_lines(Path(str(template)).expanduser())
     try:
         return check_template(template)
     except ValueError as error:
-        if not isinstance(template, str) or "{" in template or "}" in template:
+        if not nameable:
             raise
-        raise ValueError(f"{error} Sets of templates have the names {', '.join(TEMPLATES)}.") from error
+        raise ValueError(
+            f"{error} There is no such file either. Sets of templates have the names {', '.join(TEMPLATES)}."
+        ) from error
 
 
-def read_class_texts(class_texts: ClassTexts | str | Path | None) -> dict[str, list[str]] | None:
+def _read_lines(path: Path) -> str | list[str]:
+    with open_regular(path) as file:
+        lines = file.read().decode(errors="replace").splitlines()
+    try:
+        return check_template([line for line in lines if line.strip()])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_class_texts(class_texts: ClassTexts | None) -> dict[str, list[str]] | None:
     """Returns texts of classes as lists by class name: those given, or those of a JSON file; None where there are none.
 
     Raises:
@@ -85,13 +101,13 @@ def texts_for(
 
     Args:
         class_names: The N class names.
-        class_texts: Texts by class name; a class may have none.
+        class_texts: Texts by class name, or a JSON file of them; a class may have none.
         strict: Raise for a name that is none of the classes; False: leave it out.
 
     Raises:
         ValueError: A name that is none of the classes.
     """
-    given = check_class_texts(class_texts)
+    given = read_class_texts(class_texts)
     if given is None:
         return None
     places = dict(zip(given, name_places(list(given), class_names), strict=True))
@@ -109,12 +125,12 @@ def texts_for(
 def texts_of(class_names: Sequence[str], template: Template, class_texts: ClassTexts | None) -> list[ClassText]:
     """Returns the texts of N classes, class by class: a class's own where it has any, or else one of each template.
 
-    Template and texts are as `read_template` and `texts_for` return them.
+    Texts of one's own are under the names of the classes, as `texts_for` returns them.
     """
-    templates = [template] if isinstance(template, str) else template
-    texts = []
+    read, given, texts = read_template(template), read_class_texts(class_texts) or {}, []
+    templates = [read] if isinstance(read, str) else read
     for label, name in enumerate(class_names):
-        own = (class_texts or {}).get(name)
+        own = given.get(name)
         if own is None:
             texts += [ClassText(label, one.format(name), one) for one in templates]
         else:

@@ -9,7 +9,7 @@ import torch
 from helpers import TINY_CLIP, random_clip, shake
 from peft import get_peft_model
 from siglip_models import random_siglip, siglip_adapter, siglip_processor
-from transformers import CLIPModel
+from transformers import CLIPModel, MetaClip2Config, MetaClip2Model
 
 from capt_peft import CaptConfig, OnnxClassifier, ThreatModel, ZeroShotClassifier, evaluate, export, parse_attack
 from capt_peft.clip import export as module
@@ -175,6 +175,7 @@ def test_the_classifier_stays_as_it_was(processor, tmp_path):
 def test_a_file_describes_itself(classifier, files):
     description = describe_export(classifier)
     assert description["class_names"] == list(NAMES) and description["precision"] == "float32"
+    assert description["texts"] == {name: [f"a photo of a {name}."] for name in NAMES}
     assert description["preprocessing"] == {
         "resize": {"shortest_edge": 32}, "resample": "bicubic", "center_crop": {"height": 32, "width": 32},
     }  # fmt: skip
@@ -187,6 +188,28 @@ def test_a_file_describes_itself(classifier, files):
     assert of_torch == of_onnx.description == description
     assert of_int8.description == {**description, "precision": "int8"}
     assert of_onnx.class_names == NAMES
+
+
+def test_the_texts_of_each_class_are_those_of_which_the_mean_is_taken(processor):
+    own = {"seven": ["a photo of the digit 7", "a {} there"]}
+    model = CLIPModel.from_pretrained(TINY_CLIP)
+    one = ZeroShotClassifier(model, processor, NAMES, ["a {}", "the {}"], class_texts=own).eval()
+    texts = describe_export(one)["texts"]
+    assert list(texts) == list(NAMES) and texts["seven"] == ["a photo of the digit 7", "a seven there"]
+    assert texts["red circle"] == ["a red circle", "the red circle"]
+    again = ZeroShotClassifier(model, processor, NAMES, class_texts=texts).eval()  # what a reader of a file can do
+    assert torch.equal(again.text_features(), one.text_features())
+
+
+def test_a_file_of_before_the_texts_is_read(files, tmp_path):
+    import onnx
+
+    model = onnx.load(files[0] / "model.onnx")
+    (entry,) = model.metadata_props
+    entry.value = json.dumps({k: v for k, v in json.loads(entry.value).items() if k != "texts"})
+    onnx.save(model, tmp_path / "old.onnx")
+    old, new = OnnxClassifier(tmp_path / "old.onnx"), OnnxClassifier(files[0] / "model.onnx")
+    assert old.class_names == NAMES and difference(old, new) == 0
 
 
 def test_the_opset_is_the_one_that_is_stated(files):
@@ -358,3 +381,35 @@ def test_a_siglip_is_exported_with_its_scale_and_bias(tmp_path):
     assert found(images(4)).max() < -5  # the bias is -10
     steps = {"resize": {"height": 32, "width": 32}, "resample": "bicubic", "center_crop": None}
     assert found.description["preprocessing"] == steps
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_metaclip_2_is_exported(processor, tmp_path, bare):
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 16,
+    }  # fmt: skip
+    tokenizer = processor.tokenizer
+    text = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    vision = {**shape, "image_size": 32, "patch_size": 8}
+    config = MetaClip2Config(text_config={**shape, **text}, vision_config=vision, projection_dim=16)
+    model = MetaClip2Model(config)
+    with torch.no_grad():  # its initial weights are so small that every layer is nearly the identity
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    if not bare:
+        shake(model := get_peft_model(model, CaptConfig(coupling="text_to_vision", num_vision_tokens=2, strength=0.5)))
+    one = ZeroShotClassifier(model.eval(), processor, NAMES)
+    export(one, tmp_path / "a.onnx")
+    assert difference(OnnxClassifier(tmp_path / "a.onnx"), one) < EXACT
+    export(one, tmp_path / "a.pt2", "torch")
+    assert difference(torch.export.load(tmp_path / "a.pt2").module(), one) == 0
+    with torch.no_grad():
+        assert one(images(4)).std(0).max() > 0.1  # images matter
+        if not bare:
+            with one.frozen():
+                assert (one(images(4)) - torch.export.load(tmp_path / "a.pt2").module()(images(4))).abs().max() > 0.1

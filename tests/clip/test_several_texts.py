@@ -1,5 +1,6 @@
 """Several texts per class: their mean, what is refused of them, and which of them a classifier has."""
 
+import json
 import string
 
 import pytest
@@ -295,7 +296,7 @@ def test_a_class_without_texts_of_its_own_has_the_templates(processor):
 
 
 @torch.no_grad()
-def test_predict_takes_other_templates_and_other_classes(processor):
+def test_predict_takes_other_texts_and_other_classes(processor, tmp_path):
     image = (PIXELS[0].permute(1, 2, 0).numpy() * 255).astype("uint8")
     classifier = ZeroShotClassifier(base(), processor, NAMES, TEMPLATES_3, class_texts=OWN)
 
@@ -310,7 +311,19 @@ def test_predict_takes_other_templates_and_other_classes(processor):
     assert scores() == pytest.approx(expected(NAMES, TEMPLATES_3, OWN))
     assert scores(template="a {}") == pytest.approx(expected(NAMES, "a {}", None))
     assert scores(template="clip-imagenet-7") == pytest.approx(expected(NAMES, TEMPLATES["clip-imagenet-7"], None))
+    (tmp_path / "a.txt").write_text("a {}\nthe {}")
+    (tmp_path / "b.json").write_text(json.dumps({"red": ["a {} thing"]}))
+    several, other = ["a {}", "the {}"], {"red": ["a {} thing"]}
+    assert scores(class_texts={}) == pytest.approx(expected(NAMES, TEMPLATES_3, None))
+    assert scores(class_texts=other) == pytest.approx(expected(NAMES, TEMPLATES_3, other))
+    assert scores(template=tmp_path / "a.txt", class_texts=str(tmp_path / "b.json")) == pytest.approx(
+        expected(NAMES, several, other)
+    )
+    assert scores() == pytest.approx(expected(NAMES, TEMPLATES_3, OWN))
+    with pytest.raises(ValueError, match="class_texts has texts for 'pink'"):
+        scores(class_texts={"pink": "x"})
     names = ["blue", "red"]
+    assert scores(class_names=names, class_texts=other) == pytest.approx(expected(names, TEMPLATES_3, other))
     assert scores(class_names=names) == pytest.approx(expected(names, TEMPLATES_3, {"red": OWN["red"]}))
 
 

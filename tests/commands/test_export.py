@@ -1,5 +1,6 @@
 """`capt-peft export`: the file stands beside the adapter, gives its logits, and wrong input is told before a model is loaded."""
 
+import json
 import shutil
 import sys
 
@@ -40,6 +41,25 @@ def test_a_bare_clip_is_exported_with_the_classes_that_are_named(tmp_path):
     assert torch.equal(torch.export.load(output).module()(PIXELS), expected)
 
 
+def test_texts_come_from_files_as_for_the_other_commands(adapter, tmp_path):
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
+    (tmp_path / "texts.json").write_text(json.dumps({"three": ["a photo of a 3", "a photo of the {}."]}))
+    texts = ["--template", str(tmp_path / "templates.txt"), "--class_texts", str(tmp_path / "texts.json")]
+    path = main(["--adapter", str(adapter), "--format", "torch", *texts])
+    own, templates = {"three": ["a photo of a 3", "a photo of the three."]}, ["a photo of a {}.", "a drawing of a {}."]
+    extra = {"capt_peft.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    assert torch.equal(program(PIXELS), logits(adapter, template=templates, class_texts=own))
+    about = json.loads(extra["capt_peft.json"])
+    assert about["template"] == templates
+    assert about["texts"] == {n: own.get(n, [t.format(n) for t in templates]) for n in about["class_names"]}
+    bare = tmp_path / "bare.pt2"
+    words = ["--base", "tiny_clip", "--class_names", "cat", "three", "--format", "torch", "--output", str(bare)]
+    main([*words, *texts])
+    expected = logits(TINY_CLIP, class_names=["cat", "three"], template=templates, class_texts=own)
+    assert torch.equal(torch.export.load(bare).module()(PIXELS), expected)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -51,6 +71,8 @@ def test_a_bare_clip_is_exported_with_the_classes_that_are_named(tmp_path):
         ("{adapter} --output {folder}/taken.onnx", "is there already. Give --overwrite to replace it"),
         ("{adapter} --output {folder}/taken.onnx/a.onnx", "Nothing can be written into output="),
         ("{adapter} --output {folder}/a.bin", "must end with .onnx"),
+        ("{adapter} --template templates.txt", "'templates.txt' must hold exactly one {}, the place"),
+        ("{adapter} --class_texts texts.json", "There is no file texts.json (--class_texts)"),
         ("./nowhere", "There is no folder ./nowhere (--adapter)"),
         (
             "{tiny} --output {folder}/a.onnx --class_names cat dog",

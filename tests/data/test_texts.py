@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,49 @@ def test_load_task_takes_names_of_sets_and_files_of_texts(tmp_path):
     assert task.template == TEMPLATES["clip-sun397"] and task.class_texts == {"seven": ["a seven", "the digit 7"]}
     assert len(task.texts) == 20 and "the digit 7" in task.texts and "a photo of the eight." in task.texts
     assert load_task("digits").texts == [f"a photo of the digit {digit}." for digit in range(10)]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_files_stand_wherever_templates_and_texts_do(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("templates.txt").write_text("a photo of a {}.\n\n  \nthe {}\n", encoding="utf-8")
+    Path("texts.json").write_text(json.dumps({"red": "a stop sign"}), encoding="utf-8")
+    template, own = kind("templates.txt"), kind("texts.json")
+    task = Task("t", NAMES, {}, template, class_texts=own)
+    assert task.template == ["a photo of a {}.", "the {}"] and task.texts[:2] == ["a stop sign", "a photo of a green."]
+    Path("texts.json").write_text(json.dumps({"3": "a three"}), encoding="utf-8")
+    loaded = load_task("digits", template=template, class_texts=own)
+    assert (loaded.template, loaded.class_texts) == (task.template, {"3": ["a three"]})
+    Path("clip-sun397").write_text("mine {}")
+    assert read_template("clip-sun397") == TEMPLATES["clip-sun397"]  # the set, as documented
+    Path("one.txt").write_text("the {}\n")
+    assert read_template(kind("one.txt")) == "the {}"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a {}\nno place", r"t\.txt: template='no place' must hold exactly one \{\}"),
+        ("\n\n", r"t\.txt: template=\[\] has no template"),
+        ("a {}\na {}", r"t\.txt: .* is given twice"),
+    ],
+)
+def test_a_file_of_templates_that_is_none_is_named(tmp_path, content, words):
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_template(str(tmp_path / "t.txt"))
+
+
+def test_a_file_of_templates_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"txt' must hold exactly one .* There is no such file either. Sets of templates have"
+    ):
+        read_template(str(tmp_path / "templates.txt"))
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        read_template(tmp_path / "templates.txt")
+    for name in ("x" * 5000, "\0", str(tmp_path), "~nobody-of-this-name/x"):
+        with pytest.raises(ValueError, match="must hold exactly one"):
+            read_template(name)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""The options that say which texts a class has, which every command with class names shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..data.texts import read_class_texts, read_template
+
+
+@dataclass
+class TextArguments:
+    """Texts: what stands for a class."""
+
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text of a class, e.g. 'a photo of a {}.'; or several: a published set, as clip-imagenet-7, or a file with "
+            "one a line. By default the adapter's or the data set's."
+        },
+    )
+    class_texts: str | None = field(
+        default=None, metadata={"help": 'JSON file of texts of one\'s own: {"class name": ["text", ...], ...}.'}
+    )
+
+    def __post_init__(self) -> None:
+        # what the files hold, which then stands in the records
+        template = None if self.template is None else read_template(self.template)
+        vars(self).update(template=template, class_texts=read_class_texts(self.class_texts))
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """The template and the texts of classes that were asked for, for a task or a classifier; None where none were."""
+        return {"template": self.template, "class_texts": self.class_texts}
