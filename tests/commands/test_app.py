@@ -20,11 +20,12 @@ import yaml
 from helpers import TINY_CLIP
 from PIL import Image
 
-from capt_peft import ThreatModel, ZeroShotClassifier, parse_attack
+from capt_peft import ThreatModel, ZeroShotClassifier, load_task, parse_attack
 from capt_peft.clip.calibration import texts_digest
 from capt_peft.commands.app.attack import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
 from capt_peft.commands.train import main as train
 from capt_peft.randomness import example_generator
+from capt_peft.results.hub import update_config
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 
 ROOT = Path(__file__).parents[2]
@@ -51,8 +52,8 @@ def page(adapter):
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return [row[0] for row in example_files(str(tmp_path_factory.mktemp("digits")))]
+def digits(page, tmp_path_factory):
+    return [row[0] for row in example_files(str(tmp_path_factory.mktemp("digits")), page)]
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,40 @@ def test_without_an_adapter_there_is_clip_alone(digits):
     (clip,), description = Page().run(digits[0], "cat\n dog \n", "a photo of a {}.", 255, 1, " dog ")
     assert clip.name == CLIP and list(clip.clean) == ["cat", "dog"] and clip.true_class == "dog"
     assert "1 step up" in description and "L-inf 1 " in description
+
+
+def test_examples_and_epsilon_are_those_of_the_adapters_record(page, adapter, tmp_path):
+    """Tuned on shapes, or on data that only a file has; without a record, and at another norm, the page is as for no adapter."""
+    assert page.examples.name == "digits" and page.epsilon == 10
+
+    def made(name, source=None, **threat):
+        folder = shutil.copytree(adapter, tmp_path / name)
+        shapes = load_task("shapes").class_names[:2]
+        update_config(folder, class_names=[*shapes, "a dog, or so"], template="a drawing of a {}.")
+        record = json.loads((folder / "results.json").read_text())
+        record["adapter"]["fingerprint"] = adapter_fingerprint(folder)
+        record["training"]["attack"]["threat_model"] |= threat
+        record["task"]["source"] = source
+        (folder / "results.json").write_text(json.dumps(record))
+        return folder, Page(str(folder)), shapes
+
+    _, one, names = made("tuned", "shapes", epsilon=4 / 255)
+    assert one.epsilon == 4 and one.examples.name == "shapes"
+    rows = example_files(str(tmp_path), one)
+    assert [row[1:] for row in rows] == [["\n".join([*names, "a dog, or so"]), "a drawing of a {}.", n] for n in names]
+    with Image.open(rows[1][0]) as picture:
+        test = load_task("shapes")["test"]
+        assert picture.tobytes() == test[test["label"].index(1)]["image"].tobytes()
+    for source in ("digits", str(tmp_path), "someone/images"):  # other classes; a place here; a download
+        _, other, _ = made(source.replace("/", "_"), source, norm="l2", epsilon=1.0)
+        assert other.examples is None and other.epsilon == 10
+        assert [row[1:] for row in example_files(str(tmp_path), other)] == [
+            [NAMES, DIGITS_TEMPLATE, n] for n in "0123456789"
+        ]
+    folder, _, _ = made("forgotten", "shapes", epsilon=4 / 255)
+    (folder / "results.json").unlink()
+    bare = Page(str(folder))
+    assert bare.examples is None and bare.epsilon == 10
 
 
 def test_a_class_name_may_hold_a_comma(page, digits):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,20 @@ from torch import Tensor
 from ...attacks import PGD, ThreatModel
 from ...clip.classifier import ZeroShotClassifier
 from ...clip.loading import load_model
-from ...data import load_task
+from ...data import Task, load_task
 from ...data.images import load_image
+from ...data.loading import MADE
 from ...data.texts import texts_for
 from ...randomness import example_generators
+from ...results.run import RunResults
 from ...tuner.config import check_template
 from ...utils.embedded import TINY_CLIP, embedded_name, recorded_path
+from ..tuned import read_record
 
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
 NONE = "“none of these”"
 DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the digit {}."
+MAX_EPSILON = 32  # levels of 255, on the page
 MAX_SIDE, MAX_RATIO, MAX_BYTES = 4096, 20, 10_000_000
 MAX_CLASSES, MAX_NAME, MAX_TEMPLATE, MAX_TEMPLATES, MAX_STEPS = 100, 100, 200, 100, 200
 SHOWN = 256  # pixels that a shown image has at least
@@ -99,12 +103,18 @@ class Page:
     Args:
         adapter: Folder or Hub id of a CAPT adapter; without one, only CLIP is attacked.
         base: Folder or Hub id of the CLIP; by default the adapter's, or tiny CLIP.
+
+    Attributes:
+        examples: The task that the adapter was tuned on, if its record names one that is made without files; else None.
+        epsilon: L-inf epsilon to begin with, in levels of 255: the one that the adapter was tuned at, if its record has it.
     """
 
     def __init__(self, adapter: str | None = None, base: str | None = None) -> None:
         self.class_names, self.template = DIGITS, DIGITS_TEMPLATE
         self.class_texts: dict[str, list[str]] | None = None
         self.base, revision = base or TINY_CLIP, None
+        self.examples: Task | None = None
+        self.epsilon = 10.0
         if adapter is not None:
             config: Any = PeftConfig.from_pretrained(adapter)
             if base is None:
@@ -113,8 +123,8 @@ class Page:
             template = getattr(config, "template", None) or DIGITS_TEMPLATE
             self.template = template if isinstance(template, str) else "\n".join(template)
             self.class_texts = getattr(config, "class_texts", None)
-        separator = "\n" if any("," in name for name in self.class_names) else ", "
-        self.class_text = separator.join(self.class_names)
+            self._take_over(read_record(adapter).run)
+        self.class_text = as_text(self.class_names)
         self.models = {CLIP: load_model(self.base, revision=revision)}
         if isinstance(self.models[CLIP][0], PeftModel):
             raise ValueError(
@@ -125,6 +135,18 @@ class Page:
         for model, _ in self.models.values():
             model.requires_grad_(False)
         self._lock = threading.Lock()
+
+    def _take_over(self, record: RunResults | None) -> None:
+        """Takes what an adapter was tuned on from its record; a place that somebody else's record names is not looked into."""
+        if record is None:
+            return
+        if record.task.source in MADE:
+            task = load_task(record.task.source)
+            self.examples = task if {*task.class_names} & {*self.class_names} else None
+        tuned_at = ThreatModel(**record.training.attack["threat_model"])
+        levels = round(2 * 255 * tuned_at.epsilon) / 2  # of the page's steps
+        if tuned_at.norm == "linf" and 0 < levels <= MAX_EPSILON:
+            self.epsilon = levels
 
     def called(self, name: str) -> str:
         """Returns what people read for a model's name: tiny CLIP is called that, never CLIP."""
@@ -251,14 +273,21 @@ def describe(attack: PGD, true_class: str | None, models: int) -> str:
     )
 
 
-def example_files(folder: str) -> list[list[str]]:
-    """Writes the first test digit of each class; returns what an example fills in: image, classes, template, true class."""
-    test = load_task("digits")["test"]
+def example_files(folder: str, page: Page) -> list[list[str]]:
+    """Writes the first test image of each class of the page's data; returns what an example fills in.
+
+    Returns:
+        Image, classes, template and true class of each; digits where the page has no task of its own.
+    """
+    task, names, template = page.examples, page.class_names, page.template
+    if task is None:
+        task, names, template = load_task("digits"), DIGITS, DIGITS_TEMPLATE
     rows = []
-    for label, name in enumerate(DIGITS):
-        path = os.path.join(folder, f"digit_{name}.png")
-        test[test["label"].index(label)]["image"].save(path)
-        rows.append([path, ", ".join(DIGITS), DIGITS_TEMPLATE, name])
+    for label, name in enumerate(task.class_names):
+        if name in names:
+            path = os.path.join(folder, f"example_{label}.png")
+            task["test"][task["test"]["label"].index(label)]["image"].save(path)
+            rows.append([path, as_text(names), template, name])
     return rows
 
 
@@ -288,6 +317,11 @@ def read_image(path: Any) -> Image.Image:
         return load_image(path)
     except Exception as error:
         raise Refused("The image is damaged or cut short: its pixels cannot be read.") from error
+
+
+def as_text(class_names: Sequence[str]) -> str:
+    """Returns class names as `read_class_names` reads them."""
+    return ("\n" if any("," in name for name in class_names) else ", ").join(class_names)
 
 
 def read_class_names(text: Any) -> list[str]:

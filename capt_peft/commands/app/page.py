@@ -22,6 +22,7 @@ from .attack import (
     CAPT,
     CLIP,
     MAX_BYTES,
+    MAX_EPSILON,
     MAX_SIDE,
     MAX_STEPS,
     Cancelled,
@@ -95,7 +96,7 @@ def serve(page: Page, host: str | None = None, port: int | None = None) -> None:
         button_primary_background_fill_hover_dark="*primary_800",
     )
     with tempfile.TemporaryDirectory() as folder:
-        demo = build(page, example_files(folder), visitors)
+        demo = build(page, example_files(folder, page), visitors)
         demo.queue(default_concurrency_limit=None, max_size=100)  # whose turn it is, `visitors` knows
         demo.launch(
             server_name=host,
@@ -190,10 +191,11 @@ def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Block
                 description = gr.HTML(elem_id="description")
         with samples:
             _, names, template, _, _, true_class = inputs
+            what = "handwritten digits" if page.examples is None else page.examples.name
             gr.Examples(
                 examples,
                 [upload, names, template, true_class],
-                label="Examples: handwritten digits",
+                label=f"Examples: {what}",
                 visible_columns=[0],
                 elem_id="examples",
             )
@@ -247,7 +249,15 @@ def settings_components(page: Page) -> list[Any]:
         info="If empty, each model's own clean answer counts as true",
         elem_id="true_class",
     )
-    epsilon = gr.Slider(0, 32, 10, step=0.5, label="Epsilon × 255", info="Largest change of a pixel", elem_id="epsilon")
+    epsilon = gr.Slider(
+        0,
+        MAX_EPSILON,
+        page.epsilon,
+        step=0.5,
+        label="Epsilon × 255",
+        info="Largest change of a pixel",
+        elem_id="epsilon",
+    )
     steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Attack steps", elem_id="steps")
     with gr.Accordion("Template", open=False):
         template = gr.Textbox(
