@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -161,7 +162,7 @@ def parse_args(argv: list[str]) -> Arguments:
         if args.update_card:
             raise ValueError(
                 "--update_card shows figures of the strength that the adapter is stored with: leave --strength out, or store it "
-                "first with capt-peft strength ADAPTER --set."
+                f"first with capt-peft strength {shlex.quote(args.adapter)} --set {args.strength!r}."
             )
         check_strength(args.strength)
     if args.adapter is None and args.attack_target == "frozen":

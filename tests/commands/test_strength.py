@@ -266,7 +266,10 @@ def test_an_evaluation_at_a_strength_writes_none(adapter):
     assert len(names) == 3 and any("-strength0.5-" in name for name in names)
     for wrong, words in (
         (["--adapter", str(adapter), "--strength", "2"], "must be from 0"),
-        (["--adapter", str(adapter), "--strength", "1", "--update_card"], "that the adapter is stored with"),
+        (
+            ["--adapter", str(adapter), "--strength", "1", "--update_card"],
+            r"that the adapter is stored with: .* capt-peft strength \S+adapter --set 1\.0",
+        ),
         (["--base", TINY_CLIP, "--strength", "1"], "--strength needs --adapter"),
     ):
         with pytest.raises(ValueError, match=words):
