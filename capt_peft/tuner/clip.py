@@ -272,6 +272,8 @@ class _LowerCase:
         return len(self._tokenizer)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_tokenizer":  # a copy has none yet
+            raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
 

@@ -38,7 +38,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         self.rows: torch.Tensor | None = None
         self.capt_prompt = nn.ParameterDict()
         self.capt_proj = nn.ModuleDict()
-        self.strengths: dict[str, float] = {}  # by adapter, see `CaptModel.set_strength`
+        self.configs: dict[str, CaptConfig] = {}  # of the adapters here, whose strength acts; see `set_strength`
         self.hooks: list[RemovableHandle] = []  # of `weigh` and `leave`, where the vision prompts are appended
         # a tuple hides the other tower's layer from nn.Module, whose parameters it would list twice
         self.partners: dict[str, tuple[PromptLayer]] = {}
@@ -67,7 +67,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
             self.capt_prompt[adapter_name] = nn.Parameter(prompt)
         else:
             self.capt_proj[adapter_name] = nn.Linear(self.site.partner_dim, self.site.dim)
-        self.strengths[adapter_name] = config.strength
+        self.configs[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(active, inference_mode=inference_mode)
 
@@ -141,7 +141,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         prompt = self.prompt(adapter_name)
         if prompt.ndim == 3 and self.rows is not None:
             prompt = prompt[moved(self.rows, prompt.device)]
-        strength = self.strengths[adapter_name]
+        strength = self.configs[adapter_name].strength
         if self.site.index > 0:
             return self.base_layer(self.write(hidden_states, prompt, strength), *args, **kwargs)
         if self.site.tower == "text":
@@ -149,12 +149,12 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         return self.write(self.base_layer(hidden_states, *args, **kwargs), prompt, strength)
 
     def weigh(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Gives the vision prompts the weight s (`strengths`) in attention: the vision encoder's forward pre-hook.
+        """Gives the vision prompts the weight s, their strength, in attention: the vision encoder's forward pre-hook.
 
         A key's weight is exp(logit) before softmax divides by the sum, so that log s is added to the prompts' logits.
         """
         adapter_name = self.applied_adapter
-        if adapter_name is None or (strength := self.strengths[adapter_name]) == 1:
+        if adapter_name is None or (strength := self.configs[adapter_name].strength) == 1:
             return None
         implementation = encoder.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
@@ -180,7 +180,8 @@ class PromptLayer(nn.Module, BaseTunerLayer):
         """The adapter whose prompts are written here; None if they are switched off, of strength 0, or not here."""
         if self.disable_adapters:
             return None
-        return next((name for name in self.active_adapters if self.strengths.get(name)), None)
+        present = (name for name in self.active_adapters if name in self.configs)
+        return next((name for name in present if self.configs[name].strength), None)
 
     def _check_room(self, input_ids: torch.Tensor, n: int) -> None:
         """Refuses texts whose end the prompts would overwrite, which would silently classify something else."""
@@ -223,7 +224,7 @@ class PromptLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter's parameters from this site."""
         self.partners.pop(adapter_name, None)
-        self.strengths.pop(adapter_name, None)
+        self.configs.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def unmerge(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -226,8 +227,7 @@ class CaptModel(BaseTuner):
             )
         for layer in _prompt_layers(self.model):
             layer.bake(name)
-        config: Any = self.peft_config[name]
-        config.coupling = "none"
+        _configure(self, name, coupling="none")
 
     def unload(self) -> nn.Module:
         """Takes all adapters out and returns the base model; PEFT's version leaves `modules_to_save` in their places."""
@@ -259,14 +259,21 @@ def set_strength(model: Any, strength: float, adapter_name: str | None = None) -
         ValueError: A strength out of range; no CAPT adapter of that name; or one with `modules_to_save`, and a strength below 1.
     """
     config = capt_config(model, adapter_name)
-    name = next(name for name, known in model.peft_config.items() if known is config)
     if isinstance(strength, bool) or not isinstance(strength, int | float):
         raise TypeError(f"strength={shown(strength)} must be a number, not {type(strength).__name__}.")
     check_strength(strength, config.modules_to_save)
-    config.strength = float(strength)
+    _configure(model, adapter_name or active_adapter(model), strength=float(strength))
+
+
+def _configure(model: Any, adapter_name: str, **changes: Any) -> None:
+    """Changes an adapter's configuration, as a copy: other adapters and models may have been made of the same object."""
+    config = copy.copy(model.peft_config[adapter_name])
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model.peft_config[adapter_name] = config
     for layer in _prompt_layers(model):
-        if name in layer.strengths:
-            layer.strengths[name] = config.strength
+        if adapter_name in layer.configs:
+            layer.configs[adapter_name] = config
 
 
 def capt_config(model: Any, adapter_name: str | None = None) -> CaptConfig:

@@ -1,5 +1,7 @@
 """A SigLIP as a classifier: its own logits, its sigmoid, texts in parts, its true shape, and a tiny one that is tuned."""
 
+import copy
+
 import pytest
 import torch
 from helpers import random_clip
@@ -44,6 +46,15 @@ def test_capitals_of_free_texts_do_not_count_either():
     classifier = ZeroShotClassifier(siglip_adapter(random_siglip()), siglip_processor(2), NAMES)
     low, high = classifier.embed_texts(["a photo of a red star", "A Photo of a Red STAR"])
     assert torch.equal(low, high)
+
+
+def test_copies_and_half_precision_are_evaluated():
+    classifier = ZeroShotClassifier(siglip_adapter(random_siglip()), siglip_processor(2), NAMES).eval()
+    assert torch.equal(copy.deepcopy(classifier)(PIXELS), classifier(PIXELS))
+    half = ZeroShotClassifier(copy.deepcopy(classifier.model).bfloat16(), siglip_processor(2), NAMES).eval()
+    labels = classifier(PIXELS).argmax(1)
+    evaluation = evaluate(half, (PIXELS, labels), PGD(ThreatModel("linf", "1/255"), steps=1), signs=False)
+    assert evaluation.clean.n == 2
 
 
 def test_every_word_before_the_name_can_be_a_prompt():

@@ -149,6 +149,39 @@ def test_adapters_have_strengths_of_their_own():
     assert torch.equal(outputs(model), quarter)
 
 
+@pytest.mark.parametrize("inserted", [False, True], ids=["PEFT", "transformers"])
+def test_adapters_and_models_of_one_configuration_have_strengths_of_their_own(inserted):
+    config = CaptConfig(template_token_ids=TEMPLATE_IDS, init="normal", init_std=1.0)
+    base = random_clip()
+    expected = outputs(base)
+    if inserted:
+        model = base
+        model.add_adapter(config, "first")
+    else:
+        model = get_peft_model(base, config, "first").eval()
+    model.add_adapter(*((config, "second") if inserted else ("second", config)))
+    other = get_peft_model(random_clip(), config).eval()
+    model.set_adapter("first")
+    first, whole = outputs(model), outputs(other)
+    model.set_adapter("second")
+    set_strength(model, 0)
+    assert torch.equal(outputs(model), expected)
+    model.set_adapter("first")
+    assert torch.equal(outputs(model), first)
+    assert torch.equal(outputs(other), whole)
+    assert [model.peft_config[name].strength for name in ("first", "second")] == [1, 0]
+    assert other.peft_config["default"].strength == config.strength == 1
+
+
+def test_the_configuration_of_a_model_is_what_acts():
+    base = random_clip()
+    expected = outputs(base)
+    model = adapted(base, coupling="text_to_vision")
+    model.base_model.bake()
+    model.peft_config["default"].strength = 0.0
+    assert torch.equal(outputs(model), expected)
+
+
 def test_it_is_saved_and_every_loader_has_it(saved_clip, tmp_path):
     model = adapted(CLIPModel.from_pretrained(saved_clip), coupling="none")
     before = adapter_fingerprint(model)
