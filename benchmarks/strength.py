@@ -10,7 +10,7 @@ The lines are those of a benchmark, so that `capt-peft report` makes tables of t
 - "dial": the strength of the best H on validation images of what it was tuned on.
 - "dial, target": that of the best H on a few labelled images of each target, where it is not what was tuned on.
 
-Each line has the chosen strengths and the fronts. Run again, it goes on where it was.
+Each line has the chosen strengths and the fronts. Run again, it resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -121,7 +121,9 @@ def draw(known: dict[str, list[float]]) -> None:
                     if values:
                         axis.plot([place + shift - 0.1, place + shift + 0.1], [mean(values)] * 2, color=colour, lw=2)
             open_axis(axis)
-            axis.set_xticks(range(len(SETS)), ["own", "4 openings", "CLIP's 7", "CLIP's 80"], rotation=35, ha="right")
+            axis.set_xticks(
+                range(len(SETS)), ["task's", "4 openings", "CLIP's 7", "CLIP's 80"], rotation=35, ha="right"
+            )
             axis.set_xlim(-0.5, len(SETS) - 0.5)
             if row == 0:
                 axis.set_title(task, fontsize=10)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import TINY_CLIP
 from peft import get_peft_model
+from PIL import Image
+from siglip_models import random_siglip, siglip_processor
 from transformers import CLIPModel
 
 import capt_peft
@@ -186,7 +188,7 @@ def test_the_blocks_on_retrieval_run(capsys):
     embed, measure = blocks(ROOT / "docs" / "retrieval.md", "python")
     names = {}
     for code, pairs in (
-        (embed, [(adapter, bare), ('data.images["image"]', 'data.images["image"][:9]')]),
+        (embed, [('data.images["image"]', 'data.images["image"][:9]')]),
         (measure, [(adapter, bare), ("sample(200)", "sample(12)"), ("pgd-20", "pgd-1")]),
     ):
         for old, new in pairs:
@@ -211,6 +213,44 @@ def test_the_block_on_strength_runs(tmp_path, monkeypatch, capsys):
     assert "| strength | clean, % | robust (pgd-1, L-inf 10/255), % | H, % |" in capsys.readouterr().out
     assert Path("outputs/front.png").is_file() and Path("outputs/front.json").is_file()
     capt_peft.CaptConfig.from_pretrained("outputs/chosen")
+
+
+def test_the_blocks_on_calibration_run(tmp_path, monkeypatch, capsys):
+    """With an adapter that was not tuned, a few images and one step."""
+    monkeypatch.chdir(tmp_path)
+    digits = capt_peft.load_task("digits")
+    digits["test"][0]["image"].save("image.png")
+    config = capt_peft.CaptConfig(template=digits.template, class_names=list(digits.class_names))
+    get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), config).save_pretrained("outputs/demo")
+    answer, measure = blocks(ROOT / "docs" / "calibrate.md", "python")
+    for old, new in (
+        ('digits["validation"]', 'digits["validation"].select(range(100))'),
+        ('digits["test"]', 'digits["test"].select(range(9))'),
+        ('load_task("letters")["test"]', 'load_task("letters")["test"].select(range(9))'),
+        ("pgd-20", "pgd-1"),
+    ):
+        assert old in measure
+        measure = measure.replace(old, new)
+    names = {}
+    loading, *answers = answer.splitlines(keepends=True)[:3], *answer.splitlines()[3:]
+    exec("".join(loading), names)
+    exec(measure, names)
+    assert "Attacks try to get the 9 images of the classes accepted as a wrong class" in capsys.readouterr().out
+    names["classifier"] = capt_peft.ZeroShotClassifier.from_pretrained("outputs/calibrated")
+    exec("\n".join(answers), names)  # of the calibrated adapter
+    assert f"temperature={names['found'].temperature!r}" in capsys.readouterr().out
+
+
+def test_the_block_on_siglip_runs(tmp_path, monkeypatch, capsys):
+    """With random weights of another size, as none can be downloaded here."""
+    (code,) = blocks(ROOT / "docs" / "how_it_works.md", "python")
+    random_siglip().save_pretrained(tmp_path / "google" / "siglip-base-patch16-224")
+    siglip_processor().save_pretrained(tmp_path / "google" / "siglip-base-patch16-224")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert "trainable params" in capsys.readouterr().out
+    assert len(names["classifier"].predict(Image.new("RGB", (32, 32)))[0]) == 2
 
 
 def test_documents_name_no_place_on_a_machine():

@@ -52,7 +52,7 @@ class ZeroShotClassifier(nn.Module):
         template: The text of a class; `{}` stands for its name. Several, as a list, as a text file with one on each line, or by
             the name of a published set (`capt_peft.data.TEMPLATES`): a class has one text of each, and its feature is the mean of
             theirs, scaled to length 1.
-        class_texts: Texts of one's own, by class name, or a JSON file of them: a text or a list for each class that has them,
+        class_texts: Own texts, by class name, or a JSON file of them: a text or a list for each class that has them,
             which stand in place of the template's, and of which the mean is taken as well; `{}` in a text stands for the name.
         text_chunk_size: Texts that run at once, which bounds the memory; with gradients the others are run again in the backward
             pass. By default all of them up to 256 classes, and 64 above that. The results are the same up to rounding.
@@ -123,7 +123,7 @@ class ZeroShotClassifier(nn.Module):
             name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
             class_names: The classes; by default those the adapter was tuned on.
             template: The text of a class, or several, in the forms that the class takes; by default the adapter's.
-            class_texts: Texts of one's own, or a file of them. By default the adapter's, for those of the classes that have some
+            class_texts: Own texts, or a file of them. By default the adapter's, for those of the classes that have some
                 there, unless a template is given, which is then the text of all classes; {} for none.
             kwargs: For loading: `dtype`, float32 by default; `base`, another base model; `revision`, `token`, `cache_dir`,
                 `subfolder`; and of the base model `device_map` (one device), `quantization_config`, `attn_implementation`, ...
@@ -263,7 +263,7 @@ class ZeroShotClassifier(nn.Module):
             images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
             class_names: Other classes for this call.
             template: Another text of a class for this call, or several; of all classes but those that `class_texts` has some for.
-            class_texts: Texts of one's own for this call, as in `from_pretrained`; {} for none.
+            class_texts: Own texts for this call, as in `from_pretrained`; {} for none.
             top_k: Return the k best classes; by default all.
             batch_size: Images per forward pass.
             reject: An image may be none of these classes: its list is empty where no logit reaches the calibration's threshold.
@@ -330,7 +330,7 @@ class ZeroShotClassifier(nn.Module):
     # -------------------------------------------------------------------------------------------------- embeddings
 
     def embed_images(self, images: Any, *, batch_size: int = 32) -> Tensor:
-        """Returns the features of images, for retrieval; the class names have no say in them.
+        """Returns the features of images, for retrieval; class names do not affect them.
 
         Args:
             images: As for `predict`.

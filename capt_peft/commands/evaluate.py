@@ -6,7 +6,7 @@ torchrun --nproc_per_node 2 -m capt_peft evaluate outputs/demo    # processes sh
 capt-peft evaluate outputs/demo --retrieval --epsilon 4/255       # Recall@k of images and captions instead of accuracy
 capt-peft evaluate outputs/demo --curve                   # accuracy against epsilon and steps, as pictures
 
-A killed evaluation goes on where it was when the same command is given again.
+A killed evaluation resumes where it stopped when the same command is given again.
 """
 
 from __future__ import annotations

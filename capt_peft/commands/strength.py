@@ -5,7 +5,7 @@ capt-peft strength outputs/demo --keep_clean 0.99       # the most robust one th
 capt-peft strength outputs/demo --strengths 0,0.25,1    # at these
 capt-peft strength outputs/demo --set 0.5               # this one, nothing is chosen
 
-The accuracies in results.json are then measured again at that strength. A killed measurement goes on where it was.
+The accuracies in results.json are then measured again at that strength. A killed measurement resumes where it stopped.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def load_task(
             underscores turned into spaces; these stay as they are.
         template: Text of a class, with one `{}`; `a photo of a {}.` unless the catalog has a better one. Several: a list,
             a text file, or the name of a published set; see `Task`.
-        class_texts: Texts of one's own, by class name, or a JSON file of them; see `Task`.
+        class_texts: Own texts, by class name, or a JSON file of them; see `Task`.
         train_split: Name of the split to train on, where its name does not tell.
         validation_split: Likewise, to choose settings on.
         test_split: Likewise, to measure accuracy on.
@@ -295,7 +295,7 @@ def _refuse(source: str, **settings: Any) -> None:
 def _customized(
     task: Task, class_names: ClassNames | None, template: Template | None, class_texts: ClassTexts | None
 ) -> Task:
-    """Returns the task with other class names, another template or texts of one's own, where they are given."""
+    """Returns the task with other class names, another template or own texts, where they are given."""
     if class_names is not None:
         splits, names = rename_classes(task.splits, task.class_names, class_names, ordered=True)
         task = replace(task, class_names=names, splits=splits)

@@ -40,7 +40,7 @@ class Task:
             taken.
         source: Where the images come from, as given to `load_task`; recorded with results.
         left_out: What `load_task` left out, one sentence for each reason.
-        class_texts: Texts of one's own, by class name, or a JSON file of them: a text or a list for each class that has them, in
+        class_texts: Own texts, by class name, or a JSON file of them: a text or a list for each class that has them, in
             place of the template's; `{}` in a text stands for the class name.
 
     Raises:

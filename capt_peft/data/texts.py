@@ -1,4 +1,4 @@
-"""The texts of classes: templates, published sets of templates by name, and texts of one's own."""
+"""The texts of classes: templates, published sets of templates by name, and own texts."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def texts_for(
 def texts_of(class_names: Sequence[str], template: Template, class_texts: ClassTexts | None) -> list[ClassText]:
     """Returns the texts of N classes, class by class: a class's own where it has any, or else one of each template.
 
-    Texts of one's own are under the names of the classes, as `texts_for` returns them.
+    Own texts are under the names of the classes, as `texts_for` returns them.
     """
     read, given, texts = read_template(template), read_class_texts(class_texts) or {}, []
     templates = [read] if isinstance(read, str) else read

@@ -60,7 +60,7 @@ def evaluate(
     """Measures clean accuracy, and accuracy under each attack and in the worst case over them.
 
     White box through the prompts, unless `attack_target` or `attack_template` say otherwise; only then is it robust accuracy. The
-    processes of `accelerate launch` or `torchrun` share the work. With `output`, a killed evaluation goes on where it was
+    processes of `accelerate launch` or `torchrun` share the work. With `output`, a killed evaluation resumes where it stopped
     when it is called again, and ends in the same file.
 
     Args:

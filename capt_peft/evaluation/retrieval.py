@@ -133,11 +133,11 @@ def evaluate_retrieval(
     all images. The adversary moves the pixels of one image, and of no other: every image is attacked by itself, and looks for
     its captions, or is looked for by them, among the captions and the other images as they are. A tie counts against the query.
 
-    The processes of `accelerate launch` or `torchrun` share the work. With `output`, a killed call goes on where it was when it
-    is called again.
+    The processes of `accelerate launch` or `torchrun` share the work. With `output`, a killed call resumes where it stopped when
+    it is called again.
 
     Args:
-        classifier: The model, in float32; its class names have no say. Measured in eval mode and given back in the mode it had.
+        classifier: The model, in float32; its class names do not matter. Measured in eval mode and given back in the mode it had.
         data: At least two images with captions.
         attacks: Attacks, each with its threat model; none measures clean recall alone.
         ks: The k of Recall@k; none larger than the number of images or captions.

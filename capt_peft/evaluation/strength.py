@@ -148,7 +148,12 @@ def draw_front(front: StrengthFront, path: str | Path) -> list[Path]:
     places = [(100 * point.clean.value, 100 * point.robust.value) for point in front.points]
     right.plot(*zip(*places, strict=True), marker="o", markersize=4, color=COLOURS[0])
     for place, point in zip(places, front.points, strict=True):
-        right.annotate(f"{point.strength:g}", place, textcoords="offset points", xytext=(6, 3), fontsize=8)
+        bars = [
+            [[100 * abs(limit - accuracy.value)] for limit in accuracy.interval]
+            for accuracy in (point.clean, point.robust)
+        ]
+        right.errorbar(*place, xerr=bars[0], yerr=bars[1], color=COLOURS[0], alpha=0.35, elinewidth=0.8)
+        right.annotate(f"{point.strength:g}", place, textcoords="offset points", xytext=(-7, 5), ha="right", fontsize=8)
     chosen = front.chosen
     right.plot(
         100 * chosen.clean.value, 100 * chosen.robust.value,
@@ -157,10 +162,10 @@ def draw_front(front: StrengthFront, path: str | Path) -> list[Path]:
     right.margins(0.12)
     right.set_xlabel("clean accuracy (%)")
     right.set_ylabel("robust accuracy (%)")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left")
     for axis in (left, right):
         open_axis(axis)
-    figure.suptitle(f"{front.attack}; {front.images}; shaded: 95% interval", fontsize=11)
+    figure.suptitle(f"{front.attack}; {front.images}; shaded, and bars: 95% interval", fontsize=11)
     paths = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     with written_whole(path.parent) as folder:
         save_figure(figure, *(folder / target.name for target in paths), dpi=120)

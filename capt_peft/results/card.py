@@ -391,8 +391,11 @@ def _calibration(config: Mapping[str, Any], fingerprint: str | None) -> Mapping[
 
 
 def _in_words(template: str | Sequence[str] | None) -> str | None:
-    """Returns a template as it is, and the first few of several."""
-    return template if isinstance(template, str | None) else f"the mean of {len(template)}: {some(template, 3)}"
+    """Returns a template as it is, and the first few of several in quotes."""
+    if isinstance(template, str | None):
+        return template
+    quoted = [f'"{text}"' for text in template]
+    return f"the mean of {len(template)}: {some(quoted)}"
 
 
 def _weak_alone(records: Records) -> list[str]:

@@ -207,9 +207,11 @@ class Evaluation:
         known = self.configuration.get("out_of_class")
         name = f" ({escape(known['name'])})" if isinstance(known, Mapping) and known.get("name") else ""
         return (
-            f'With "none of these" below a largest logit of {self.rejection.threshold:.4g}: {n} images of the classes, which '
-            f"attacks turn into accepted ones of another class, and {m} of no class{name}, which they get accepted.\n\n"
-            f"{self.rejection.table()}"
+            f'With "none of these" below a largest logit of {self.rejection.threshold:.4g}. Attacks try to get the {n} images of '
+            f"the classes accepted as a wrong class, and the {m} images of no class{name} accepted as any class.\n\n"
+            f"{self.rejection.table()}\n\n"
+            "These attacks are others than those on accuracy: on class and score. A rejected image is not right. "
+            "AUROC: 1 is best, 0.5 is chance; risk area: 0 is best."
         )
 
     def warnings(self) -> list[str]:

@@ -117,7 +117,7 @@ class RejectionOutcome:
 
     def cells(self) -> list[Any]:
         """Returns the row of a table."""
-        under = ["", ""]
+        under = ["", "clean"]
         if self.attack is not None:
             under = [str(ThreatModel(**self.attack["threat_model"])), str(self.attack["name"])]
         shares = [share.percent for share in (self.right, self.wrong, self.rejected, self.accepted)]

@@ -90,7 +90,7 @@ class CaptConfig(PeftConfig):
             `Calibration`. `capt-peft calibrate` fills it in; it changes no logits.
         target_modules: Not used; the places of the prompts follow from the model's structure.
         modules_to_save: Further modules of the base model to train and save, as in every PEFT method.
-        class_texts: Texts of one's own, by class name: a list for each class that has them, in place of the template's; `{}` in
+        class_texts: Own texts, by class name: a list for each class that has them, in place of the template's; `{}` in
             a text stands for the class name.
 
     Raises:

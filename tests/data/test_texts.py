@@ -1,4 +1,4 @@
-"""The texts of a task's classes: templates, published sets by name, texts of one's own and the files that hold them."""
+"""The texts of a task's classes: templates, published sets by name, own texts and the files that hold them."""
 
 import json
 import re

@@ -127,7 +127,10 @@ def test_attacks_get_accepted_and_the_figures_are_written_shown_and_read_again(c
     assert attacked.wrong.correct > clean.wrong.correct and attacked.accepted.correct > clean.accepted.correct
     assert attacked.auroc < clean.auroc and attacked.aurc > clean.aurc
     assert Evaluation.load(tmp_path / "r.json") == found
-    assert 'With "none of these" below a largest logit of' in found.table()
+    shown = found.table()
+    assert 'With "none of these" below a largest logit of' in shown and "|  | clean | " in found.rejection.table()
+    assert "the 20 images of the classes accepted as a wrong class, and the 14 images of no class" in shown
+    assert "A rejected image is not right. AUROC: 1 is best, 0.5 is chance; risk area: 0 is best." in shown
     assert found.rejection.table() in found.table() and "Expected calibration error (15 bins" in found.table()
     temperature = classifier.calibration.temperature
     assert f"scores at the adapter's temperature, {temperature:.4g}" in found.table()

@@ -99,8 +99,11 @@ def test_what_is_known_of_the_scores_is_in_the_card(results, evaluation):
     }
     evaluation["rejection"] = {"threshold": 8.5, "outcomes": [outcome]}
     text = card_from(results, "a", evaluation)
-    assert 'With "none of these" below a largest logit of 8.5: 10 images of the classes' in text
-    assert "| 0.750 | 0.250 |" in text
+    assert (
+        'With "none of these" below a largest logit of 8.5. Attacks try to get the 10 images of the classes accepted'
+        in text
+    )
+    assert "| 0.750 | 0.250 |" in text and "AUROC: 1 is best, 0.5 is chance; risk area: 0 is best." in text
     calibration = {
         "fingerprint": results["adapter"]["fingerprint"], "temperature": 0.5, "threshold": 8.5, "false_rejection_rate": 0.05,
         "images": 300, "split": "validation", "task": "digits", "class_names": ["a", "b"],

@@ -80,8 +80,8 @@ def test_the_adapter_stores_its_texts_and_classifies_with_them(tmp_path, process
     with torch.no_grad():
         assert torch.equal(loaded(pixels), trainer.classifier.eval()(pixels))
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "| template | the mean of 3: a photo of a {}., a drawing of the {}, a photo of one small {} |" in card
-    assert "| texts of their own | 1 classes, 2 texts" in card
+    assert '| template | the mean of 3: "a photo of a {}.", "a drawing of the {}", "a photo of one small {}" |' in card
+    assert "| own texts | 1 classes, 2 texts" in card
 
 
 def test_a_task_without_texts_of_its_own_leaves_none_in_the_adapter(tmp_path, processor):

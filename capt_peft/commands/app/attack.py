@@ -168,7 +168,7 @@ class Page:
             image: Path of an image file.
             class_names: The classes, separated by commas, or one a line.
             template: The text of a class; `{}` stands for its name. Several: one a line. While it is the adapter's, classes
-                that have texts of their own in the adapter have these.
+                that have own texts in the adapter have these.
             epsilon_levels: L-inf epsilon in levels of 255, 0 to 255.
             steps: Steps of the attack, 1 to 200.
             true_class: The class to lead away from; by default each model's own clean answer.
