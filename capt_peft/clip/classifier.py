@@ -257,7 +257,7 @@ class ZeroShotClassifier(nn.Module):
         """Classifies images.
 
         Scores are softmax(logits / temperature). The temperature is that of the adapter's calibration, if it holds for exactly
-        these classes, texts, strength and weights (`calibration`), else the model's own: its logits as they are.
+        this classifier (`calibration`), else the model's own: its logits as they are.
 
         Args:
             images: One image or a list: PIL images, paths, or arrays ((H, W), (H, W, 3); uint8, or float in [0, 1]).
@@ -320,7 +320,10 @@ class ZeroShotClassifier(nn.Module):
 
     @property
     def calibration(self) -> Calibration | None:
-        """The adapter's calibration, if it holds for exactly these classes, texts, strength and weights, else None."""
+        """The adapter's calibration, if it holds for exactly these classes, texts, strength, weights and precision, else None.
+
+        The weights are the adapter's and the base model's; what is written to these through `parameter.data` stays unseen.
+        """
         return calibration_for(self)[0]
 
     def scores(self, logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import datasets
 import torch
 from torch import Tensor
 
-from ..clip.calibration import texts_digest
+from ..clip.calibration import base_weights, precision_of, texts_digest
 from ..clip.classifier import ZeroShotClassifier
 from ..tuner import Calibration, CaptConfig, adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint
@@ -66,7 +66,8 @@ def calibrate(
     is on the wrong side with a probability of at most k / (n + 1), over the draw of all n + 1.
 
     Args:
-        classifier: A classifier with one adapter acting. The calibration holds for its classes, texts, strength and weights.
+        classifier: A classifier with one adapter acting. The calibration holds for its classes, texts, strength and
+            precision, the adapter's weights and the base model's.
         logits: (n, N) of images of its classes that the adapter was not tuned on (`logits_and_labels`).
         labels: (n,) int64, their classes.
         task: Name of the task that they are of, for the record.
@@ -79,7 +80,7 @@ def calibrate(
         The calibration; `CaptConfig.calibration` takes its `to_dict()`.
 
     Raises:
-        ValueError: No adapter acts, or several; a rate that so few images cannot resolve; or images that leave the temperature
+        ValueError: No adapter acts, or several; weights that are not there (meta device); a rate that so few images cannot resolve; or images that leave the temperature
             open, such as when all of them are classified correctly.
     """
     in_use = adapters_in_use(classifier.model)
@@ -88,6 +89,9 @@ def calibrate(
         raise ValueError(
             f"One CAPT adapter is calibrated, and {len(in_use)} adapters act here: {some(in_use) or 'none'}."
         )
+    base = base_weights(classifier.model)
+    if base is None:
+        raise ValueError("Weights of the base model are on the meta device. Load all of it onto one device.")
     absent = [name for i, name in enumerate(classifier.class_names) if not (labels == i).any()]
     if absent:
         logger.warning("The calibration has seen no images of %s.", some(absent, 5, quote=True))
@@ -104,6 +108,8 @@ def calibrate(
         texts=texts_digest(classifier),
         strength=config.strength,
         fingerprint=adapter_fingerprint(classifier.model, in_use[0]),
+        base=base,
+        precision=precision_of(classifier.model),
     )
 
 

@@ -14,7 +14,7 @@ from ..utils.text import shown
 
 _SHARES = ("false_rejection_rate", "false_positive_rate")
 _NUMBERS = ("temperature", "threshold", *_SHARES, "strength")
-_TEXTS = ("task", "split", "texts", "fingerprint")
+_TEXTS = ("task", "split", "texts", "fingerprint", "base", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Calibration:
         texts: Digest of the texts of these classes.
         strength: The adapter's strength that it holds for, 0 to 1.
         fingerprint: The fingerprint of the adapter (`adapter_fingerprint`).
+        base: The fingerprint of the base model's weights (`base_fingerprint`).
+        precision: The type of these weights, such as "float32".
 
     Raises:
         TypeError: A field of another type.
@@ -57,6 +59,8 @@ class Calibration:
     texts: str
     strength: float
     fingerprint: str
+    base: str
+    precision: str
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -117,5 +121,7 @@ class Calibration:
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in content]
         if missing:
-            raise ValueError(f"calibration has no {missing[0]}. Calibrate again: capt-peft calibrate.")
+            raise ValueError(
+                f"calibration has no {missing[0]}. Take it out of adapter_config.json, and fit one: capt-peft calibrate."
+            )
         return cls(**{name: content[name] for name in names})

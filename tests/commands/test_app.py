@@ -26,7 +26,7 @@ from capt_peft.commands.app.attack import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled
 from capt_peft.commands.train import main as train
 from capt_peft.randomness import example_generator
 from capt_peft.results.hub import update_config
-from capt_peft.tuner.fingerprint import adapter_fingerprint
+from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "examples" / "space"
@@ -102,7 +102,7 @@ def test_a_calibrated_adapter_has_its_scores_and_says_none_of_these(page, digits
         "temperature": 0.5, "threshold": 1000.0, "false_rejection_rate": 0.05, "class_thresholds": [0.0] * 10,
         "false_positive_rate": 0.05, "images": 300, "task": "digits", "split": "validation", "class_names": list("0123456789"),
         "texts": texts_digest(ZeroShotClassifier(*page.models[CAPT], NAMES.split(", "), DIGITS_TEMPLATE)), "strength": 1.0,
-        "fingerprint": adapter_fingerprint(adapter),
+        "fingerprint": adapter_fingerprint(adapter), "base": base_fingerprint(page.models[CAPT][0]), "precision": "float32",
     }  # fmt: skip
     model, _ = page.models[CAPT]
     (_, plain), _ = page.run(digits[3], NAMES, DIGITS_TEMPLATE, 10, 1, "3")

@@ -1,15 +1,17 @@
 """Calibration: the temperature is the best, thresholds keep their rates, and both are used where they hold and nowhere else."""
 
+import copy
 import math
 
 import pytest
 import torch
 from helpers import TINY_CLIP, shake
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch.nn import functional as F
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier, load_task
+from capt_peft.clip import calibration
 from capt_peft.evaluation.calibration import (
     calibrate,
     class_thresholds,
@@ -17,7 +19,10 @@ from capt_peft.evaluation.calibration import (
     logits_and_labels,
     rejection_threshold,
 )
+from capt_peft.toy import TINY_CLIP_ROBUST
 from capt_peft.toy.tasks import load_toy_task
+from capt_peft.tuner.fingerprint import base_fingerprint
+from capt_peft.tuner.switching import base_parameters
 
 
 def drawn(n, temperature=1.0, seed=0, classes=5):
@@ -146,6 +151,7 @@ def test_several_labels_are_those_above_their_thresholds(calibrated, task):
 def others(calibrated, processor, change):
     """The calibrated model as another classifier."""
     names, template, model = list(calibrated.class_names), calibrated.template, calibrated.model
+    of_adapter = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
     if change == "classes":
         names = names[:-1]
     if change == "order":
@@ -158,6 +164,19 @@ def others(calibrated, processor, change):
         shake(model)
     if change == "precision":
         model = model.to(torch.bfloat16)
+    if change == "precision of the base":  # as PEFT loads an adapter on it: the prompts stay in float32
+        for _, parameter in base_parameters(model):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if change == "base":
+        other = PeftModel(CLIPModel.from_pretrained(TINY_CLIP_ROBUST), model.peft_config["default"])
+        set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+        model = other.eval()
+    if change == "base in place":
+        with torch.no_grad():
+            dict(base_parameters(model))["visual_projection.weight"][3, 4] += 0.5
+    if change == "base rounded":
+        model = model.to(torch.bfloat16).to(torch.float32)
+        set_peft_model_state_dict(model, of_adapter)
     if change == "adapters":
         model.add_adapter("other", CaptConfig(template=template))
         model.set_adapter("other")
@@ -174,7 +193,11 @@ def others(calibrated, processor, change):
         ("several texts", "for other texts of the classes"),
         ("strength", "for strength 1, and it is 0.5 here"),
         ("weights", "with other weights"),
-        ("precision", "in another precision"),
+        ("precision", "in float32, and its base model is in bfloat16 here"),
+        ("precision of the base", "in float32, and its base model is in bfloat16 here"),
+        ("base", "on a base model with other weights"),
+        ("base in place", "on a base model with other weights"),
+        ("base rounded", "on a base model with other weights"),
         ("adapters", "the adapter has no calibration; capt-peft calibrate ADAPTER fits one"),
     ],
 )
@@ -189,6 +212,29 @@ def test_it_is_used_for_exactly_what_it_holds_for(calibrated, processor, task, c
         with pytest.raises(ValueError, match=f"{option}=True needs thresholds") as caught:
             other.predict(image, **{option: True})
         assert words in str(caught.value)
+
+
+def test_the_base_is_hashed_again_only_when_its_weights_are_others(calibrated, monkeypatch):
+    model, hashed = calibrated.model, []
+    monkeypatch.setattr(calibration, "base_fingerprint", lambda model: hashed.append(1) or base_fingerprint(model))
+    weight = dict(base_parameters(model))["text_projection.weight"]
+    original = weight.detach().clone()
+    assert calibrated.calibration is not None and calibrated.calibration is not None and not hashed
+    with torch.no_grad():
+        weight.mul_(2)
+    assert calibrated.calibration is None and calibrated.calibration is None and len(hashed) == 1
+    weight.data = original
+    assert calibrated.calibration is not None and len(hashed) == 2
+    copied = copy.deepcopy(calibrated)
+    assert copied.calibration is not None and len(hashed) == 3
+
+
+def test_weights_whose_changes_nothing_tells_are_hashed_each_time():
+    with torch.inference_mode():
+        base = torch.nn.Linear(3, 3)
+        before = calibration.base_weights(base)
+        base.weight.mul_(2)
+    assert base.weight.is_inference() and before != calibration.base_weights(base) == base_fingerprint(base)
 
 
 def test_a_base_model_and_an_adapter_without_one_say_so(classifier, processor, task):

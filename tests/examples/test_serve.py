@@ -18,7 +18,7 @@ from transformers import CLIPModel
 from capt_peft import CaptConfig, ZeroShotClassifier, export
 from capt_peft.clip.calibration import texts_digest
 from capt_peft.tuner import Calibration
-from capt_peft.tuner.fingerprint import adapter_fingerprint
+from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BLOCKED = ("torch", "transformers", "peft", "capt_peft", "datasets", "onnx")
@@ -93,6 +93,7 @@ def calibrate(classifier):
         temperature=2.5, threshold=float(largest.median()) + 1e-3, false_rejection_rate=0.5, false_positive_rate=0.1, images=6,
         class_thresholds=[0.0] * 3, task="pictures", split="validation", class_names=list(classifier.class_names),
         texts=texts_digest(classifier), strength=1.0, fingerprint=adapter_fingerprint(classifier.model),
+        base=base_fingerprint(classifier.model), precision="float32",
     )  # fmt: skip
     classifier.model.peft_config["default"].calibration = calibration.to_dict()
     assert classifier.calibration == calibration

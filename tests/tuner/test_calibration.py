@@ -15,6 +15,7 @@ from capt_peft.tuner.fingerprint import adapter_fingerprint
 CALIBRATION = Calibration(
     temperature=1.5, threshold=12.5, false_rejection_rate=0.05, class_thresholds=[1.0, -2.5], false_positive_rate=0.1,
     images=40, task="pets", split="validation", class_names=["cat", "dog"], texts="0f", strength=1.0, fingerprint="a1",
+    base="b2", precision="float32",
 )  # fmt: skip
 
 
@@ -39,6 +40,7 @@ CALIBRATION = Calibration(
         ({"images": 0}, ValueError, "images=0 must be 1 or more"),
         ({"images": 2.5}, TypeError, "images=2.5"),
         ({"texts": 3}, TypeError, "texts=3 must be text"),
+        ({"base": None}, TypeError, "base=None must be text"),
     ],
 )
 def test_bad_fields_are_refused_by_the_record_and_by_the_configuration(fields, error, words):
