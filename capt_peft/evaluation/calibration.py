@@ -80,8 +80,8 @@ def calibrate(
         The calibration; `CaptConfig.calibration` takes its `to_dict()`.
 
     Raises:
-        ValueError: No adapter acts, or several; weights that are not there (meta device); a rate that so few images cannot resolve; or images that leave the temperature
-            open, such as when all of them are classified correctly.
+        ValueError: No adapter acts, or several; weights that are not there (meta device); a rate that so few images cannot
+            resolve; or images that leave the temperature open, such as when all of them are classified correctly.
     """
     in_use = adapters_in_use(classifier.model)
     config: Any = classifier.model.peft_config[in_use[0]] if len(in_use) == 1 else None
