@@ -16,15 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..clip.calibration import digest_as_loaded, texts_digest
 from ..clip.classifier import ZeroShotClassifier
+from ..data import Task
+from ..data.names import name_places
 from ..evaluation.calibration import calibrate, logits_and_labels
+from ..results.card import adapter_config
 from ..results.hub import update_config
 from ..results.reliability import BINS, Reliability
-from ..tuner import Calibration
+from ..tuner import Calibration, CaptConfig
 from ..utils.files import make_writable
+from ..utils.text import shown, some
 from .card import adapter_folder
 from .data import measured
 from .ending import loading
+from .export import say_what_stays
 from .options import values_in
 from .parser import Parser
 from .tuned import TunedDataArguments, take_over
@@ -37,6 +43,9 @@ class Arguments(TunedDataArguments):
     adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
     split: str = field(
         default="validation", metadata={"help": "Split that it is fitted on; not the one it was tuned on."}
+    )
+    choose_on_test: bool = field(
+        default=False, metadata={"help": "Allow --split test, whose figures then look better than they are."}
     )
     limit: int | None = field(default=None, metadata={"help": "Fit on this many images, drawn by seed 0."})
     false_rejection_rate: float = field(
@@ -59,6 +68,11 @@ def parse_args(argv: list[str]) -> Arguments:
     adapter_folder(args.adapter)
     if args.split == "train":
         raise ValueError("split='train' has the images that it was tuned on, of which it is too sure. Give validation.")
+    if args.split == "test" and not args.choose_on_test:
+        raise ValueError(
+            "A calibration that is fitted on test images makes their calibration error and rejected images look better than they "
+            "are. Leave --split out, or give --choose_on_test if you know other test images."
+        )
     for name in ("limit", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -78,10 +92,12 @@ def main(argv: list[str]) -> Calibration:
     args = parse_args(argv)
     folder = adapter_folder(args.adapter)
     make_writable(folder, given="adapter")
-    task = args.load()
+    config, task = adapter_config(folder), args.load()
+    names = names_as_loaded(config, task)
     data = measured(task, args.split, args.limit)
     with loading(args.adapter):
-        classifier = ZeroShotClassifier.from_pretrained(str(folder), class_names=task.class_names, **args.texts)
+        classifier = ZeroShotClassifier.from_pretrained(str(folder), class_names=names, **args.texts)
+    check_texts_as_loaded(config, classifier)
     device = "cpu" if args.use_cpu or not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     logits, labels = logits_and_labels(classifier.to(device), data, args.batch_size)
     calibration = calibrate(
@@ -97,7 +113,31 @@ def main(argv: list[str]) -> Calibration:
     update_config(folder, calibration=calibration.to_dict())
     print(summary(calibration, logits, labels))
     print(f"\nSaved to {folder / 'adapter_config.json'}")
+    say_what_stays(folder)
     return calibration
+
+
+def names_as_loaded(config: CaptConfig, task: Task) -> list[str]:
+    """Returns the classes that an adapter is loaded with; raises a ValueError where the task's are others."""
+    own, names = config.class_names, task.class_names
+    if not own:
+        return list(names)
+    if len(own) != len(names) or None in name_places(names, own):
+        raise ValueError(
+            f"{task.name} has the {len(names)} classes {some(names, 5, quote=True)}, and the adapter has the {len(own)} "
+            f"classes {some(own, 5, quote=True)}: a calibration on these images would never hold for it. Give images of its "
+            "classes."
+        )
+    return own
+
+
+def check_texts_as_loaded(config: CaptConfig, classifier: ZeroShotClassifier) -> None:
+    """Raises a ValueError where texts of the classes are not those that an adapter is loaded with."""
+    if texts_digest(classifier) != digest_as_loaded(config.to_dict(), classifier.class_names):
+        raise ValueError(
+            f"The adapter is loaded with other texts of its classes than {shown(classifier.texts[0])} and so on: a calibration "
+            "with these would never hold for it. Leave out --template and --class_texts."
+        )
 
 
 def summary(calibration: Calibration, logits: Tensor, labels: Tensor) -> str:

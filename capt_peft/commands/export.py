@@ -19,6 +19,7 @@ from peft import PeftModel
 
 from ..clip.classifier import ZeroShotClassifier
 from ..clip.export import FORMATS, check_export, export
+from ..utils.text import some
 from .ending import loading
 from .parser import Parser
 from .places import check_places
@@ -58,6 +59,15 @@ def output_of(args: Arguments) -> Path:
             f"{args.model} is not the folder of an adapter, which would get the file. Name it: --output model.onnx."
         )
     return Path(args.adapter, f"model{'.int8' if args.int8 else ''}{FORMATS.get(args.format, '')}")
+
+
+def say_what_stays(folder: Path) -> None:
+    """Says which exported files in a folder are of the adapter that was there before it changed."""
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in FORMATS.values())
+    if files:
+        print(
+            f"Exported before this change, and still as it was then: {some(files)}. Write it again: capt-peft export."
+        )
 
 
 def main(argv: list[str]) -> Path:

@@ -38,6 +38,7 @@ from ..utils.files import make_writable
 from .card import adapter_folder
 from .data import DataArguments, measured
 from .ending import loading
+from .export import say_what_stays
 from .options import values_in
 from .parser import Parser
 from .tuned import TunedDataArguments, read_record, take_over
@@ -240,6 +241,7 @@ def main(argv: list[str]) -> float:
         return strength
     if front is not None:
         print(f"\n{front.table()}\n\n{draw(front, folder)}")
+    before = adapter_config(folder).strength
     save_strength(folder, strength, front=front, results=results)
     print(f"\n{told(strength)}")
     given, calibration = shlex.quote(args.adapter), adapter_config(folder).calibration
@@ -256,6 +258,8 @@ def main(argv: list[str]) -> float:
             f"The accuracies in results.json are of strength {record.strength:g}, so the card does not show them; "
             f"capt-peft strength {given} --set {strength!r} measures again."
         )
+    if strength != before:
+        say_what_stays(folder)
     if not is_replaceable(folder / CARD):
         print(f"{folder / CARD} was written by a person and stays as it is.")
     return strength

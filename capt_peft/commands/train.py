@@ -33,6 +33,7 @@ from ..tuner.loading import load_pretrained
 from ..utils.text import some
 from .data import DataArguments, measured
 from .ending import loading
+from .export import say_what_stays
 from .options import values_in
 from .parser import Parser
 from .places import CONFIGS, check_places
@@ -237,6 +238,7 @@ def main(argv: list[str]) -> RunResults:
         print(f"\n{results.table()}\n\nSaved to {output} after {seconds:.0f} s of tuning.")
         if script.strength is not None:
             print(told(results.strength))
+        say_what_stays(Path(output))
         if args.push_to_hub:
             commit: Any = trainer.push_to_hub()
             print(f"Uploaded to {commit.commit_url}")

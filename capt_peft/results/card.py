@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..attacks import PGD, ThreatModel
 from ..attacks.registry import known_attack
+from ..clip.calibration import digest_as_loaded
 from ..tuner import CaptConfig
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
 from ..utils.embedded import embedded_name
@@ -22,6 +23,7 @@ from ..utils.files import write_text
 from ..utils.markup import Markdown, code, escape, plain, quoted
 from ..utils.text import some
 from .accuracy import Accuracy
+from .evaluation import EVALUATION, Evaluation
 from .run import RESULTS, Records
 from .strength import StrengthFront
 
@@ -338,6 +340,8 @@ def card_text(
     base = details.finetuned_from or config.get("base_model_name_or_path") or "unknown base"
     embedded = embedded_name(str(base))
     words = f" ({', '.join(details.dataset_args)})" if details.dataset_args else ""
+    calibration = _calibration(config, fingerprint)
+    other = _of_another_calibration(evaluation, calibration)
     values = {
         "mark": Markdown(MARK),
         "title": f"CAPT adapter for {shown_path(task or base)}",
@@ -345,7 +349,7 @@ def card_text(
         "results": results,
         "config": config,
         "fingerprint": fingerprint,
-        "calibration": _calibration(config, fingerprint),
+        "calibration": calibration,
         "strength": _strength(records.front, config["strength"]),
         "run": run,
         "base": Markdown(f"{code(embedded)} (embedded in capt-peft)") if embedded else code(shown_path(base, hub=True)),
@@ -354,9 +358,9 @@ def card_text(
         "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.attack)),
         "alone": _weak_alone(records),
         "signs": () if evaluation is None else evaluation.signs,
-        "on_scores": () if evaluation is None else [Markdown(text) for text in evaluation.on_scores()],
+        "on_scores": [] if other or evaluation is None else [Markdown(text) for text in evaluation.on_scores()],
         "evaluated": evaluation is not None,
-        "unshown": records.unshown,
+        "unshown": [*records.unshown, *other],
         "measured": _measured(records, config),
         "template": _in_words(config.get("template")),
         "own_texts": config.get("class_texts") or {},
@@ -385,9 +389,36 @@ def _strength(front: StrengthFront | None, strength: float) -> str | None:
 
 
 def _calibration(config: Mapping[str, Any], fingerprint: str | None) -> Mapping[str, Any] | None:
-    """Returns an adapter's calibration, unless it is of other weights."""
+    """Returns an adapter's calibration, if it holds for the adapter as it is loaded: its classes and texts, in float32."""
     found = config.get("calibration")
-    return found if found is not None and found["fingerprint"] == fingerprint else None
+    if found is None:
+        return None
+    names = list(config.get("class_names") or found["class_names"])
+    as_loaded = {
+        "fingerprint": fingerprint,
+        "class_names": names,
+        "texts": digest_as_loaded(config, names),
+        "base": config.get("base_model_fingerprint") or found["base"],
+        "precision": "float32",
+    }
+    return found if as_loaded.items() <= found.items() else None
+
+
+def _of_another_calibration(evaluation: Evaluation | None, calibration: Mapping[str, Any] | None) -> list[str]:
+    """Returns why what an evaluation says of the scores is not shown; nothing where it is of this calibration."""
+    if evaluation is None or not evaluation.on_scores():
+        return []
+    measured = [evaluation.configuration.get("temperature", 1)]
+    acting = [1 if calibration is None else calibration["temperature"]]
+    if evaluation.rejection is not None:
+        measured.append(evaluation.rejection.threshold)
+        acting.append(None if calibration is None else calibration["threshold"])
+    if measured == acting:
+        return []
+    return [
+        f"{EVALUATION} has the calibration error at another temperature or threshold than the adapter has now, so it is not "
+        "shown. Measure again: capt-peft evaluate --update_card."
+    ]
 
 
 def _in_words(template: str | Sequence[str] | None) -> str | None:

@@ -90,8 +90,9 @@ def save_run(
         write_cards_for(temporary, folder, name)
 
     save_somewhere(folder, write)
-    for record in [EVALUATION] if front else [EVALUATION, STRENGTH]:  # they were of the adapter before
-        (folder / record).unlink(missing_ok=True)
+    of_strength = [STRENGTH, *(Path(STRENGTH).with_suffix(suffix).name for suffix in (".png", ".svg"))]
+    for name in [EVALUATION, *([] if front else of_strength)]:  # they were of the adapter before
+        (folder / name).unlink(missing_ok=True)
     return RunResults.load(folder)
 
 

@@ -113,9 +113,13 @@ def test_figures_of_another_strength_are_never_shown(adapter, capsys):
         ["--adapter", str(adapter), "--attacks", "pgd-1", "--limit", "20", "--use_cpu", "--no_signs", "--update_card"]
     )
     assert (adapter / "evaluation.json").is_file()
+    (adapter / "model.onnx").touch()
+    main(["--adapter", str(adapter), "--set", "1", "--no_evaluate"])
+    assert "Exported before" not in capsys.readouterr().out
     main(["--adapter", str(adapter), "--set", "0.5", "--no_evaluate"])
-    again = f"capt-peft strength {adapter} --set 0.5"
-    assert f"results.json are of strength 1, so the card does not show them; {again}" in capsys.readouterr().out
+    shown, again = capsys.readouterr().out, f"capt-peft strength {adapter} --set 0.5"
+    assert f"results.json are of strength 1, so the card does not show them; {again}" in shown
+    assert "Exported before this change, and still as it was then: model.onnx." in shown
     card = (adapter / "README.md").read_text()
     assert whole.robust.percent not in card
     assert "**Not known.** Clean and robust accuracy were not measured at strength 0.5, so" in card
@@ -163,6 +167,15 @@ def test_another_strength_by_hand_leaves_the_front_and_says_so(adapter):
     assert StrengthFront.load(adapter) == front
     words = f"| strength | 0.3, set by hand; on 20 images of the validation split of digits under pgd-2, L-inf 8/255, strength {front.chosen.strength:g} has the best"  # noqa: E501
     assert words in (adapter / "README.md").read_text()
+
+
+def test_an_adapter_that_is_tuned_again_has_nothing_of_the_old_front(adapter, capsys):
+    main(["--adapter", str(adapter), *FRONT, "--no_evaluate"])
+    (adapter / "model.pt2").touch()
+    assert {path.name for path in adapter.glob("strength.*")} == {"strength.json", "strength.png", "strength.svg"}
+    train([*QUICK, "--output_dir", str(adapter)])
+    assert not list(adapter.glob("strength.*"))
+    assert "still as it was then: model.pt2." in capsys.readouterr().out
 
 
 def test_a_front_of_other_weights_is_refused(adapter, tuned):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from capt_peft import APGD, FAB, PGD, AutoAttack, Square, ThreatModel
 from capt_peft.attacks import Attack, register_attack, registry
+from capt_peft.clip.calibration import digest_as_loaded
 from capt_peft.evaluation import Accuracy
 from capt_peft.results.card import TEMPLATE, CardDetails, write_card
 
@@ -98,21 +99,49 @@ def test_what_is_known_of_the_scores_is_in_the_card(results, evaluation):
         "curve": [],
     }
     evaluation["rejection"] = {"threshold": 8.5, "outcomes": [outcome]}
-    text = card_from(results, "a", evaluation)
+    evaluation["configuration"]["temperature"] = 0.5
+    calibration = calibration_of(results)
+    config = {**results["adapter"]["config"], "calibration": calibration}
+    text = card_from(results, "a", evaluation, config=config)
     assert (
         'With "none of these" below a largest logit of 8.5. Attacks try to get the 10 images of the classes accepted'
         in text
     )
     assert "| 0.750 | 0.250 |" in text and "AUROC: 1 is best, 0.5 is chance; risk area: 0 is best." in text
-    calibration = {
+    assert CALIBRATED in text and "so it is not shown" not in text
+    for field, value in (("temperature", 3.0), ("threshold", 7.0), ("fingerprint", "another")):
+        changed = {**config, "calibration": {**calibration, field: value}}
+        text = card_from(results, "a", evaluation, config=changed)
+        assert "Expected calibration error" not in text and "largest logit of" not in text
+        assert "evaluation.json has the calibration error at another temperature or threshold" in text
+
+
+def calibration_of(results):
+    config = results["adapter"]["config"]
+    return {
         "fingerprint": results["adapter"]["fingerprint"], "temperature": 0.5, "threshold": 8.5, "false_rejection_rate": 0.05,
-        "images": 300, "split": "validation", "task": "digits", "class_names": ["a", "b"],
+        "images": 300, "split": "validation", "task": "digits", "class_names": config["class_names"],
+        "texts": digest_as_loaded(config, config["class_names"]), "base": config["base_model_fingerprint"],
+        "precision": "float32",
     }  # fmt: skip
-    config = {**results["adapter"]["config"], "calibration": calibration}
-    line = 'temperature 0.5; "none of these" where the largest logit is below 8.5, at most 5% of images of its classes'
-    assert line in card_from(results, "a", config=config)
-    calibration["fingerprint"] = "another"
-    assert line not in card_from(results, "a", config=config)
+
+
+CALIBRATED = (
+    'temperature 0.5; "none of these" where the largest logit is below 8.5, at most 5% of images of its classes'
+)
+
+
+def test_the_card_shows_a_calibration_only_if_it_holds_for_the_adapter_as_it_is_loaded(results):
+    config, calibration = results["adapter"]["config"], calibration_of(results)
+    assert CALIBRATED in card_from(results, "a", config={**config, "calibration": calibration})
+    nameless = {**config, "class_names": None, "calibration": calibration}
+    assert CALIBRATED in card_from(results, "a", config=nameless)
+    others = {
+        "fingerprint": "another", "class_names": ["a", "b"], "texts": "0f", "precision": "bfloat16", "base": "another",
+    }  # fmt: skip
+    for field, value in others.items():
+        changed = {**config, "calibration": {**calibration, field: value}}
+        assert "largest logit is below" not in card_from(results, "a", config=changed)
 
 
 def test_a_base_on_the_hub_is_linked(results):
