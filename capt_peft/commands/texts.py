@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.texts import read_class_texts, read_template
+from ..utils.text import cut
 
 
 @dataclass
@@ -26,7 +27,10 @@ class TextArguments:
     def __post_init__(self) -> None:
         # what the files hold, which then stands in the records
         template = None if self.template is None else read_template(self.template)
-        vars(self).update(template=template, class_texts=read_class_texts(self.class_texts))
+        try:
+            vars(self).update(template=template, class_texts=read_class_texts(self.class_texts))
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no file {cut(self.class_texts, 200)} (--class_texts).") from error
 
     @property
     def texts(self) -> dict[str, Any]:

@@ -317,7 +317,7 @@ def test_20_users_at_once_get_what_each_would_get_alone(page, digits):
 def test_requests_do_not_change_the_shared_tokenizer_under_each_other(page):
     def texts(i):
         names = [f"thing {i} {j}" for j in range(2 + 4 * i)]
-        return [len(classifier.input_ids) for _, classifier in page._classifiers(names, DIGITS_TEMPLATE)]
+        return [len(classifier.input_ids) for _, classifier in page._classifiers(names, [DIGITS_TEMPLATE], None)]
 
     with ThreadPoolExecutor(20) as pool:
         assert list(pool.map(texts, 10 * list(range(20)))) == 10 * [2 * [2 + 4 * i] for i in range(20)]
