@@ -50,7 +50,7 @@ def test_only_the_name_of_a_data_set_names_another_one(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.json").write_text('{"b": "blue"}')
     words = [word for name, value in named.items() for word in (f"--{name}", value)]
-    if command == "strength" and "split" in named:
+    if command != "evaluate" and "split" in named:
         words.append("--choose_on_test")
     args = PARSERS[command](["--adapter", str(tuned_on_shapes), *words])
     expected = {**SCRIPT, **changed}
