@@ -93,7 +93,7 @@ def find_column(dataset: Dataset, given: str | None, kind: str, suits: Callable[
         expected: What it holds, in words for a message.
 
     Raises:
-        ValueError: There is no such column, or none or several that suit.
+        ValueError: The named column is missing, or none or several suit.
     """
     columns = ", ".join(dataset.column_names)
     if given is not None:

@@ -36,7 +36,7 @@ def read_template(template: Template) -> str | list[str]:
     """Returns a template, or several as a list: those given, those of a text file with one a line, or the set of this name.
 
     Raises:
-        FileNotFoundError: There is no such file (a `Path`).
+        FileNotFoundError: The file is missing (a `Path`).
         TypeError: Something else than a string, a path or a list of strings.
         ValueError: A template without exactly one `{}` that is the name of neither a set nor a file; none; or one twice.
     """
@@ -51,7 +51,7 @@ def read_template(template: Template) -> str | list[str]:
         if not nameable:
             raise
         raise ValueError(
-            f"{error} There is no such file either. Sets of templates have the names {', '.join(TEMPLATES)}."
+            f"{error} No file has this name either. Sets of templates have the names {', '.join(TEMPLATES)}."
         ) from error
 
 
@@ -68,7 +68,7 @@ def read_class_texts(class_texts: ClassTexts | None) -> dict[str, list[str]] | N
     """Returns texts of classes as lists by class name: those given, or those of a JSON file; None where there are none.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is missing.
         TypeError: Something else than a mapping of names to lists of texts.
         ValueError: A file that is not a JSON object, or names a class twice; a class with no text, an empty one, or one twice.
     """

@@ -106,7 +106,7 @@ def update_config(folder: str | Path, **settings: Any) -> None:
     Raises:
         OSError: Nothing can be written there.
         TypeError: A setting of another type.
-        ValueError: There is no whole CAPT adapter, or a setting is out of range.
+        ValueError: The folder has no whole CAPT adapter, or a setting is out of range.
     """
     folder = Path(folder)
     replace(adapter_config(folder), **settings)  # or it raises
@@ -132,7 +132,7 @@ def save_strength(
 
     Raises:
         OSError: Nothing can be written there.
-        ValueError: There is no whole CAPT adapter, or one that cannot have this strength.
+        ValueError: The folder has no whole CAPT adapter, or one that cannot have this strength.
     """
     folder = Path(folder)
     before = adapter_config(folder)

@@ -163,7 +163,7 @@ class Retrieval:
         """Reads what `save` wrote.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file is missing.
             ValueError: It holds something else, is damaged, or its figures cannot be true.
         """
         content = read_json(Path(path))

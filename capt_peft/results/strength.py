@@ -198,7 +198,7 @@ class StrengthFront:
 
         Raises:
             DamagedFileError: It holds something else, or a figure that cannot be true.
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: The file is missing.
         """
         path = Path(path, STRENGTH) if Path(path).is_dir() else Path(path)
         with readable(path):

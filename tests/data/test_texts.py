@@ -120,7 +120,7 @@ def test_a_file_of_templates_that_is_none_is_named(tmp_path, content, words):
 
 def test_a_file_of_templates_that_is_not_there_is_told(tmp_path):
     with pytest.raises(
-        ValueError, match=r"txt' must hold exactly one .* There is no such file either. Sets of templates have"
+        ValueError, match=r"txt' must hold exactly one .* No file has this name either. Sets of templates have"
     ):
         read_template(str(tmp_path / "templates.txt"))
     with pytest.raises(FileNotFoundError, match="There is no file"):
