@@ -1,0 +1,53 @@
+"""Defences at test time, in front of any classifier, and the ways to attack them that know them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from .base import Defence, Defended, Purifier, Undefended, gradient_of
+from .identity import Identity
+from .ways import WAYS, Through, adaptive
+
+DEFENCES: tuple[type[Defence], ...] = (Identity,)
+
+__all__ = [
+    "DEFENCES",
+    "WAYS",
+    "Defence",
+    "Defended",
+    "Identity",
+    "Purifier",
+    "Through",
+    "Undefended",
+    "adaptive",
+    "defence_names",
+    "gradient_of",
+    "parse_defence",
+]
+
+
+def defence_names() -> dict[str, str]:
+    """Returns the names of all defences, or their shapes such as "tte-VIEWS", each with what it means."""
+    return {shape: meaning for kind in DEFENCES for shape, meaning in kind.help.items()}
+
+
+def parse_defence(name: str) -> Defence:
+    """Returns the defence of a name.
+
+    Args:
+        name: As in `defence_names`: "ttc", "tte-16", ...
+
+    Raises:
+        ValueError: Any other name, or a setting out of range.
+    """
+    text = name if isinstance(name, str) else ""
+    for kind in DEFENCES:
+        if match := re.fullmatch(kind.pattern, text):
+            try:
+                return kind.from_name(match)
+            except ValueError as error:
+                raise ValueError(f"defence {name!r}: {error}") from None
+    known = "; ".join(f"{shape} ({meaning})" for shape, meaning in defence_names().items())
+    near = difflib.get_close_matches(text.lower(), [shape.lower() for shape in defence_names()], 1, 0.65)
+    raise ValueError(f"unknown defence {name!r}.{f' Did you mean {near[0]}?' if near else ''} Known: {known}")
