@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .clip.classifier import ZeroShotClassifier
     from .clip.export import OnnxClassifier, export
     from .data import Task, describe_task, list_tasks, load_task
+    from .defences import Defence, Defended, parse_defence
     from .evaluation import Evaluation, evaluate
     from .methods import METHODS, get_method
     from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
@@ -31,6 +32,7 @@ _ROOMS = {
     "clip.classifier": ("ZeroShotClassifier",),
     "clip.export": ("OnnxClassifier", "export"),
     "data": ("Task", "describe_task", "list_tasks", "load_task"),
+    "defences": ("Defence", "Defended", "parse_defence"),
     "evaluation": ("Evaluation", "evaluate"),
     "methods": ("METHODS", "get_method"),
     "objectives": ("AdversarialCrossEntropy", "CaptObjective", "FapObjective", "Views"),
@@ -52,6 +54,8 @@ __all__ = [
     "CaptObjective",
     "CaptTrainer",
     "CaptTrainingArguments",
+    "Defence",
+    "Defended",
     "Evaluation",
     "FapObjective",
     "FareTrainer",
@@ -70,6 +74,7 @@ __all__ = [
     "list_tasks",
     "load_task",
     "parse_attack",
+    "parse_defence",
     "push_adapter",
     "set_strength",
 ]

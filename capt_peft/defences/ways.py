@@ -12,7 +12,7 @@ from .base import Defence
 WAYS = {
     "transfer": "images made for the classifier without the defence, as defences are usually measured: the attacker does not "
     "know of it",
-    "straight-through": "gradients pass the defence as if what it does were constant (BPDA; Athalye et al. 2018, arXiv 1802.00420)",
+    "straight-through": "gradients as if what the defence does were constant (BPDA; Athalye et al. 2018, arXiv 1802.00420)",
     "unrolled": "gradients through all that the defence computes",
     "expectation": "gradients through all that it computes, averaged over its random draws (EOT; Athalye et al. 2018)",
     "black-box": "answers of the defended classifier alone, without gradients",
