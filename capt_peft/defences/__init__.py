@@ -6,19 +6,26 @@ import difflib
 import re
 
 from .base import Defence, Defended, Purifier, Undefended, gradient_of
+from .clipure import CLIPure
+from .filters import LowPass, TotalVariation
 from .identity import Identity
+from .ttc import TTC
 from .ways import WAYS, Through, adaptive
 
-DEFENCES: tuple[type[Defence], ...] = (Identity,)
+DEFENCES: tuple[type[Defence], ...] = (Identity, TTC, LowPass, TotalVariation, CLIPure)
 
 __all__ = [
     "DEFENCES",
+    "TTC",
     "WAYS",
+    "CLIPure",
     "Defence",
     "Defended",
     "Identity",
+    "LowPass",
     "Purifier",
     "Through",
+    "TotalVariation",
     "Undefended",
     "adaptive",
     "defence_names",

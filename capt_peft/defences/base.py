@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,6 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..attacks.base import named_settings
 from ..attacks.threat import LogitsFn
 from ..clip.classifier import ZeroShotClassifier
+from ..clip.texts import normalize
+from ..tuner import clip
+
+NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"  # in a name, as `number` writes it
 
 
 class Undefended:
@@ -43,9 +48,24 @@ class Undefended:
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the normalised image features (B, D) of pixels (B, 3, H, W) in [0, 1]."""
+        return normalize(self.embeddings(pixels))
+
+    def embeddings(self, pixels: Tensor) -> Tensor:
+        """Returns the image features (B, D) of pixels (B, 3, H, W) in [0, 1] at the length that the model gives them."""
         self.forwards += len(pixels)
         self.gradients += len(pixels) if pixels.requires_grad and torch.is_grad_enabled() else 0
-        return self.classifier.image_features(pixels)
+        return clip.image_features(self.classifier.model, self.classifier.pixel_values(pixels))
+
+    @cached_property
+    def blank(self) -> Tensor:
+        """The feature (D,) of no class in particular: the base model's for the template without a name ("a photo of a .").
+
+        Of several templates it is the mean, scaled to length 1. The base model's, because prompts belong to the classes' texts.
+        """
+        template = self.classifier.template
+        texts = [text.replace("{}", "") for text in ([template] if isinstance(template, str) else template)]
+        with torch.inference_mode(False), self.classifier.frozen() as base:
+            return normalize(base.embed_texts(texts).mean(0)).to(self.texts.device)
 
     def logits(self, features: Tensor, texts: Tensor | None = None) -> Tensor:
         """Returns the logits (B, N) of normalised image features (B, D) and of the classes' text features, or others (N, D)."""
@@ -124,6 +144,11 @@ class Purifier(Defence):
     def unrolled(self, model: Undefended, pixels: Tensor) -> Tensor:
         """Returns the logits of the image that `smooth` makes."""
         return model(self.smooth(model, pixels))
+
+
+def number(value: float) -> str:
+    """Returns a setting as it stands in a name: 0.5, 30, 1e-05."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def gradient_of(values: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
