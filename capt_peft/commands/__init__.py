@@ -45,6 +45,7 @@ COMMANDS = {
     "train": Command("tunes an adapter, and measures it before and after", "train", also=(*DATA, *TRAINER)),
     "evaluate": Command("measures how robust an adapter, or a bare CLIP, really is", "evaluate", ("adapter",), also=(
         "capt_peft.commands.retrieval", *TUNED_DATA)),
+    "verify": Command("scores an evaluation's worst-case images again on the weights", "verify", ("adapter",), TUNED_DATA),
     "calibrate": Command("fits an adapter's temperature, and the answer none of these", "calibrate", ("adapter",), TUNED_DATA),
     "strength": Command("measures an adapter over its strength from 0 to 1, and sets one", "strength", ("adapter",), TUNED_DATA),
     "benchmark": Command("compares methods by the paper's protocols", "benchmark"),

@@ -42,6 +42,7 @@ from ..evaluation.scores import draw_scores
 from ..randomness import check_seed
 from ..results.card import is_capt
 from ..results.hub import check_update, update_card
+from ..results.kept import images_path
 from ..results.retrieval import Retrieval
 from ..tuner import adapters_in_use
 from ..tuner.config import check_strength
@@ -112,7 +113,9 @@ class Arguments(RetrievalArguments):
     update_card: bool = field(
         default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
     )
-    save_images: bool = field(default=False, metadata={"help": "Keep the adversarial images."})
+    save_images: bool = field(
+        default=False, metadata={"help": "Keep the worst-case images, for capt-peft verify; their size is said."}
+    )
     batch_size: int = field(default=128, metadata={"help": "Images per piece of work."})
     dtype: str = field(
         default="float32", metadata={"help": "float32; tf32 (GPUs), bfloat16 or float16 are faster and less honest."}
@@ -324,11 +327,14 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     if state.is_main_process:
         show(evaluation, args)
         print(f"\nSaved to {output}")
+        images = None if evaluation.images is None else images_path(output)
+        if evaluation.images is not None:
+            print(f"The worst-case images: {images} ({evaluation.images.size})")
         if evaluation.rejection is not None and find_spec("matplotlib") is not None:
             pictures = draw_scores(evaluation, output.with_name(f"{output.stem}.scores"))
             print("The scores: " + " and ".join(map(str, pictures)))
         if args.update_card:
-            print(f"The card: {update_card(args.model, evaluation)}")
+            print(f"The card: {update_card(args.model, evaluation, images)}")
     if args.curve:
         draw(classifier, data, args, output, common)
     return evaluation

@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..results.hub import push_adapter
+from ..results.evaluation import EVALUATION, Evaluation
+from ..results.hub import IMAGES, push_adapter
 from .card import adapter_folder
 from .parser import Parser
 
@@ -43,4 +44,8 @@ def main(argv: list[str]) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ValueError("Nothing can be uploaded while HF_HUB_OFFLINE is set.")
     commit = push_adapter(folder, args.repo_id, private=args.private or None, revision=args.revision)
-    print(f"Uploaded to {commit.commit_url}")
+    with_images = ""
+    if (folder / IMAGES).is_file() and (folder / EVALUATION).is_file():
+        images = Evaluation.load(folder, with_examples=False).images
+        with_images = "" if images is None else f", with {images.size} of worst-case images"
+    print(f"Uploaded to {commit.commit_url}{with_images}")

@@ -11,6 +11,7 @@ from .batch import outcomes
 from .calibration import calibrate, logits_and_labels
 from .loop import evaluate
 from .retrieval import QueryAttack, evaluate_retrieval, parse_query_attack
+from .verify import Verification, verify
 
 __all__ = [
     "Accuracy",
@@ -24,6 +25,7 @@ __all__ = [
     "Retrieval",
     "RetrievalRow",
     "Sign",
+    "Verification",
     "calibrate",
     "evaluate",
     "evaluate_retrieval",
@@ -31,5 +33,6 @@ __all__ = [
     "outcomes",
     "parse_query_attack",
     "retrieval_table",
+    "verify",
     "wilson_interval",
 ]

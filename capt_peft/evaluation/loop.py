@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -25,7 +24,8 @@ from ..clip.classifier import ZeroShotClassifier
 from ..data.texts import Template, read_template
 from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
-from ..utils.files import make_writable, written_whole
+from ..results.kept import images_path
+from ..utils.files import make_writable
 from ..utils.machine import versions
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
@@ -36,6 +36,7 @@ from .merge import merge
 from .rejection import Rejecting
 from .resume import Jobs, finished, sample_logits
 from .signs import probe
+from .worst import keep_piece, keep_worst, piece_path
 
 SIGNS = "signs"
 
@@ -77,7 +78,9 @@ def evaluate(
             name with ".partial" at its end, which is removed in the end.
         overwrite: Measure again and replace what is there, instead of returning results of the same configuration and keeping
             those of another one under a name with ".old1" (".old2", ...) before its suffix.
-        save_images: Keep the adversarial images, as float32 safetensors in a folder of that name with ".images" at its end.
+        save_images: Keep the worst-case images, float32, in a safetensors file of that name: of each example and threat model the
+            image that the classifier is wrong on under some attack, else that of the last attack that moved it. The figures
+            hold the file's hash, and `verify` scores them again.
         out_of_class: Images of none of the classes, a split or pixels (m, 3, H, W): measure what the answer "none of these" does
             too, clean and under each attack on class and score together (`evaluation.rejection`). Needs a classifier with a
             calibration that holds for it.
@@ -89,15 +92,17 @@ def evaluate(
 
     Raises:
         TypeError: Data or classifier of the wrong kind.
-        ValueError: No images, labels that do not fit, a seed out of range, two attacks alike, `save_images` without `output`,
-            `out_of_class` without a calibration or with images of the classes, or an output that cannot be written or holds
-            something else than an evaluation.
+        ValueError: No images, labels that do not fit, a seed out of range, two attacks alike, `save_images` without `output` or
+            attacks, `out_of_class` without a calibration or with images of the classes, or an output that cannot be written or
+            holds something else than an evaluation.
     """
     attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
     check_call(attacks, batch_size, seed, output)
-    if save_images and output is None:
-        raise ValueError("save_images=True needs an output: the images lie beside it.")
+    if save_images and output is not None:
+        check_free(output)
+    if save_images and (output is None or not attacks):
+        raise ValueError("save_images=True needs an output, beside which the images lie, and attacks that make them.")
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
     with mode, buffers_kept(modules_in(classifier)):
         subject = subject_of(classifier, attack_target, attack_template)
@@ -126,16 +131,17 @@ def evaluate(
                 "versions": versions(),
             }
         )
-        folder = images = None
+        folder = None
         if output is not None:
-            if not overwrite and (evaluation := finished(output, configuration, Evaluation)) is not None:
-                return evaluation
-            names = output.name, examples_path(output).name
+            earlier = None if overwrite else finished(output, configuration, Evaluation)
+            if earlier is not None and (not save_images or main_process_says(lambda: earlier.has_images(output))):
+                return earlier
+            names = [output.name, examples_path(output).name, *([images_path(output).name] if save_images else [])]
             main_process_says(lambda: make_writable(output.parent, *names))
             folder = output.with_suffix(".partial")
-            images = output.with_suffix(".images") if save_images else None
-        jobs = Jobs(folder, configuration, overwrite=overwrite, stale=images)
-        work = _Work(subject, examples, attacks, seed, batch_size, jobs, images, progress)
+        jobs = Jobs(folder, configuration, overwrite=overwrite)
+        pieces = folder / "images" if folder is not None and save_images else None
+        work = _Work(subject, examples, attacks, seed, batch_size, jobs, pieces, progress)
         measured, rejection = work.measure(signs=configuration["signs"]), None
         if outside is not None:
             rejection = Rejecting(
@@ -143,6 +149,10 @@ def evaluate(
             ).measure()
         evaluation = merge(*measured, subject, configuration, rejection)
     state = PartialState()
+    if output is not None and pieces is not None:
+        attacked, path = measured[1], images_path(output)
+        kept = main_process_says(lambda: keep_worst(path, pieces, attacked, batch_size))
+        evaluation = replace(evaluation, images=kept)
     if output is not None:
         if state.is_main_process:
             evaluation.save(output)
@@ -189,6 +199,13 @@ def check_call(attacks: Sequence[Any], batch_size: int, seed: int, output: Path 
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
+def check_free(output: Path) -> None:
+    """Raises a ValueError if the worst-case images of an evaluation would take the place of another file, such as weights."""
+    path = images_path(output)
+    if path.exists() and not (output.exists() or output.with_suffix(".partial").exists()):
+        raise ValueError(f"{path}, where the images would go, is not one of an evaluation. Give another output.")
+
+
 def agreed(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the main process's configuration in JSON types, with the same bits everywhere, or refuses another one's."""
     first, *others = gather_object([json.loads(json.dumps(configuration))])
@@ -210,14 +227,14 @@ class _Work:
     seed: int
     batch_size: int
     jobs: Jobs
-    images: Path | None
+    pieces: Path | None
     progress: bool
 
     def measure(self, *, signs: bool) -> tuple[BatchRecord, Attacked, dict[str, Any]]:
         """Does what is left; returns the records of all images, clean and under each attack, and what signs need."""
         names = ["clean", *(f"{i:02d}" for i in range(len(self.attacks)))]
-        for name, attack in zip(names, [None, *self.attacks], strict=True):
-            self._measure(name, attack)
+        for number, (name, attack) in enumerate(zip(names, [None, *self.attacks], strict=True)):
+            self._measure(name, attack, number - 1)
         done = {name: result for part in gather_object([self.jobs.done]) for name, result in part.items()}
         pieces = [[done[piece] for piece in sorted(done) if piece.startswith(f"{name}-")] for name in names]
         clean, *records = map(BatchRecord.joined, pieces)
@@ -232,7 +249,7 @@ class _Work:
         self.jobs.keep(SIGNS, probed)
         return probed
 
-    def _measure(self, name: str, attack: Attack | None) -> None:
+    def _measure(self, name: str, attack: Attack | None, number: int) -> None:
         """Runs one attack on the batches of this process."""
         state, n = PartialState(), len(self.examples)
         starts = range(0, n, self.batch_size)
@@ -244,14 +261,17 @@ class _Work:
         with tqdm(total=total, desc=title, unit="image", disable=hidden, miniters=0, mininterval=1, smoothing=0) as bar:
             robust = seen = 0
             for piece, indices in batches:
-                if piece not in self.jobs.done:
-                    self.jobs.keep(piece, self._record(piece, indices, attack, bar).to_dict())
+                kept = None
+                if self.pieces is not None and attack is not None:
+                    kept = piece_path(self.pieces, number, indices[0] // self.batch_size)
+                if piece not in self.jobs.done or not (kept is None or kept.is_file()):
+                    self.jobs.keep(piece, self._record(indices, attack, bar, kept).to_dict())
                 robust += BatchRecord(**self.jobs.done[piece]).right()
                 seen += len(indices)
                 bar.update(seen - bar.n)
                 bar.set_postfix_str(f"{'right' if attack is None else 'robust'} so far {100 * robust / seen:.1f}%")
 
-    def _record(self, piece: str, indices: list[int], attack: Attack | None, bar: tqdm[Any]) -> BatchRecord:
+    def _record(self, indices: list[int], attack: Attack | None, bar: tqdm[Any], kept: Path | None) -> BatchRecord:
         pixels, labels = self.examples.batch(indices, self.subject.device)
         if attack is None:
             return score_batch(self.subject, pixels, labels, indices)
@@ -264,9 +284,6 @@ class _Work:
             bar.update(max(done - left - bar.n, 0))  # broken by a rounding error, an image may stand again
 
         record, adversarial = attack_batch(self.subject, attack, pixels, labels, indices, self.seed, report)
-        if self.images is not None:
-            tensors = {"pixels": adversarial.float().cpu(), "labels": labels.cpu(), "index": torch.tensor(indices)}
-            metadata = {"attack": attack.name, "threat_model": str(attack.threat_model)}
-            with written_whole(self.images) as folder:
-                save_file(tensors, folder / f"{piece}-{attack.name}.safetensors", metadata)
+        if kept is not None:
+            keep_piece(kept, adversarial)
         return record

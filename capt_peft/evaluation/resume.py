@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..attacks import LogitsFn
 from ..randomness import own_random_state
-from ..results.evaluation import RANDOM, TOLERANCE, Evaluation, changes, logit_distance, set_aside
+from ..results.evaluation import RANDOM, SUFFIXES, TOLERANCE, Evaluation, changes, logit_distance, set_aside
 from ..results.retrieval import Retrieval
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
@@ -64,30 +64,27 @@ def _is_of(output: Path, configuration: Mapping[str, Any], kind: str) -> bool:
         )
     changed = changes(configuration, content.get("configuration") or {})
     if changed:
-        set_aside(output, (".json", ".parquet", ".images"), changed)
+        set_aside(output, SUFFIXES, changed)
     return not changed
 
 
 class Jobs:
     """The results of finished pieces of work, by name, in memory and, with a folder, on disk until all of them are done.
 
-    Results of another configuration are set aside, or thrown away with `overwrite`. What is `stale` is removed when the work
-    begins, and not when it goes on.
+    Results of another configuration are set aside, or thrown away with `overwrite`.
 
     Raises:
         ValueError: Nothing can be written there, or another evaluation does.
     """
 
-    def __init__(
-        self, folder: Path | None, configuration: Mapping[str, Any], *, overwrite: bool, stale: Path | None
-    ) -> None:
+    def __init__(self, folder: Path | None, configuration: Mapping[str, Any], *, overwrite: bool) -> None:
         self.folder = folder
         self.done: dict[str, Any] = {}
         if folder is None:
             return
         state = PartialState()
         self._lock: OutputLock | None = None
-        main_process_says(lambda: self._open(folder, configuration, overwrite, stale))
+        main_process_says(lambda: self._open(folder, configuration, overwrite))
         for path in sorted((folder / "jobs").glob("*.json")):
             try:
                 content = read_json(path)
@@ -100,7 +97,7 @@ class Jobs:
             logger.info("Going on with %s: %d pieces of work are done.", folder, len(self.done))
         state.wait_for_everyone()  # all have read before anyone writes: they agree on what is left
 
-    def _open(self, folder: Path, configuration: Mapping[str, Any], overwrite: bool, stale: Path | None) -> None:
+    def _open(self, folder: Path, configuration: Mapping[str, Any], overwrite: bool) -> None:
         make_writable(folder.parent)
         self._lock = OutputLock(folder.parent, folder.name)
         path, jobs = folder / "configuration.json", folder / "jobs"
@@ -114,11 +111,10 @@ class Jobs:
             logger.warning("%s All pieces of work in %s are measured again.", error, folder)
         changed = [] if found is None else changes(configuration, found)
         if changed and not overwrite:
-            set_aside(folder, (".partial", ".images"), changed)
+            set_aside(folder, (".partial",), changed)
         if found is None or changed:
-            for other in (path, jobs, stale):
-                if other is not None:
-                    _remove(other)
+            for other in (path, jobs, folder / "images"):
+                _remove(other)
             jobs.mkdir(parents=True)
             write_json(path, configuration)
 

@@ -191,7 +191,7 @@ def evaluate_retrieval(
                 return found
             main_process_says(lambda: make_writable(output.parent, output.name))
             folder = output.with_suffix(".partial")
-        jobs = Jobs(folder, configuration, overwrite=overwrite, stale=None)
+        jobs = Jobs(folder, configuration, overwrite=overwrite)
         pieces = [
             _measure(gallery, attack, number, jobs, seed, batch_size, progress) for number, attack in enumerate(attacks)
         ]

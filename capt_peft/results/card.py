@@ -360,6 +360,7 @@ def card_text(
         "signs": () if evaluation is None else evaluation.signs,
         "on_scores": [] if other or evaluation is None else [Markdown(text) for text in evaluation.on_scores()],
         "evaluated": evaluation is not None,
+        "images": None if evaluation is None else evaluation.images,
         "unshown": [*records.unshown, *other],
         "measured": _measured(records, config),
         "template": _in_words(config.get("template")),

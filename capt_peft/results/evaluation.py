@@ -22,10 +22,12 @@ from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
 from ..utils.text import cut, differences, some
 from .accuracy import Accuracy, FigureError, known_fields, readable
+from .kept import KeptImages, images_path
 from .rejection import Rejection
 from .reliability import BINS, Reliability
 
 EVALUATION = "evaluation.json"  # in an adapter's folder
+SUFFIXES = (".json", ".parquet", ".safetensors")  # of the figures, the examples and the worst-case images
 ROBUST, TRANSFER = "robust", "transfer"
 CLEAN = b"clean_correct"  # in the metadata of the examples
 RANDOM = "random"  # stands for logits that differ from call to call
@@ -136,6 +138,7 @@ class Evaluation:
             None where they were not kept beside the figures.
         reliability: How far the scores without an attack are from accuracy; None in older results.
         rejection: What the answer "none of these" does; None where it was not measured.
+        images: Which file beside the figures has the worst-case images; None where they were not kept.
     """
 
     clean: Accuracy
@@ -147,6 +150,7 @@ class Evaluation:
     examples: pa.Table = field(default=None, compare=False, repr=False)
     reliability: Reliability | None = None
     rejection: Rejection | None = None
+    images: KeptImages | None = None
 
     @property
     def robust(self) -> Accuracy:
@@ -214,6 +218,11 @@ class Evaluation:
             "AUROC: 1 is best, 0.5 is chance; risk area: 0 is best."
         )
 
+    def has_images(self, path: Path) -> bool:
+        """Tells whether its worst-case images, and no others, lie beside its figures."""
+        file = images_path(path)
+        return self.images is not None and file.is_file() and KeptImages.of(file) == self.images
+
     def warnings(self) -> list[str]:
         """Returns the sentences of the signs that are raised."""
         return [sign.sentence for sign in self.signs if sign.raised]
@@ -228,7 +237,7 @@ class Evaluation:
             "signs": [sign.to_dict() for sign in self.signs],
             "configuration": self.configuration,
             "machine": self.machine,
-            **_given(reliability=self.reliability, rejection=self.rejection),
+            **_given(reliability=self.reliability, rejection=self.rejection, images=self.images),
         }
 
     @classmethod
@@ -248,6 +257,7 @@ class Evaluation:
             examples=examples,
             reliability=_read(Reliability, content.get("reliability")),
             rejection=_read(Rejection, content.get("rejection")),
+            images=_read(KeptImages, content.get("images")),
         )
         for outcome in evaluation.attacks:
             outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")

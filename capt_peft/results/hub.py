@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -39,7 +40,8 @@ from .card import (
     write_cards_for,
     write_saved_card,
 )
-from .evaluation import EVALUATION, Evaluation, changes, examples_path, set_aside
+from .evaluation import EVALUATION, SUFFIXES, Evaluation, changes, examples_path, set_aside
+from .kept import KeptImages, images_path
 from .run import RESULTS, RecordError, Records, RunResults, why_unshown
 from .strength import STRENGTH, StrengthFront
 
@@ -47,7 +49,8 @@ logger = logging.getLogger(__name__)
 
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
 _RECORDS = (CONFIG_NAME, RESULTS, EVALUATION, STRENGTH)
-UPLOADED = [SAFETENSORS_NAME, CARD, *_RECORDS]
+IMAGES = images_path(Path(EVALUATION)).name
+UPLOADED = [SAFETENSORS_NAME, CARD, IMAGES, *_RECORDS]
 _LOCAL_BASE = (
     "The base model was loaded from the folder %r, which adapter_config.json names: others cannot load it from there, and read "
     "where it lies. They give their own with base=. Load the base by its Hub id before you tune an adapter to share."
@@ -91,7 +94,7 @@ def save_run(
 
     save_somewhere(folder, write)
     of_strength = [STRENGTH, *(Path(STRENGTH).with_suffix(suffix).name for suffix in (".png", ".svg"))]
-    for name in [EVALUATION, *([] if front else of_strength)]:  # they were of the adapter before
+    for name in [EVALUATION, IMAGES, *([] if front else of_strength)]:  # they were of the adapter before
         (folder / name).unlink(missing_ok=True)
     return RunResults.load(folder)
 
@@ -138,9 +141,7 @@ def save_strength(
     before = adapter_config(folder)
     replace(before, strength=strength)  # or it raises
     if strength != before.strength and (folder / EVALUATION).exists():
-        set_aside(
-            folder / EVALUATION, (".json", ".parquet"), [f"strength is {strength:g} now and was {before.strength:g}"]
-        )
+        set_aside(folder / EVALUATION, SUFFIXES, [f"strength is {strength:g} now and was {before.strength:g}"])
     with written_whole(folder) as temporary:
         if front is not None:
             front.save(temporary / STRENGTH)
@@ -160,14 +161,14 @@ def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = N
     folder = Path(folder)
     config, fingerprint = adapter_config(folder), adapter_fingerprint(folder)
     results = Records.read(folder, fingerprint, names=(RESULTS,)).results
-    make_writable(folder, EVALUATION, examples_path(Path(EVALUATION)).name, CARD, given="adapter")
+    make_writable(folder, EVALUATION, examples_path(Path(EVALUATION)).name, IMAGES, CARD, given="adapter")
     if configuration is not None:
         reason = why_unshown(configuration, fingerprint, config.base_model_fingerprint, results)
         if reason is not None:
             raise RecordError(reason)
 
 
-def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
+def update_card(folder: str | Path, evaluation: Evaluation, images: str | Path | None = None) -> Path:
     """Puts an evaluation into an adapter's folder and its card.
 
     An `evaluation.json` of another configuration that is there is kept under the name `evaluation.old1.json` (`.old2`, ...).
@@ -175,6 +176,8 @@ def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
     Args:
         folder: Folder of the adapter.
         evaluation: Measured with the very weights there, and of the same images, classes and texts as the results there.
+        images: The file of its worst-case images, which is copied; None: they stay where they are, and the figures there do not
+            name them.
 
     Returns:
         The path of the card, README.md.
@@ -185,13 +188,22 @@ def update_card(folder: str | Path, evaluation: Evaluation) -> Path:
     """
     path = Path(folder, EVALUATION)
     check_update(folder, evaluation.configuration)
+    if images is not None and (evaluation.images is None or KeptImages.of(Path(images)) != evaluation.images):
+        raise RecordError(
+            f"{images} does not have the worst-case images of this evaluation: their hash is not that of the file."
+        )
     if path.exists():
         try:
             changed = changes(evaluation.configuration, read_json(path).get("configuration"))
         except DamagedFileError as error:
             changed = [str(error)]
         if changed:
-            set_aside(path, (".json", ".parquet"), changed)
+            set_aside(path, SUFFIXES, changed)
+    if images is None:
+        evaluation = replace(evaluation, images=None)
+    else:
+        with written_whole(path.parent) as temporary:
+            shutil.copyfile(images, temporary / IMAGES)
     evaluation.save(path)
     return write_card(folder)
 
@@ -235,7 +247,7 @@ def push_adapter(
     strict: bool = True,
     **card: Any,
 ) -> CommitInfo:
-    """Uploads an adapter's weights, configuration, card and figures, in one commit.
+    """Uploads an adapter's weights, configuration, card, figures and the worst-case images that they name, in one commit.
 
     Whatever fails, the Hub holds the old adapter or the new one, and pushing again is safe: what is there is not sent again.
     The card is made for the repository, unless the folder has a README.md that a person wrote. Results and evaluations go with it
@@ -265,6 +277,9 @@ def push_adapter(
         _, records = card_of(folder, strict=strict)  # refuses damaged files and other methods
         for reason in records.unshown:
             logger.warning("Not uploaded from %s: %s", folder, reason)
+        has_images = records.evaluation is not None and records.evaluation.has_images(folder / EVALUATION)
+        if not has_images and (folder / IMAGES).is_file():
+            logger.warning("Not uploaded from %s: %s does not have the images of %s.", folder, IMAGES, EVALUATION)
         base = str(adapter_config(folder).base_model_name_or_path or "")
         if not is_hub_id(base) and embedded_name(base) is None:
             logger.warning(_LOCAL_BASE, base[:300])
@@ -280,6 +295,7 @@ def push_adapter(
             for name, record in (
                 (RESULTS, records.results),
                 (EVALUATION, records.evaluation),
+                (IMAGES, records.evaluation if has_images else None),
                 (STRENGTH, records.front),
             ):
                 if record is None:

@@ -195,19 +195,36 @@ def test_what_is_saved_is_what_is_returned(model, data, tmp_path):
 
 def test_the_adversarial_images_are_kept_as_they_were_scored(model, data, tmp_path):
     result = quiet(model, data, ATTACKS[1], batch_size=12, output=tmp_path / "r.json", save_images=True)
-    files = sorted((tmp_path / "r.images").iterdir())
-    assert [f.name for f in files] == [f"00-{i:06d}-pgd-10.safetensors" for i in range(3)]
-    parts = [load_file(f) for f in files]
-    pixels, index = torch.cat([p["pixels"] for p in parts]), torch.cat([p["index"] for p in parts])
-    assert index.tolist() == list(range(30))
-    assert model(pixels).argmax(1).tolist() == result.examples["prediction"].to_pylist()
+    kept = load_file(tmp_path / "r.safetensors")
+    assert kept["index"].tolist() == list(range(30)) and torch.equal(kept["labels"], data[1])
+    images = kept[str(ATTACKS[1].threat_model)]
+    assert model(images).argmax(1).tolist() == result.examples["prediction"].to_pylist()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.parquet", "r.safetensors"]
 
 
 def test_images_of_another_evaluation_do_not_stay_beside_its_figures(model, data, tmp_path):
     path = tmp_path / "r.json"
-    quiet(model, data, ATTACKS[:2], batch_size=10, output=path, save_images=True)
-    quiet(model, data, ATTACKS[:1], batch_size=10, output=path, save_images=True, overwrite=True)
-    assert {f.name.split("-", 2)[2] for f in (tmp_path / "r.images").iterdir()} == {"pgd-3.safetensors"}
+    both = quiet(model, data, ATTACKS[:2], batch_size=10, output=path, save_images=True)
+    result = quiet(model, data, ATTACKS[:1], batch_size=10, output=path, save_images=True, overwrite=True)
+    assert result.has_images(path) and not both.has_images(path)
+
+
+def test_images_that_are_gone_or_damaged_are_made_again(model, data, tmp_path):
+    path, kept = tmp_path / "r.json", tmp_path / "r.safetensors"
+    first = quiet(model, data, ATTACKS[0], output=path, save_images=True)
+    content = kept.read_bytes()
+    for damage in (kept.unlink, lambda: kept.write_bytes(b"something else")):
+        damage()
+        assert not first.has_images(path)
+        assert quiet(model, data, ATTACKS[0], output=path, save_images=True) == first
+        assert kept.read_bytes() == content
+
+
+def test_images_take_the_place_of_no_other_file(model, data, tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="is not one of an evaluation"):
+        quiet(model, data, ATTACKS[0], output=tmp_path / "adapter_model.json", save_images=True)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
 def test_an_l2_epsilon_in_levels_of_255_is_warned_of(model, data, caplog):
@@ -321,14 +338,14 @@ def test_the_attack_goes_through_the_prompts(tuned, digits):
 def test_a_transfer_attack_is_made_on_the_base_and_scored_on_the_adapter(tuned, clip, digits, tmp_path):
     images = digits["validation"].select(range(6))
     quiet(tuned, images, ATTACKS[0], attack_target="frozen", output=tmp_path / "r.json", save_images=True)
-    saved = load_file(tmp_path / "r.images" / "00-000000-pgd-3.safetensors")
+    saved = load_file(tmp_path / "r.safetensors")
     pixels = tuned.transform.batch([row["image"] for row in images])
     right = (tuned(pixels).argmax(1) == saved["labels"]).nonzero().squeeze(1)
     by_hand = ATTACKS[0](
         clip, pixels[right], saved["labels"][right], example_generators(0, right.tolist(), stream="evaluation")
     )
-    torch.testing.assert_close(saved["pixels"][right], by_hand, atol=1e-6, rtol=0)
-    assert not torch.equal(saved["pixels"][right], pixels[right])
+    torch.testing.assert_close(saved[str(ATTACKS[0].threat_model)][right], by_hand, atol=1e-6, rtol=0)
+    assert not torch.equal(saved[str(ATTACKS[0].threat_model)][right], pixels[right])
 
 
 def test_attacks_can_see_another_text(tuned, digits):
