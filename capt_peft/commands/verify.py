@@ -135,7 +135,7 @@ def load_recorded(args: Arguments, model: Mapping[str, Any]) -> ZeroShotClassifi
     names, precision = model.get("class_names"), str(model.get("precision", "float32"))
     if not (isinstance(names, list) and names and all(isinstance(each, str) for each in names)):
         raise ValueError("The record names no classes, so that it is not of a classifier of texts.")
-    texts = {"template": model.get("template") or DEFAULT_TEMPLATE, "class_texts": model.get("class_texts") or {}}
+    texts: Any = {"template": model.get("template") or DEFAULT_TEMPLATE, "class_texts": model.get("class_texts") or {}}
     base = {"base": args.base} if args.adapter and args.base else {}
     dtype = getattr(torch, precision) if precision in DTYPES else torch.float32
     with loading(name):
