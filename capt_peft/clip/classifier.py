@@ -30,6 +30,7 @@ from .texts import (
     check_adapter_fits,
     check_free_texts_fit,
     check_texts,
+    context_places,
     normalize,
     room_for_prompts,
     split_texts,
@@ -209,6 +210,10 @@ class ZeroShotClassifier(nn.Module):
         finally:
             for layer in layers:
                 layer.rows = None
+
+    def context_places(self) -> slice:
+        """Returns the positions of the tokens that no text needs to tell its class: text prompts, or words before the name."""
+        return context_places(self.model, self._room)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Runs the image tower: (B, 3, H, W) pixels in [0, 1] -> (B, D) normalised features."""

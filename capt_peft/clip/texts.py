@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..data.texts import ClassText
 from ..tuner import CaptConfig, PromptLayer
 from ..tuner.clip import (
+    base_model,
     end_token,
+    find_towers,
     is_end,
     max_text_length,
     prompt_places,
@@ -233,6 +235,12 @@ def check_free_texts_fit(
             f"{config.num_text_tokens} text prompts of adapter {name!r} stand for, so that they would overwrite words of its "
             "own. Begin it with these words."
         )
+
+
+def context_places(model: nn.Module, room: Room) -> slice:
+    """Returns the positions of the tokens that tell no class: text prompts in use, or words before the name."""
+    found = _text_prompts(model)
+    return found[2] if found else slice(find_towers(base_model(model))["text"].start, room.tokens)
 
 
 def _text_prompts(model: nn.Module) -> tuple[str, CaptConfig, slice] | None:

@@ -7,23 +7,40 @@ import re
 
 from .base import Defence, Defended, Purifier, Undefended, gradient_of
 from .clipure import CLIPure
+from .ensemble import Ensemble
 from .filters import LowPass, TotalVariation
 from .identity import Identity
+from .noise import GaussianNoise, Smoothing
+from .rtpt import RTPT
 from .ttc import TTC
 from .ways import WAYS, Through, adaptive
 
-DEFENCES: tuple[type[Defence], ...] = (Identity, TTC, LowPass, TotalVariation, CLIPure)
+DEFENCES: tuple[type[Defence], ...] = (
+    Identity,
+    TTC,
+    RTPT,
+    Ensemble,
+    GaussianNoise,
+    Smoothing,
+    LowPass,
+    TotalVariation,
+    CLIPure,
+)
 
 __all__ = [
     "DEFENCES",
+    "RTPT",
     "TTC",
     "WAYS",
     "CLIPure",
     "Defence",
     "Defended",
+    "Ensemble",
+    "GaussianNoise",
     "Identity",
     "LowPass",
     "Purifier",
+    "Smoothing",
     "Through",
     "TotalVariation",
     "Undefended",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from ..attacks.base import named_settings
 from ..attacks.threat import LogitsFn
@@ -21,6 +22,8 @@ from ..clip.texts import normalize
 from ..tuner import clip
 
 NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"  # in a name, as `number` writes it
+
+AT_ONCE = 64  # views that run at once, of a batch that is smaller
 
 
 class Undefended:
@@ -66,6 +69,26 @@ class Undefended:
         texts = [text.replace("{}", "") for text in ([template] if isinstance(template, str) else template)]
         with torch.inference_mode(False), self.classifier.frozen() as base:
             return normalize(base.embed_texts(texts).mean(0)).to(self.texts.device)
+
+    def features_of(self, pixels: Tensor, views: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+        """Returns the normalised features (V, B, D) of V views of the images: functions of (B, 3, H, W) to the same, in order.
+
+        The image tower runs on no more than `AT_ONCE` images at once, or on one view of the batch. Where that takes several
+        passes with gradients, their activations are not kept, and the backward pass runs them again, which does not count.
+        """
+        count = max(1, AT_ONCE // len(pixels))
+        groups = [views[start : start + count] for start in range(0, len(views), count)]
+        passes = len(pixels) * len(views)
+        self.forwards += passes
+        traced = pixels.requires_grad and torch.is_grad_enabled()
+        self.gradients += passes if traced else 0
+
+        def run(given: Tensor, group: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
+            return self.classifier.image_features(torch.cat([view(given) for view in group]))
+
+        kept = not traced or len(groups) == 1
+        parts = [run(pixels, g) if kept else checkpoint(run, pixels, g, use_reentrant=False) for g in groups]
+        return torch.cat(parts).unflatten(0, (len(views), len(pixels)))
 
     def logits(self, features: Tensor, texts: Tensor | None = None) -> Tensor:
         """Returns the logits (B, N) of normalised image features (B, D) and of the classes' text features, or others (N, D)."""
@@ -167,6 +190,12 @@ def gradient_of(values: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raises a ValueError unless a setting is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
 
 
 class Defended(nn.Module):
