@@ -33,8 +33,8 @@ def some_images(batch: int = 64) -> Tensor:
 
 
 def epsilon_for(norm: str, levels: float) -> ThreatModel:
-    """A ball of `levels` / 255 a pixel, or for L2 half the length that this makes over the image."""
-    return ThreatModel(norm, levels / 255 * (1 if norm == "linf" else 192**0.5 / 2))
+    """A ball of `levels` / 255 a pixel, or for L2 half, for L1 a fifth of the length that this makes over the image."""
+    return ThreatModel(norm, levels / 255 * {"linf": 1, "l2": 192**0.5 / 2, "l1": 192 / 5}[norm])
 
 
 def accuracy(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:

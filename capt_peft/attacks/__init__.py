@@ -9,6 +9,7 @@ from .pgd import PGD  # isort: skip  (lists of attacks begin with it)
 from .apgd import APGD
 from .autoattack import AutoAttack
 from .fab import FAB
+from .patch import Patch
 from .registry import attack_names, parse_attack, register_attack
 from .square import Square
 from .threat import LogitsFn, ThreatModel, parse_fraction
@@ -24,6 +25,7 @@ __all__ = [
     "Generators",
     "LogitsFn",
     "Part",
+    "Patch",
     "SearchAttack",
     "Seeds",
     "Square",

@@ -24,6 +24,7 @@ from .base import (
     tries,
     zero_share,
 )
+from .l1 import sparse_sign
 from .losses import cross_entropy, dlr, margin, targeted_dlr, targeted_margin
 from .registry import register_attack
 from .threat import LogitsFn, ThreatModel, wide_dtype
@@ -41,6 +42,9 @@ class APGD(SearchAttack):
     Steps with momentum, `z = project(x_k + eta * direction(gradient))`, `x_{k+1} = project(x_k + 0.75 (z - x_k) + 0.25
     (x_k - x_{k-1}))`, from `eta = 2 epsilon`. At checkpoints that come ever closer, eta is halved and the search goes on
     from the best point if too few steps have raised the loss, or if neither eta nor the best loss has changed.
+
+    Within L1 it is APGD of Croce & Hein 2021 (arXiv 2103.01208, section 4): steps without momentum that move few pixel values,
+    fewer as the best point becomes sparse, and a search that begins within 3 epsilon (30% of the steps) and 2 epsilon (30%).
 
     Args:
         threat_model: the ball to stay in.
@@ -106,31 +110,43 @@ class APGD(SearchAttack):
         return cross_entropy if self.loss == "ce" else dlr if num_classes > 2 else margin
 
     def _ascend(self, rank: int, logits_fn: LogitsFn, batch: Batch, clean_logits: Tensor) -> AttackResult:
-        """Runs algorithm 1 from one start, for "t" towards the target of this rank; an image leaves once it is misclassified."""
+        """Runs algorithm 1 from one start, for "t" towards the target of this rank."""
         images, labels = batch.images, batch.labels
-        threat = self.threat_model
-        loss = self._climbed(clean_logits.shape[1])
         arguments = (labels, target_classes(clean_logits, labels, rank)) if rank else (labels,)
-        start = threat.random_start(images, batch.generators)
-        state = _State(images, start, labels, arguments, torch.full_like(images[:, :1, :1, :1], 2 * threat.epsilon))
-        best, share = start.clone(), images.new_full(labels.shape, torch.nan)
-        checkpoints = set(checkpoint_steps(self.steps))
-        for step in range(self.steps + 1):
-            last = step == self.steps
+        loss, done, results = self._climbed(clean_logits.shape[1]), 0, list[AttackResult]()
+        for threat, steps in balls(self.threat_model, self.steps):
+            if results:
+                start = threat.project(results[-1].images, images)
+            else:
+                start = threat.random_start(images, batch.generators)
+            state = (_SparseState if threat.norm == "l1" else _State)(threat, images, start, labels, arguments)
+            results.append(self._climb(loss, state, logits_fn, batch, done, steps))
+            done += steps
+        return AttackResult(results[-1].images, results[0].zero_gradient_share)
+
+    def _climb(
+        self, loss: Loss, state: _State, logits_fn: LogitsFn, batch: Batch, done: int, steps: int
+    ) -> AttackResult:
+        """Takes this many steps after those `done`; an image leaves once it is misclassified within the threat model itself."""
+        inside = state.threat == self.threat_model
+        best, share = state.x.clone(), state.x.new_full(state.labels.shape, torch.nan)
+        checkpoints = set(state.checkpoints(steps))
+        for step in range(steps + 1):
+            last = step == steps
             if not last:
-                batch.tell(self.name, stage("step", step + 1, self.steps), len(state.rows))
+                batch.tell(self.name, stage("step", done + step + 1, self.steps), len(state.rows))
             logits, losses, gradient = self._look(loss, state, logits_fn, last)
             if step == 0:
                 share = zero_share(gradient)
             state.record(losses, gradient)
-            wrong = logits.argmax(1) != state.labels
+            wrong = (logits.argmax(1) != state.labels) & inside
             best[state.rows] = torch.where(wrong[:, None, None, None], state.x, state.best)
             state.keep(~wrong)
             if last or len(state.rows) == 0:
                 break
             if step in checkpoints:
                 state.adapt()
-            state.step(threat, first=step == 0)
+            state.step(first=step == 0)
         return AttackResult(best, share)
 
     def _look(self, loss: Loss, state: _State, logits_fn: LogitsFn, last: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,9 +171,13 @@ class APGD(SearchAttack):
 class _State:
     """The points of the images that still stand, with what algorithm 1 remembers of each."""
 
-    def __init__(self, images: Tensor, x: Tensor, labels: Tensor, arguments: tuple[Tensor, ...], eta: Tensor) -> None:
-        self.images, self.x, self.labels, self.arguments = images, x, labels, arguments
-        self.eta = eta  # (A, 1, 1, 1)
+    longest = 2.0  # the first steps, in epsilon
+
+    def __init__(
+        self, threat: ThreatModel, images: Tensor, x: Tensor, labels: Tensor, arguments: tuple[Tensor, ...]
+    ) -> None:
+        self.threat, self.images, self.x, self.labels, self.arguments = threat, images, x, labels, arguments
+        self.eta = torch.full_like(images[:, :1, :1, :1], self.longest * threat.epsilon)
         self.rows = torch.arange(len(images), device=images.device)  # (A,) places in the batch
         self.previous, self.best = x.clone(), x.clone()
         self.gradient = self.best_gradient = torch.zeros_like(x)
@@ -178,8 +198,13 @@ class _State:
         self.best_gradient = torch.where(wide, gradient, self.best_gradient)
         self.loss, self.gradient = losses, gradient
 
-    def step(self, threat: ThreatModel, *, first: bool) -> None:
+    def checkpoints(self, steps: int) -> list[int]:
+        """Returns the steps after which `adapt` is called."""
+        return checkpoint_steps(steps)
+
+    def step(self, *, first: bool) -> None:
         """Moves to the next points (Eq. 3; the first step has no momentum)."""
+        threat = self.threat
         z = threat.project(self.x + self.eta * threat.direction(self.gradient), self.images)
         if first:
             self.rises.zero_()  # the start has no step before it
@@ -209,6 +234,56 @@ class _State:
                 if isinstance(value, Tensor):
                     setattr(self, name, value[mask])
             self.arguments = tuple(value[mask] for value in self.arguments)
+
+
+class _SparseState(_State):
+    """The same within L1: steps without momentum along the sign of the largest gradients, whose number follows the best point."""
+
+    longest = 1.0
+
+    def __init__(self, threat: ThreatModel, images: Tensor, x: Tensor, *arguments: Any) -> None:
+        super().__init__(threat, images, x, *arguments)
+        self.moved = _changed(x, images)  # (A,) values that the best point changes
+        self.count = self._count()
+
+    def _count(self) -> Tensor:
+        return (self.moved / 1.5).long().clamp_min(1)
+
+    def checkpoints(self, steps: int) -> list[int]:
+        every = max(int(0.04 * steps), 1)
+        return list(range(every, steps, every))
+
+    def step(self, *, first: bool) -> None:
+        z = self.x + self.eta * sparse_sign(self.gradient, self.count, self.x)
+        self.previous, self.x = self.x, self.threat.project(z, self.images)
+
+    def adapt(self) -> None:
+        """Where the best point has become sparser, goes back to it with the longest steps; else shortens them by 1.5."""
+        moved = _changed(self.best, self.images)
+        sparser = moved < 0.95 * self.moved
+        wide, longest = sparser[:, None, None, None], self.longest * self.threat.epsilon
+        self.eta = torch.where(wide, longest, (self.eta / 1.5).clamp_min(longest / 10))
+        self.x = torch.where(wide, self.best, self.x)
+        self.gradient = torch.where(wide, self.best_gradient, self.gradient)
+        self.moved = moved
+        self.count = self._count()
+
+
+def _changed(x: Tensor, images: Tensor) -> Tensor:
+    """Returns how many pixel values of each image differ, (A,) float."""
+    return (x != images).flatten(1).sum(1).float()
+
+
+def balls(threat: ThreatModel, steps: int) -> list[tuple[ThreatModel, int]]:
+    """Returns the threat models that a search goes through, each with its steps: for L1, larger ones first.
+
+    3 epsilon, 2 epsilon and epsilon, with 30%, 30% and 40% of the steps (Croce & Hein 2021, section 4.2).
+    """
+    wider = math.ceil(round(0.3 * steps, 6)) if threat.norm == "l1" and steps > 2 else 0
+    if wider == 0:
+        return [(threat, steps)]
+    larger = [(ThreatModel(threat.norm, factor * threat.epsilon), wider) for factor in (3, 2)]
+    return [*larger, (threat, steps - 2 * wider)]
 
 
 def checkpoint_steps(steps: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..randomness import Generators, Seeds, own_random_state, resolve_generator, select_generators
 from ..utils.modules import buffers_kept, modules_in
 from .losses import margin
-from .threat import LogitsFn, ThreatModel, check_images, check_label_range, wide_dtype
+from .threat import BALLS, LogitsFn, ThreatModel, check_images, check_label_range, wide_dtype
 
 # name of the running part, where it is ("target 3 of 9, step 40 of 100", or ""), images that it has left
 Report = Callable[[str, str, int], None]
@@ -106,6 +106,7 @@ class Attack(ABC):
         help: Its names, or their shapes, each with what it means.
         uses_gradients: Whether it differentiates the model (white box), and does not only ask for answers.
         strong: Whether it is AutoAttack or one of its parts, whose figures say more than those of PGD.
+        norms: The norms of the threat models that it is built for.
     """
 
     threat_model: ThreatModel
@@ -113,6 +114,7 @@ class Attack(ABC):
     help: ClassVar[Mapping[str, str]] = {}
     uses_gradients: ClassVar[bool] = True
     strong: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = BALLS
 
     @property
     @abstractmethod
@@ -281,14 +283,19 @@ def named_settings(match: re.Match[str]) -> dict[str, Any]:
 
 
 def check_settings(attack: Attack, **least: int) -> None:
-    """Refuses a `threat_model` that is not one, and settings that are not whole numbers of at least their value here.
+    """Refuses a `threat_model` that is none it is built for, and settings that are not whole numbers of at least their value here.
 
     Raises:
         TypeError: something else, or not an integer.
-        ValueError: too small.
+        ValueError: too small, or another norm.
     """
     if not isinstance(attack.threat_model, ThreatModel):
         raise TypeError(f"threat_model must be a ThreatModel, got {attack.threat_model!r}")
+    if attack.threat_model.norm not in attack.norms:
+        others = "the attack 'patch' (patch-20)" if attack.threat_model.norm == "patch" else "'pgd-20' or 'autoattack'"
+        raise ValueError(
+            f"{type(attack).__name__} is built for the norms {', '.join(attack.norms)}, not for {attack.threat_model}: use {others}"
+        )
     for name, smallest in least.items():
         value = getattr(attack, name)
         if isinstance(value, bool) or not isinstance(value, int):

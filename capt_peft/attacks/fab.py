@@ -123,7 +123,7 @@ class FAB(SearchAttack):
         """Returns random points at half of epsilon, as the authors' code restarts."""
         threat = self.threat_model
         sample = torch.rand if threat.norm == "linf" else torch.randn
-        noise = draw(sample, images.shape, generators).to(images)
+        noise = draw(sample, images.shape, generators).to(images)  # for L1 too: any way through most of the values
         noise = 2 * noise - 1 if threat.norm == "linf" else noise
         return images + 0.5 * threat.epsilon * noise / threat.norm_of(noise).clamp_min(1e-12)[:, None, None, None]
 
@@ -147,6 +147,8 @@ class FAB(SearchAttack):
 
     def _dual_norm(self, normal: Tensor) -> Tensor:
         flat = normal.flatten(1)
+        if self.threat_model.norm == "l1":
+            return flat.abs().amax(1)
         return flat.abs().sum(1) if self.threat_model.norm == "linf" else flat.norm(dim=1)
 
     def _move(self, x: Tensor, images: Tensor, gap: Tensor, normal: Tensor) -> Tensor:
@@ -192,13 +194,14 @@ def project_to_hyperplane(x: Tensor, normal: Tensor, rise: Tensor, norm: str) ->
 
     Every pixel moves the way that changes `normal . delta` towards `rise`, by a common length (L-inf) or one in proportion to
     |normal| (L2), as far as its room allows: `|delta_j| = min(t v_j, room_j)`. t follows from the sorted lengths at which
-    pixels hit the range. Where the range allows no such delta, all its room is used.
+    pixels hit the range. For L1 the pixels with the largest |normal| use all their room, and the last one a part of it. Where
+    the range allows no such delta, all its room is used.
 
     Args:
         x: (A, 3, H, W) in [0, 1].
         normal: (A, 3, H, W).
         rise: (A,) wanted change of `normal . x`.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
 
     Returns:
         (A, 3, H, W).
@@ -210,13 +213,18 @@ def project_to_hyperplane(x: Tensor, normal: Tensor, rise: Tensor, norm: str) ->
     room = torch.where(way > 0, 1 - start, start).clamp_min(0)
     room = torch.where(way == 0, 0, room)  # a pixel without weight stays
     tiny = torch.finfo(wide).tiny
+    wanted = rise.to(wide).abs()[:, None]
+    if norm == "l1":
+        order = weight.argsort(dim=1, descending=True, stable=True)
+        gain = (weight * room).gather(1, order)
+        share = ((wanted - (gain.cumsum(1) - gain)) / gain.clamp_min(tiny)).clamp(0, 1)
+        return (way * room * share.gather(1, order.argsort(1))).view_as(x).to(x)
     speed = torch.ones_like(weight) if norm == "linf" else weight
     hits, order = torch.where(speed > 0, room / speed.clamp_min(tiny), 0).sort(1)  # t at which a pixel stops
     gain, slope = (weight * room).gather(1, order), (weight * speed).gather(1, order)
     stopped = gain.cumsum(1) - gain  # what the pixels before the k-th add once they have stopped
     moving = slope.flip(1).cumsum(1).flip(1)  # rise per t of the k-th and all after it
     reach = stopped + hits * moving  # the rise at t = hits_k, which never falls with k
-    wanted = rise.to(wide).abs()[:, None]
     k = (reach < wanted).sum(1, keepdim=True).clamp_max(reach.shape[1] - 1)
     t = (wanted - stopped.gather(1, k)) / moving.gather(1, k).clamp_min(tiny)
     t = torch.minimum(t.clamp_min(0), hits[:, -1:])

@@ -177,7 +177,7 @@ class PGD(Attack):
             _, _, gradient = pixel_gradient(logits_fn, x if clip else x.clamp(0, 1), loss)
             if step == 0:
                 share = zero_share(gradient)
-            x = keep(x + self.resolved_step_size * threat.direction(gradient), images)
+            x = keep(x + self.resolved_step_size * threat.direction(gradient, x), images)
         return AttackResult(x if clip else x.clamp(0, 1), share)
 
     def _score(self, logits_fn: LogitsFn, x: Tensor, labels: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from .base import Attack
-from .threat import ThreatModel
+from .threat import NORMS, ThreatModel
 
 _KINDS: dict[str, type[Attack]] = {}  # by their patterns
 _Kind = TypeVar("_Kind", bound=type[Attack])
@@ -41,6 +41,12 @@ def register_attack(kind: _Kind) -> _Kind:
 def attack_names() -> dict[str, str]:
     """Returns the names of all attacks, or their shapes such as "pgd-STEPS", each with what it means."""
     return {shape: meaning for kind in _KINDS.values() for shape, meaning in kind.help.items()}
+
+
+def norms_of(name: str) -> tuple[str, ...]:
+    """Returns the norms that the attack of a name is built for; all of them for an unknown name, which `parse_attack` refuses."""
+    found = [kind.norms for pattern, kind in _KINDS.items() if isinstance(name, str) and re.fullmatch(pattern, name)]
+    return found[0] if found else tuple(NORMS)
 
 
 def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str | None = None) -> Attack:

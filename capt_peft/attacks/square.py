@@ -30,7 +30,8 @@ class Square(SearchAttack):
 
     Keeps a change of the image in a random square if it shrinks the label's lead over the best other class. L-inf: starts from
     vertical stripes of +-epsilon, and sets each colour of a square to + or -epsilon. L2: starts from a grid of squares, and
-    moves the perturbation of one square into another. The squares become smaller as the search goes on.
+    moves the perturbation of one square into another. L1: as L2, with lengths in L1 (Croce & Hein 2021, arXiv 2103.01208,
+    section 5). The squares become smaller as the search goes on.
 
     Args:
         threat_model: the ball to stay in.
@@ -121,7 +122,7 @@ class Square(SearchAttack):
         moved = torch.where(inside, images + self.threat_model.epsilon * sign, best)
         return self.threat_model.project(moved, images)
 
-    # ----------------------------------------------------------------------------------------------------------- L2
+    # ---------------------------------------------------------------------------------------------------- L2 and L1
 
     def _grid(self, images: Tensor, generators: Generators) -> Tensor:
         """Returns the images with a 5 x 5 grid of squares of random sign, at length epsilon (section 4.4)."""
@@ -154,16 +155,23 @@ class Square(SearchAttack):
         tile = _pyramid(side, images.device).to(images)
         shape = _placed(torch.where(turn, tile.t(), tile), numbers[:, 0], numbers[:, 1], height, width)  # (A, 1, H, W)
         old = delta * into
-        fresh = sign * shape + old / _length(old, (2, 3)).clamp_min(1e-12)  # (A, 3, H, W)
+        order = self._order
+        if order == 1:
+            shape = shape / _length(shape, (2, 3), 1)
+        fresh = sign * shape + old / _length(old, (2, 3), order).clamp_min(1e-12)  # (A, 3, H, W)
         # a colour may spend what it has in the two squares, and its share of what the image has left
-        unused = (self.threat_model.epsilon**2 - _length(delta, (1, 2, 3)) ** 2).clamp_min(0)
-        budget = (_length(delta * (into | out_of), (2, 3)) ** 2 + unused / channels).sqrt()  # (A, 3, 1, 1)
-        fresh = fresh / _length(fresh, (2, 3)).clamp_min(1e-12) * budget
+        unused = (self.threat_model.epsilon**order - _length(delta, (1, 2, 3), order) ** order).clamp_min(0)
+        budget = (_length(delta * (into | out_of), (2, 3), order) ** order + unused / channels) ** (1 / order)
+        fresh = fresh / _length(fresh, (2, 3), order).clamp_min(1e-12) * budget  # budget: (A, 3, 1, 1)
         delta = torch.where(into, fresh, torch.where(out_of, 0, delta))
         return self._at_length_epsilon(delta, images)
 
+    @property
+    def _order(self) -> int:
+        return 1 if self.threat_model.norm == "l1" else 2
+
     def _at_length_epsilon(self, delta: Tensor, images: Tensor) -> Tensor:
-        scaled = delta / _length(delta, (1, 2, 3)).clamp_min(1e-12) * self.threat_model.epsilon
+        scaled = delta / _length(delta, (1, 2, 3), self._order).clamp_min(1e-12) * self.threat_model.epsilon
         return self.threat_model.project(images + scaled, images)
 
 
@@ -194,8 +202,9 @@ def _placed(tiles: Tensor, top: Tensor, left: Tensor, height: int, width: int) -
     return planes[:, None] * _window(top, left, side, height, width)
 
 
-def _length(delta: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return delta.square().sum(dims, keepdim=True).sqrt()
+def _length(delta: Tensor, dims: tuple[int, ...], order: int) -> Tensor:
+    """Returns the L1 or L2 length of each image's values, or each colour's."""
+    return delta.abs().sum(dims, keepdim=True) if order == 1 else delta.square().sum(dims, keepdim=True).sqrt()
 
 
 @lru_cache(maxsize=64)

@@ -4,6 +4,7 @@ capt-peft evaluate outputs/demo --attacks clean,pgd-20,pgd-100,autoattack --epsi
 capt-peft evaluate --base openai/clip-vit-base-patch32 --dataset_name path/to/images --epsilon 1/255,4/255 --limit 1000
 torchrun --nproc_per_node 2 -m capt_peft evaluate outputs/demo    # processes share the images
 capt-peft evaluate outputs/demo --retrieval --epsilon 4/255       # Recall@k of images and captions instead of accuracy
+capt-peft evaluate outputs/demo --attacks apgd-ce --threats linf:10/255,l2:1,l1:6    # and their union
 capt-peft evaluate outputs/demo --curve                   # accuracy against epsilon and steps, as pictures
 
 A killed evaluation resumes where it stopped when the same command is given again.
@@ -30,6 +31,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..attacks import ThreatModel, parse_attack
+from ..attacks.registry import norms_of
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
@@ -76,11 +78,19 @@ class Arguments(RetrievalArguments):
             "help": "Comma-separated, e.g. clean,pgd-20,autoattack; an unknown name is answered with all that there are."
         },
     )
-    norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
+    norm: str = field(
+        default="linf", metadata={"help": "Norm of the threat model: linf, l2, l1, or patch (a square of any pixels)."}
+    )
     epsilon: str = field(
         default="4/255",
         metadata={
             "help": "Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255; by default that of the adapter's tuning."
+        },
+    )
+    threats: str | None = field(
+        default=None,
+        metadata={
+            "help": "Several threat models in place of --norm and --epsilon, with their union: linf:4/255,l2:0.5,l1:12,patch:1/8."
         },
     )
     attack_target: str = field(
@@ -136,8 +146,10 @@ def parse_args(argv: list[str]) -> Arguments:
     if args.adapter is None and args.base is None:
         raise ValueError("Give --adapter (folder or Hub id of a CAPT adapter) or --base (of a CLIP, zero-shot).")
     check_places(asdict(args))
+    if args.threats is not None and (twice := [name for name in ("norm", "epsilon") if name in named]):
+        raise ValueError(f"--threats says norms and radii: leave --{twice[0]} out.")
     if args.adapter is not None:
-        take_over(args, args.model, named)
+        take_over(args, args.model, {*named, *(("norm", "epsilon") if args.threats is not None else ())})
         check_places(asdict(args))
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
@@ -178,20 +190,34 @@ def parse_args(argv: list[str]) -> Arguments:
 
 
 def parse_attacks(args: Arguments) -> list[Any]:
-    """Returns every attack at every epsilon."""
+    """Returns every attack under every threat model that it is built for."""
     names = [name.strip() for name in args.attacks.split(",") if name.strip()]
     if not names:
         raise ValueError(f"attacks={args.attacks!r} names nothing; --attacks clean measures clean accuracy alone.")
-    threats = [ThreatModel(args.norm, epsilon.strip()) for epsilon in args.epsilon.split(",")]
-    for name, values in (("attacks", names), ("epsilon", threats)):
+    threats = threats_of(args)
+    for name, values in (("attacks", names), ("epsilon" if args.threats is None else "threats", threats)):
         twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
         if twice is not None:
             raise ValueError(f"--{name} names {twice} twice.")
     for threat in threats:
-        if args.norm == "linf" and threat.epsilon == 1:
+        if threat.norm == "linf" and threat.epsilon == 1:
             logging.warning("epsilon=1 is the whole range of a pixel; one level of 255 is written 1/255.")
-    parse: Any = parse_query_attack if args.retrieval else parse_attack
-    return [parse(name, threat) for threat in threats for name in names if name != "clean"]
+    names = [name for name in names if name != "clean"]
+    if args.retrieval:
+        return [parse_query_attack(name, threat) for threat in threats for name in names]
+    norms = {name: norms_of(name) for name in names}
+    pairs = [(name, threat) for threat in threats for name in names if threat.norm in norms[name]]
+    # an attack or a threat model that is left with nothing is told what it needs
+    pairs += [(name, threats[0]) for name in names if name not in dict(pairs)]
+    pairs += [(name, threat) for threat in threats for name in names[:1] if threat not in {each for _, each in pairs}]
+    return [parse_attack(name, threat) for name, threat in pairs]
+
+
+def threats_of(args: Arguments) -> list[ThreatModel]:
+    """Returns the threat models: those of --threats, or one norm with every epsilon."""
+    if args.threats is None:
+        return [ThreatModel(args.norm, epsilon.strip()) for epsilon in args.epsilon.split(",")]
+    return [ThreatModel.from_text(text) for text in args.threats.split(",")]
 
 
 def load_classifier(
@@ -250,12 +276,17 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     own = {k: v for k, v in asdict(args).items() if k not in left_out}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
-    for option in ("class_texts", "strength"):  # as before they were options: results that are there are found again
+    for option in (
+        "class_texts",
+        "strength",
+        "threats",
+    ):  # as before they were options: results that are there are found again
         if own[option] is None:
             del own[option]
     own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
-    epsilons = [] if args.attacks == "clean" else [args.norm, args.epsilon.replace("/", "of")]
+    radii = [args.norm, args.epsilon] if args.threats is None else [args.threats.replace(":", "")]
+    epsilons = [] if args.attacks == "clean" else [each.replace("/", "of") for each in radii]
     few = [] if args.limit is None else [str(args.limit)]
     few += [] if args.strength is None else [f"strength{args.strength:g}"]
     words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
@@ -378,7 +409,7 @@ def show(evaluation: Evaluation, args: Arguments) -> None:
 
 def draw(classifier: ZeroShotClassifier, data: Dataset, args: Arguments, output: Path, common: dict[str, Any]) -> None:
     """Sweeps epsilon and steps for the adapter and its base, and draws the curves."""
-    threat = ThreatModel(args.norm, args.epsilon.split(",")[-1].strip())
+    threat = threats_of(args)[-1]
     path = output.with_suffix("")
     path = path.with_name(path.name + ".curve")
     robustness_curves(classifier, data, threat, path, **common)

@@ -86,12 +86,15 @@ class Examples:
             )
 
     def warn_of_units(self, attacks: Sequence[Attack]) -> None:
-        """Warns of L2 radii that only make sense in units of 0 to 255."""
-        diagonal = math.sqrt(self.batch([0], torch.device("cpu"))[0].numel())
-        for radius in sorted({a.threat_model.epsilon for a in attacks if a.threat_model.norm == "l2"}):
-            if radius > diagonal / 5:
+        """Warns of L2 and L1 radii that only make sense in units of 0 to 255."""
+        values = self.batch([0], torch.device("cpu"))[0].numel()
+        far = {"l2": math.sqrt(values), "l1": float(values)}  # the length of a change of every pixel by its whole range
+        threats = {a.threat_model for a in attacks if a.threat_model.norm in far}
+        for threat in sorted(threats, key=lambda each: (each.norm, each.epsilon)):
+            radius, share = threat.epsilon, threat.epsilon / far[threat.norm]
+            if share > 1 / 5:
                 logger.warning(
-                    f"L2 epsilon={radius:g} changes every pixel by {radius / diagonal:.2g} of its range on average: epsilon is "
+                    f"{threat.norm.upper()} epsilon={radius:g} changes every pixel by {share:.2g} of its range on average: epsilon is "
                     f"in units of [0, 1] pixels, so that {radius:g} levels of 255 are written '{radius:g}/255'."
                 )
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ..attacks import Attack
 from ..results.accuracy import Accuracy
-from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation
+from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation, has_union
 from ..results.rejection import Rejection
 from ..results.reliability import Reliability
 from ..utils.machine import describe_machine
@@ -27,10 +27,11 @@ def merge(
 ) -> Evaluation:
     """Returns the figures of an evaluation by the records of all images, without an attack and under each."""
     n = len(clean.index)
-    worst_case = {}
+    worst_case, broken = {}, set[int]()
     for threat in dict.fromkeys(attack.threat_model for attack, _ in attacked if subject.white_box):
         wrong = set().union(*(record.wrong() for attack, record in attacked if attack.threat_model == threat))
         worst_case[threat] = Accuracy(n - len(wrong), n)
+        broken |= wrong
     tables = [EXAMPLE_SCHEMA.empty_table(), *(_rows(attack, record) for attack, record in attacked)]
     return Evaluation(
         clean=Accuracy(clean.right(), n),
@@ -42,6 +43,7 @@ def merge(
         examples=pa.concat_tables(tables).combine_chunks(),
         reliability=_reliability(clean),
         rejection=rejection,
+        union=Accuracy(n - len(broken), n) if has_union(worst_case) else None,
     )
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..attacks import APGD, PGD, LogitsFn, Square, ThreatModel
 from ..attacks.base import pixel_gradient
 from ..attacks.losses import cross_entropy
+from ..attacks.threat import BALLS
 from ..randomness import example_generators
 from ..results.evaluation import Sign
 from ..utils.machine import tf32_in_use
@@ -43,7 +44,7 @@ _RULES = {
         "One step breaks more images than {many} steps ({percent:.1f} points of {images} images): the gradients lead astray, and "
         "robust accuracy is too high.",
         "{many} steps break at least as many images as one ({images} images).",
-        "Not checked: every epsilon is 0.",
+        "Not checked: every epsilon is 0, or no threat model is a ball.",
     ),
     "square_beats_white_box": _Rule(
         0.002,
@@ -98,7 +99,7 @@ def probe(subject: Subject, examples: Examples, attacked: Attacked, seed: int, b
     if not attacked or not right:
         return {}
     rows = spread(right, PROBES)
-    threats = list(dict.fromkeys(attack.threat_model for attack, _ in attacked))
+    threats = [t for t in dict.fromkeys(attack.threat_model for attack, _ in attacked) if t.norm in BALLS]
     places = [candidates[row] for row in rows]
     generators = partial(example_generators, seed, places, stream="evaluation", device=pixels.device)
     probed = _probe(subject, pixels[rows], labels[rows], generators, threats)
@@ -126,10 +127,9 @@ def _probe(
         outputs = torch.stack([logits_fn(pixels).float() for _ in range(REPEATS)])  # (REPEATS, B, N)
     differences = (outputs - outputs[0]).flatten(1).norm(dim=1).max() / outputs[0].norm().clamp_min(1e-12)
     sums = outputs[0].sum(1)
-    starts = threats[0].random_start(pixels, generators())
+    everything = everything_in(threats[0].norm if threats else "linf", pixels)
+    starts = (threats[0] if threats else everything).random_start(pixels, generators())
     _, _, gradient = pixel_gradient(logits_fn, starts, lambda logits: cross_entropy(logits, labels))
-    norm = threats[0].norm
-    everything = ThreatModel(norm, 1.0 if norm == "linf" else math.sqrt(pixels[0].numel()))
     steps = [(left(PGD(t, steps=1)), left(PGD(t, steps=MANY))) for t in threats if t.epsilon > 0]
     return {
         "images": len(pixels),
@@ -142,6 +142,11 @@ def _probe(
         "precision": precision_of(logits_fn.logits_fn, pixels[:FEW], backward=True),
         "precision_that_decides": precision_of(subject.scored.logits_fn, pixels[:FEW]),
     }
+
+
+def everything_in(norm: str, pixels: Tensor) -> ThreatModel:
+    """Returns a ball that holds all images of the shape of `pixels` (B, 3, H, W), around each: of L2, or else of L-inf."""
+    return ThreatModel("l2", math.sqrt(pixels[0].numel())) if norm == "l2" else ThreatModel("linf", 1.0)
 
 
 def _broken_by_square(
@@ -164,7 +169,8 @@ def _broken_by_square(
 def _standing(attacked: Attacked) -> list[tuple[ThreatModel, list[int]]]:
     """Returns, for each norm, the largest ball within which images stood all attacks, and these images' places."""
     found: dict[str, tuple[ThreatModel, list[int]]] = {}
-    for threat in sorted({attack.threat_model for attack, _ in attacked}, key=lambda t: (t.norm, -t.epsilon)):
+    threats = {attack.threat_model for attack, _ in attacked if attack.threat_model.norm in BALLS}
+    for threat in sorted(threats, key=lambda t: (t.norm, -t.epsilon)):
         within = [record for attack, record in attacked if attack.threat_model == threat]
         left = sorted(set(within[0].index).difference(*(record.wrong() for record in within)))
         if left and threat.epsilon > 0:

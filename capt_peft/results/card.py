@@ -325,6 +325,8 @@ def accuracy_rows(records: Records) -> list[Row]:
     for threat, worst in evaluation.worst_case.items():
         if len(evaluation.white_box(threat)) > 1:
             rows.append(Row(method, worst, str(threat), "worst case"))
+    if evaluation.union is not None:
+        rows.append(Row(method, evaluation.union, evaluation.threats, "union"))
     # figures of other images stay, beside the zero-shot ones of the same images
     again = {(row.threat_model, row.attack, row.accuracy.n) for row in rows}
     kept = [row for row in after if (row.threat_model, row.attack, row.accuracy.n) not in again]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count, groupby
 from pathlib import Path
@@ -139,6 +139,7 @@ class Evaluation:
         reliability: How far the scores without an attack are from accuracy; None in older results.
         rejection: What the answer "none of these" does; None where it was not measured.
         images: Which file beside the figures has the worst-case images; None where they were not kept.
+        union: The share of images that no white-box attack of any threat model broke; None where these have one norm.
     """
 
     clean: Accuracy
@@ -151,6 +152,7 @@ class Evaluation:
     reliability: Reliability | None = None
     rejection: Rejection | None = None
     images: KeptImages | None = None
+    union: Accuracy | None = None
 
     @property
     def robust(self) -> Accuracy:
@@ -161,13 +163,18 @@ class Evaluation:
         """
         if len(self.worst_case) != 1:
             raise ValueError(
-                f"There are {len(self.worst_case)} threat models with white-box attacks; look into `worst_case`."
+                f"There are {len(self.worst_case)} threat models with white-box attacks; look into `worst_case` and `union`."
             )
         return next(iter(self.worst_case.values()))
 
     def white_box(self, threat: ThreatModel | None = None) -> list[AttackOutcome]:
         """Returns the outcomes of white-box attacks, of all threat models or of one."""
         return [o for o in self.attacks if o.kind == ROBUST and threat in (None, o.threat_model)]
+
+    @property
+    def threats(self) -> str:
+        """The threat models with white-box attacks, as in "L-inf 4/255, L2 0.5"."""
+        return ", ".join(map(str, self.worst_case))
 
     def table(self) -> str:
         """Returns a Markdown table: which accuracy, under which attack, with the 95% interval, and of which images."""
@@ -179,6 +186,8 @@ class Evaluation:
         for threat, accuracy in self.worst_case.items():
             if len(self.white_box(threat)) > 1:
                 lines.append(f"| **robust** | {threat} | worst case | **{accuracy.percent}** |")
+        if self.union is not None:
+            lines.append(f"| **robust** | {self.threats} | union | **{self.union.percent}** |")
         task = self.configuration.get("task")
         known = task if isinstance(task, Mapping) else {}
         split = f" of the {escape(known['split'])} split" if known.get("split") else ""
@@ -237,7 +246,7 @@ class Evaluation:
             "signs": [sign.to_dict() for sign in self.signs],
             "configuration": self.configuration,
             "machine": self.machine,
-            **_given(reliability=self.reliability, rejection=self.rejection, images=self.images),
+            **_given(reliability=self.reliability, rejection=self.rejection, images=self.images, union=self.union),
         }
 
     @classmethod
@@ -258,7 +267,9 @@ class Evaluation:
             reliability=_read(Reliability, content.get("reliability")),
             rejection=_read(Rejection, content.get("rejection")),
             images=_read(KeptImages, content.get("images")),
+            union=_read(Accuracy, content.get("union")),
         )
+        evaluation._check_union()
         for outcome in evaluation.attacks:
             outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")
         for threat, worst in evaluation.worst_case.items():
@@ -313,6 +324,21 @@ class Evaluation:
             ) from error
         return evaluation
 
+    def _check_union(self) -> None:
+        """Raises a FigureError unless the union is at most every worst case, and no less than their losses together leave."""
+        if self.union is None:
+            return
+        if not has_union(self.worst_case):
+            raise FigureError("has a union of threat models, but not two norms with white-box attacks.")
+        for worst in self.worst_case.values():
+            self.union.check_at_most(worst, "has a union of threat models and a worst case of")
+        lost = sum(self.clean.correct - worst.correct for worst in self.worst_case.values())
+        if self.union.correct < self.clean.correct - lost:
+            raise FigureError(
+                f"says that a union of threat models leaves {self.union.correct} of {self.clean.correct} images, but their worst "
+                f"cases break no more than {lost}."
+            )
+
     def _check_counts(self, clean: int | None) -> None:
         """Raises a ValueError unless the figures are those of the examples; clean accuracy alone has no examples.
 
@@ -348,10 +374,18 @@ class Evaluation:
                 f"the worst cases of the examples are {', '.join(map(str, worst.values())) or 'none'}, not "
                 f"{', '.join(map(str, self.worst_case.values())) or 'none'}"
             )
+        left = n - len(set[int]().union(*wrong.values()))
+        if self.union is not None and self.union.correct != left:
+            raise ValueError(f"the union of the threat models leaves {left} of the examples, not {self.union.correct}")
 
     def _examples_of(self, outcome: AttackOutcome) -> pa.Table:
         threat = pc.equal(self.examples["threat_model"], str(outcome.threat_model))
         return self.examples.filter(pc.and_(pc.equal(self.examples["attack"], outcome.name), threat))
+
+
+def has_union(threats: Iterable[ThreatModel]) -> bool:
+    """Returns whether threat models have more than one norm, so that no ball of them is in another."""
+    return len({threat.norm for threat in threats}) > 1
 
 
 def examples_path(path: Path) -> Path:

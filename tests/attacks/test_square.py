@@ -14,7 +14,7 @@ from toy_models import CLASSES, accuracy, epsilon_for, make_model, seeded, some_
 from capt_peft.attacks import APGD, Square, ThreatModel
 from capt_peft.attacks.square import _placed, _pyramid, _window
 
-NORMS = ["linf", "l2"]
+NORMS = ["linf", "l2", "l1"]
 CPU = torch.device("cpu")
 both_norms = pytest.mark.parametrize("norm", NORMS)
 # Andriushchenko et al. 2020, section 4.1: p is halved at these of 10,000 queries
@@ -39,7 +39,7 @@ def batch(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 def length(delta: Tensor, norm: str) -> Tensor:
     flat = delta.double().flatten(1)
-    return flat.abs().max(1).values if norm == "linf" else flat.norm(dim=1)
+    return flat.norm({"linf": torch.inf, "l2": 2, "l1": 1}[norm], dim=1)
 
 
 def listening(seen: list[Tensor], model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

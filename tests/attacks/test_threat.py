@@ -14,7 +14,7 @@ from capt_peft.attacks import ThreatModel, parse_fraction
 from capt_peft.attacks.threat import check_images, check_label_range
 from capt_peft.randomness import draw, example_generators, resolve_generator
 
-NORMS = ["linf", "l2"]
+NORMS = ["linf", "l2", "l1"]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -28,6 +28,8 @@ def some_images(batch: int = 4, size: int = 8, seed: int = 0) -> torch.Tensor:
 def lengths(threat: ThreatModel, delta: torch.Tensor) -> torch.Tensor:
     """The norm in float64, by another route than the package's."""
     flat = delta.double().flatten(1)
+    if threat.norm == "l1":
+        return flat.abs().sum(1)
     return flat.abs().max(1).values if threat.norm == "linf" else flat.pow(2).sum(1).sqrt()
 
 
@@ -85,6 +87,9 @@ def test_what_is_no_number_is_refused(value: object) -> None:
         ("l2", "128/255", "L2 128/255"),
         ("l2", "1/7", "L2 0.142857"),
         ("l2", 3, "L2 3"),
+        ("l1", 12, "L1 12"),
+        ("l1", "255/255", "L1 1"),
+        ("patch", "1/8", "patch 0.125"),
     ],
 )
 def test_a_threat_model_reads_as_people_write_it(norm: str, epsilon: float | str, text: str) -> None:
@@ -101,7 +106,9 @@ def test_settings_survive_json_exactly(norm: str) -> None:
 @pytest.mark.parametrize(
     ("norm", "epsilon", "message"),
     [
-        ("l1", 0.1, "unknown norm 'l1'.*'linf' or 'l2'"),
+        ("l3", 0.1, "unknown norm 'l3'.*'linf', 'l2', 'l1', 'patch'"),
+        ("l1", -1, "at least 0"),
+        ("patch", 2, "its side as a fraction of the image's"),
         ("linf", 4, "fraction of \\[0, 1\\]"),
         ("linf", -1 / 255, "at least 0"),
         ("l2", -1.0, "at least 0"),
@@ -122,10 +129,11 @@ def test_projection_ends_inside_the_ball_and_the_range(norm: str, epsilon: float
     assert_inside(threat, threat.project(astray, images), images)
 
 
+@pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("epsilon", [0, 1e-5, 1e-4, 1 / 255, 0.5, 3, 300])
 @pytest.mark.parametrize("level", [0.1, 0.7, 1.0])
-def test_flat_images_do_not_round_out_of_the_l2_ball(epsilon: float, level: float) -> None:
-    threat, images = ThreatModel("l2", epsilon), torch.full((1, 3, 224, 224), level)
+def test_flat_images_do_not_round_out_of_the_ball(norm: str, epsilon: float, level: float) -> None:
+    threat, images = ThreatModel(norm, epsilon), torch.full((1, 3, 224, 224), level)
     for astray in (torch.zeros_like(images), torch.ones_like(images), images + 1e-6):
         assert_inside(threat, threat.project(astray, images), images)
 
@@ -145,11 +153,12 @@ def test_projection_onto_the_l2_ball_keeps_the_direction() -> None:
     torch.testing.assert_close(moved, expected, atol=1e-6, rtol=0)
 
 
-def test_norms_are_the_largest_change_and_the_euclidean_length() -> None:
+def test_norms_are_the_largest_change_the_euclidean_length_and_the_sum() -> None:
     delta = torch.zeros(2, 3, 2, 2)
     delta[0, 0, 0, 0], delta[0, 1, 1, 1] = -3.0, 4.0
     assert ThreatModel("linf", 1).norm_of(delta).tolist() == [4, 0]
     assert ThreatModel("l2", 1).norm_of(delta).tolist() == [5, 0]
+    assert ThreatModel("l1", 1).norm_of(delta).tolist() == [7, 0]
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1.0, 1e30])
