@@ -115,11 +115,8 @@ class APGD(SearchAttack):
         arguments = (labels, target_classes(clean_logits, labels, rank)) if rank else (labels,)
         loss, done, results = self._climbed(clean_logits.shape[1]), 0, list[AttackResult]()
         for threat, steps in balls(self.threat_model, self.steps):
-            if results:
-                start = threat.project(results[-1].images, images)
-            else:
-                start = threat.random_start(images, batch.generators)
-            state = (_SparseState if threat.norm == "l1" else _State)(threat, images, start, labels, arguments)
+            x = threat.project(results[-1].images, images) if results else threat.random_start(images, batch.generators)
+            state = (_SparseState if threat.norm == "l1" else _State)(threat, images, x, labels, arguments)
             results.append(self._climb(loss, state, logits_fn, batch, done, steps))
             done += steps
         return AttackResult(results[-1].images, results[0].zero_gradient_share)

@@ -24,8 +24,8 @@ class AutoAttack(Attack):
 
     "standard": APGD-CE, APGD-T (9 targets), FAB-T (9 targets), Square (5,000 queries). "plus": APGD-CE and APGD-DLR with 5
     restarts, FAB with 5, Square, APGD-T, FAB-T. "rand", for classifiers that are random: APGD-CE and APGD-DLR, with the gradient
-    averaged over 20 passes. An image that one attack has broken is not given to the next. Within L1, "standard" has APGD-CE with 5
-    restarts and APGD-T with 5 targets, as the authors' code has.
+    averaged over 20 passes. An image that one attack has broken is not given to the next. Within L1, "standard" has APGD-CE
+    with 5 restarts and APGD-T with 5 targets, as the authors' code has.
 
     Square halves its squares as its paper says, over the queries it has. The published code of AutoAttack gives it the schedule
     of 10,000 queries and stops at 5,000: ours is the stronger attack there.

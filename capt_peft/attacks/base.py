@@ -283,7 +283,7 @@ def named_settings(match: re.Match[str]) -> dict[str, Any]:
 
 
 def check_settings(attack: Attack, **least: int) -> None:
-    """Refuses a `threat_model` that is none it is built for, and settings that are not whole numbers of at least their value here.
+    """Refuses a `threat_model` that the attack is not built for, and settings that are not whole numbers of this or more.
 
     Raises:
         TypeError: something else, or not an integer.
@@ -294,7 +294,7 @@ def check_settings(attack: Attack, **least: int) -> None:
     if attack.threat_model.norm not in attack.norms:
         others = "the attack 'patch' (patch-20)" if attack.threat_model.norm == "patch" else "'pgd-20' or 'autoattack'"
         raise ValueError(
-            f"{type(attack).__name__} is built for the norms {', '.join(attack.norms)}, not for {attack.threat_model}: use {others}"
+            f"{type(attack).__name__} is built for {', '.join(attack.norms)}, not for {attack.threat_model}: use {others}"
         )
     for name, smallest in least.items():
         value = getattr(attack, name)

@@ -94,8 +94,8 @@ class Examples:
             radius, share = threat.epsilon, threat.epsilon / far[threat.norm]
             if share > 1 / 5:
                 logger.warning(
-                    f"{threat.norm.upper()} epsilon={radius:g} changes every pixel by {share:.2g} of its range on average: epsilon is "
-                    f"in units of [0, 1] pixels, so that {radius:g} levels of 255 are written '{radius:g}/255'."
+                    f"{threat.norm.upper()} epsilon={radius:g} changes every pixel by {share:.2g} of its range on average: "
+                    f"epsilon is in units of [0, 1] pixels, so that {radius:g} levels of 255 are written '{radius:g}/255'."
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_models import accuracy, make_model, seeded, some_images
 from torch import Tensor
+from toy_models import accuracy, make_model, seeded, some_images
 
 from capt_peft.attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel
 from capt_peft.attacks.apgd import balls

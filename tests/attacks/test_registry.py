@@ -19,6 +19,7 @@ from capt_peft.attacks import (
     AttackResult,
     AutoAttack,
     Batch,
+    Patch,
     Square,
     ThreatModel,
     attack_names,
@@ -36,6 +37,7 @@ THREAT = ThreatModel("linf", "8/255")
 # every example in the table: words that begin with the name of an attack, but for the placeholder
 LISTED = re.findall(r"\b(?:fgsm|a?pgd|fab|square|autoattack)(?:-(?!STEPS)\w+)*", " ".join([*KNOWN, *KNOWN.values()]))
 EXAMPLES = sorted(set(LISTED) - {"pgd"})
+PATCH = ThreatModel("patch", "1/4")
 
 
 def test_the_table_holds_the_names_of_all_attacks() -> None:
@@ -44,11 +46,29 @@ def test_the_table_holds_the_names_of_all_attacks() -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-@pytest.mark.parametrize("threat", [THREAT, ThreatModel("l2", 0.5)])
+@pytest.mark.parametrize("threat", [THREAT, ThreatModel("l2", 0.5), ThreatModel("l1", 12)])
 def test_every_name_in_the_table_is_that_of_the_attack_it_makes(name: str, threat: ThreatModel) -> None:
     attack = parse_attack(name, threat)
     assert attack.name == attack.to_dict()["name"] == name
     assert attack.threat_model == threat
+
+
+@pytest.mark.parametrize("name", ["patch", "patch-50", "patch-50x30", "patch-20x3"])
+def test_the_names_of_patches_are_read_and_lead_back(name: str) -> None:
+    attack = parse_attack(name, PATCH)
+    assert isinstance(attack, Patch) and attack.name == name
+    assert known_attack(json.loads(json.dumps(attack.to_dict()))) == attack
+    assert "patch" in KNOWN
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_attack_within_a_ball_is_refused_for_a_patch_and_a_patch_for_a_ball(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"'{name}': \w+ is built for linf, l2, l1, not for patch 0.25: use .*patch-20"
+    ):
+        parse_attack(name, PATCH)
+    with pytest.raises(ValueError, match=r"'patch': Patch is built for patch, not for L-inf 8/255: use 'pgd-20'"):
+        parse_attack("patch", THREAT)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from capt_peft import CaptConfig, load_task
 from capt_peft.commands.evaluate import main
 from capt_peft.commands.train import main as train
 from capt_peft.commands.tuned import read_record
+from capt_peft.evaluation import Evaluation
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
 QUICK = [
@@ -242,7 +243,13 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
         (["--epsilon", "4"], "more than the whole range of a pixel.*'4/255'"),
         (["--epsilon=-1/255"], "must be finite and at least 0"),
         (["--epsilon", ""], "'' is not a number"),
-        (["--norm", "l1"], "unknown norm 'l1'"),
+        (["--norm", "l3"], "unknown norm 'l3'"),
+        (
+            ["--norm", "patch", "--epsilon", "1/4"],
+            "'pgd-3': PGD is built for linf, l2, l1, not for patch 0.25: use .*patch",
+        ),
+        (["--attacks", "patch"], "'patch': Patch is built for patch, not for L-inf"),
+        (["--threats", "linf:1/255"], "--threats says norms and radii: leave --epsilon out"),
         (["--split", "holdout"], "no split 'holdout'"),
         (["--dtype", "int8"], "dtype='int8' must be"),
         (["--dtype", "tf32"], "is for CUDA GPUs"),
@@ -265,6 +272,39 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(tmp_path, arguments, me
     with pytest.raises((ValueError, KeyError), match=message):
         main(["--base", TINY_CLIP, *QUICK, "--output", str(tmp_path / "r.json"), *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("threats", "attacks", "message"),
+    [
+        ("linf", "pgd-2", "'linf' must be a norm and an epsilon, such as linf:4/255"),
+        ("linf:4", "pgd-2", "more than the whole range of a pixel"),
+        ("l2:1,l2:1", "pgd-2", "--threats names L2 1 twice"),
+        ("l3:1", "pgd-2", "unknown norm 'l3'"),
+        ("l2:1,patch:1/4", "pgd-2", "'pgd-2': PGD is built for linf, l2, l1, not for patch 0.25"),
+        ("l2:1,l1:3", "pgd-2,patch", "'patch': Patch is built for patch, not for L2 1"),
+    ],
+)
+def test_threat_models_that_an_attack_cannot_have_are_refused(tmp_path, threats, attacks, message):
+    few = ["--limit", "4", "--use_cpu", "--output", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match=message):
+        main(["--base", TINY_CLIP, *few, "--threats", threats, "--attacks", attacks])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_threat_models_have_their_attacks_and_a_union(tmp_path, capsys):
+    output = tmp_path / "r.json"
+    few = ["--limit", "20", "--use_cpu", "--signs", "false", "--output", str(output)]
+    threats = ["--threats", "linf:2/255,l2:0.2,l1:2,patch:1/8", "--attacks", "clean,pgd-3,patch-3x2"]
+    result = main(["--base", TINY_CLIP, *few, *threats])
+    names = [(outcome.name, str(outcome.threat_model)) for outcome in result.attacks]
+    balls = [("pgd-3", "L-inf 2/255"), ("pgd-3", "L2 0.2"), ("pgd-3", "L1 2")]
+    assert names == [*balls, ("patch-3x2", "patch 0.125")]
+    assert len(result.worst_case) == 4
+    assert result.union.correct < min(worst.correct for worst in result.worst_case.values()) < 20
+    told = f"| **robust** | L-inf 2/255, L2 0.2, L1 2, patch 0.125 | union | **{result.union.percent}** |"
+    assert told in capsys.readouterr().out
+    assert Evaluation.load(output).union == result.union
 
 
 def test_an_adapter_is_not_measured_as_a_base_nor_a_base_as_an_adapter(adapter, tmp_path):

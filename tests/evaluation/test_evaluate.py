@@ -27,9 +27,11 @@ from capt_peft import (
     evaluate,
     load_task,
 )
+from capt_peft.attacks import Patch
 from capt_peft.evaluation import Evaluation
 from capt_peft.evaluation import loop as loop_module
 from capt_peft.randomness import example_generators
+from capt_peft.results.accuracy import Accuracy
 
 THREAT = ThreatModel("linf", "4/255")
 STREAMED = datasets.IterableDataset.from_generator(lambda: iter([]))
@@ -95,6 +97,67 @@ def test_the_worst_case_counts_an_image_that_any_attack_breaks(model, data):
     assert result.worst_case[THREAT].correct == int((~broken & ~wrong).sum())
     assert result.robust == result.worst_case[THREAT]
     assert result.robust.correct <= min(outcome.accuracy.correct for outcome in result.attacks)
+
+
+def test_the_union_counts_an_image_that_any_attack_of_any_threat_model_breaks(model, data, tmp_path):
+    balls = [ThreatModel("linf", "3/255"), ThreatModel("l2", 0.1), ThreatModel("l1", 0.4)]
+    attacks = [*(PGD(threat, steps=5) for threat in balls), Patch(ThreatModel("patch", "1/8"), steps=5, places=2)]
+    result = quiet(model, data, attacks, output=tmp_path / "r.json", signs=False)
+    rows = result.examples.to_pandas()
+    stands = rows.groupby("index").apply(lambda r: (r["prediction"] == r["label"]).all())
+    assert result.union.correct == int(stands.sum())
+    assert 0 < result.union.correct < min(worst.correct for worst in result.worst_case.values())
+    assert (
+        f"| **robust** | L-inf 3/255, L2 0.1, L1 0.4, patch 0.125 | union | **{result.union.percent}** |"
+        in result.table()
+    )
+    assert Evaluation.load(tmp_path / "r.json") == result
+
+
+@pytest.mark.parametrize("radius", ["4/255", "8/255"])
+def test_threat_models_of_one_norm_have_no_union(model, data, radius):
+    attacks = [PGD(THREAT, steps=2), *([] if radius == "4/255" else [PGD(ThreatModel("linf", radius), steps=2)])]
+    result = quiet(model, data, attacks, signs=False)
+    assert result.union is None and "union" not in result.to_dict() and "union" not in result.table()
+
+
+@pytest.mark.parametrize("way", ["above a worst case", "below what both leave", "of one norm", "not of the examples"])
+def test_a_union_that_cannot_be_is_refused(model, data, tmp_path, way):
+    output = tmp_path / "r.json"
+    threats = [THREAT, ThreatModel("l2", 0.2)]
+    result = quiet(model, data, [PGD(threat, steps=5) for threat in threats], output=output, signs=False)
+    content = json.loads(output.read_text())
+    worst = [each.correct for each in result.worst_case.values()]
+    told, message = {
+        "above a worst case": (min(worst) + 1, "has a union of threat models and a worst case of"),
+        "below what both leave": (sum(worst) - result.clean.correct - 1, "says that a union of threat models leaves"),
+        "of one norm": (result.union.correct, "not two norms"),
+        "not of the examples": (result.union.correct - 1, "the union of the threat models leaves"),
+    }[way]
+    content["union"] = Accuracy(told, 30).to_dict()
+    if way == "of one norm":
+        content["attacks"], content["worst_case"] = content["attacks"][:1], content["worst_case"][:1]
+    output.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        Evaluation.load(output)
+    older = {key: value for key, value in content.items() if key != "union"}
+    if way != "of one norm":
+        output.write_text(json.dumps(older))
+        assert Evaluation.load(output).union is None  # of a version that did not count it
+
+
+def test_a_patch_alone_is_measured_and_its_signs_are_not_those_of_balls(model, data):
+    result = quiet(model, data, Patch(ThreatModel("patch", "1/4"), steps=5, places=3))
+    assert result.robust.correct < result.clean.correct
+    raised = {sign.name: sign.raised for sign in result.signs}
+    assert raised["one_step_beats_many"] is None and raised["square_beats_white_box"] is None
+    assert raised["accuracy_left_at_epsilon_1"] is False and raised["zero_gradients"] is False
+
+
+def test_signs_are_looked_for_within_l1_as_in_other_balls(model, data):
+    result = quiet(model, data, APGD(ThreatModel("l1", 1), steps=10))
+    assert {sign.name: sign.raised for sign in result.signs}["accuracy_left_at_epsilon_1"] is False
+    assert not any(sign.raised for sign in result.signs)
 
 
 def test_every_example_has_a_row_for_every_attack(model, data):
