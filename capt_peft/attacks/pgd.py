@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -185,3 +185,48 @@ class PGD(Attack):
         logits = logits_fn(x)
         losses = self._checked_losses(logits.to(wide_dtype(logits.device)), labels, reference)
         return (logits.argmax(1) == labels) == self.targeted, losses
+
+
+@register_attack
+@dataclass(frozen=True)
+class CW(PGD):
+    """What papers of this field call CW: PGD with Carlini & Wagner's margin loss (2017, f_6), by the name that their tables use.
+
+    "cw-100" is "pgd-100-margin" bit for bit. In the code of TeCoA, which TTC shares, the loss is
+    `-relu(z_y - max_{j != y} z_j + 50)`: the same, as long as no other logit is more than 50 above the label's. The original
+    attack is another one: it looks for the smallest L2 change with Adam.
+
+    Args:
+        threat_model: As for `PGD`, and so are the other settings, but for the loss, which is "margin".
+
+    Raises:
+        TypeError, ValueError: As for `PGD`, and for another loss.
+    """
+
+    pattern = r"cw-(?P<steps>\d{1,9})(?:x(?P<restarts>\d{1,9}))?"
+    help: ClassVar[dict[str, str]] = {"cw-STEPS": "cw-100, this field's name of pgd-100-margin"}
+    _: KW_ONLY
+    loss: str = "margin"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss != "margin":
+            raise ValueError(f"loss={self.loss!r}: CW is PGD with the loss 'margin'; use PGD for another")
+        if self.steps == 1 and not self.random_start:
+            raise ValueError("steps=1 without a random start is FGSM: use PGD with loss='margin'")
+
+    @property
+    def name(self) -> str:
+        """The name of the same PGD with "cw" for "pgd" and without "margin": "cw-100", "cw-100x5"."""
+        return super().name.replace("pgd-", "cw-", 1).replace("-margin", "", 1)
+
+    @classmethod
+    def from_name(cls, match: re.Match[str], threat_model: ThreatModel) -> Attack:
+        return super(PGD, cls).from_name(match, threat_model)
+
+
+def with_step_size(attack: Attack, step_size: float | str | None) -> Attack:
+    """Returns an attack with a step size that is meant for PGD; FGSM's one step is epsilon, and the others set their own."""
+    if step_size is None or not isinstance(attack, PGD) or not attack.random_start:
+        return attack
+    return replace(attack, step_size=step_size)

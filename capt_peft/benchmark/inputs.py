@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import AutoModel, AutoProcessor
 
+from ..attacks import get_protocol
 from ..data.loading import list_tasks, load_task
 from ..data.pixels import PixelTransform, digest_images
 from ..data.task import Task
@@ -50,8 +51,11 @@ class Inputs:
         """
         text, teacher = cell.prompts.get("template"), cell.settings.get("teacher")
         training = (cell.task, cell.train_classes, cell.shots, cell.seed, text)
+        named = (cell.evaluation_protocol, cell.tuned)
         measured = [
-            self._once("measured", (target, cell.split, cell.limit, text), partial(self._measured, cell, target))
+            self._once(
+                "measured", (target, cell.split, cell.limit, text, *named), partial(self._measured, cell, target)
+            )
             for target in cell.targets
         ]
         images, data = self._once("training", training, partial(self._training, cell)) if cell.tuned else (None, None)
@@ -71,7 +75,7 @@ class Inputs:
 
     def _measured(self, cell: Cell, target: Target) -> tuple[str, str]:
         task = read_task(target.task, target.classes, self.root)
-        return _of_data(drawn(task[cell.split], cell.limit), task, template_of(cell, task))
+        return _of_data(drawn(task[cell.split], cell.images_in(target.task)), task, template_of(cell, task))
 
     def _training(self, cell: Cell) -> tuple[str, str]:
         task = training_task(cell, self.root)
@@ -119,7 +123,9 @@ def load_base(name: str, device: Any = None) -> tuple[nn.Module, Any]:
 
 
 def template_of(cell: Cell, task: Task) -> Template:
-    """Returns the text of a class: the same for all data sets where the settings say so, or else the data set's own."""
+    """Returns the text of a class: of the published protocol for zero-shot, of the settings, or else the data set's own."""
+    if cell.evaluation_protocol is not None and not cell.tuned:
+        return read_template(get_protocol(cell.evaluation_protocol).template_for(task.name) or task.template)
     return read_template(cell.prompts.get("template", task.template))
 
 

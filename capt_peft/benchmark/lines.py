@@ -34,6 +34,7 @@ class Result:
         attacks: Accuracy under each attack, by its name.
         worst_case: The share of images that no attack broke; None in lines of versions that did not count it.
         template: The text of a class, or several; None in such lines.
+        by_protocol: The share of images that no attack of the published protocol broke; None without one.
     """
 
     task: str
@@ -42,6 +43,7 @@ class Result:
     attacks: Mapping[str, Accuracy]
     worst_case: Accuracy | None = None
     template: str | tuple[str, ...] | None = None
+    by_protocol: Accuracy | None = None
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Result:
@@ -54,10 +56,12 @@ class Result:
         if why := _contradiction(row):
             raise ValueError(why)
         attacks = {name: _accuracy(count) for name, count in row["attacks"].items()}
-        worst = None if row.get("worst_case") is None else _accuracy(row["worst_case"])
+        worst, named = (
+            None if row.get(name) is None else _accuracy(row[name]) for name in ("worst_case", "by_protocol")
+        )
         template = row.get("template")
         template = tuple(template) if isinstance(template, list) else template
-        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, template)
+        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, template, named)
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,7 @@ def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:
             and line["cell"] == cell.to_dict()
             and [Target(result.task, result.classes) for result in results] == list(cell.targets)
             and all(len(r.attacks) == len(set(cell.attacks)) and r.worst_case is not None for r in results)
+            and (cell.evaluation_protocol is None or all(r.by_protocol is not None for r in results))
             and (not cell.tuned or isinstance(line["training"], dict))
         )
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -225,7 +230,9 @@ def _is_json(text: bytes) -> bool:
 
 def _contradiction(row: Mapping[str, Any]) -> str | None:
     """Returns why the figures of a result cannot be: an image counts under an attack only if it counts without."""
-    clean, attacks, worst = row["clean"], row["attacks"], row.get("worst_case")
+    clean, attacks, worst = row["clean"], dict(row["attacks"]), row.get("worst_case")
+    if row.get("by_protocol") is not None:
+        attacks["the protocol"] = row["by_protocol"]
     counts = {"clean": clean, **attacks} | ({} if worst is None else {"the worst case": worst})
     for name, count in counts.items():
         if count["n"] < 1 or not 0 <= count["correct"] <= count["n"]:

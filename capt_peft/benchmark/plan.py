@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from ..attacks import ThreatModel, parse_attack
+from ..attacks import Protocol, ThreatModel, get_protocol, known_protocols, parse_attack, parse_fraction
 from ..data.task import SPLITS
 from ..methods import METHODS, PROMPT_FIELDS, conflicts, method_name, method_settings
 from ..randomness import check_seed
@@ -58,6 +58,8 @@ class Cell:
         settings: Other fields of `CaptTrainingArguments`, and `teacher`.
         prompts: Fields of `CaptConfig`; with a `template`, it is the text of all tuned methods on all data sets, as in the
             published protocols; without, each data set has its own.
+        evaluation_protocol: The published protocol that it is measured by (`capt_peft.attacks.known_protocols`), which also
+            says how many images and, of zero-shot, which text; None: none.
     """
 
     suite: str
@@ -77,10 +79,13 @@ class Cell:
     targets: tuple[Target, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: Mapping[str, Any] = field(default_factory=dict)
+    evaluation_protocol: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields, in JSON types."""
+        """Returns all fields, in JSON types; without a published protocol as before there were any, so that keys are the same."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.evaluation_protocol is None:
+            del content["evaluation_protocol"]
         return content
 
     @classmethod
@@ -109,13 +114,21 @@ class Cell:
     def training_key(self) -> str:
         """Identifies the adapter: cells that differ only in what is measured share one."""
         content = self.to_dict()
-        measured = ("suite", "protocol", "variant", "split", "attacks", "eval_step_size", "limit", "targets")
+        measured = (
+            "suite", "protocol", "variant", "split", "attacks", "eval_step_size", "limit", "targets", "evaluation_protocol",
+        )  # fmt: skip
         return _hash({k: v for k, v in content.items() if k not in measured} | {"classes": self.train_classes})
 
     @property
     def train_classes(self) -> str:
         """The classes that it is tuned on: "all" or "base"."""
         return "base" if self.protocol == "base-to-new" else "all"
+
+    def images_in(self, task: str) -> int | None:
+        """Returns how many images of a data set are measured, drawn by seed 0; None: all."""
+        return (
+            self.limit if self.evaluation_protocol is None else get_protocol(self.evaluation_protocol).images_in(task)
+        )
 
     @property
     def label(self) -> str:
@@ -134,7 +147,8 @@ class Cell:
 
     def __str__(self) -> str:
         shots = f", {shots_name(self.shots)}" if self.tuned else ""
-        return f"{self.protocol}: {self.label} on {self.task}{shots}, seed {self.seed}"
+        named = f", protocol {self.evaluation_protocol}" if self.evaluation_protocol else ""
+        return f"{self.protocol}: {self.label} on {self.task}{shots}, seed {self.seed}{named}"
 
 
 def shots_name(shots: Shots) -> str:
@@ -163,6 +177,8 @@ class Plan:
         limit: Images in place of the suite's; 0: all.
         split: Split that is measured; "validation" to choose settings.
         transfer_shots: Shots of base-to-new, cross-dataset and shift.
+        evaluation_protocol: Name of a published protocol that is measured by: its attacks, step size, norm, epsilon and images
+            in place of the suite's; what contradicts it is refused. The threat model is also that of the tuning. None: none.
     """
 
     suite: Suite
@@ -179,6 +195,7 @@ class Plan:
     limit: int | None = None
     split: str = "test"
     transfer_shots: Shots = 16
+    evaluation_protocol: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("methods", "protocols", "shots", "seeds"):
@@ -191,7 +208,13 @@ class Plan:
         ):
             unknown = [value for value in values if value not in allowed]
             if unknown:
-                raise ValueError(f"Unknown {name} {', '.join(unknown)}. Allowed: {', '.join(allowed)}.")
+                of_papers = [value for value in unknown if name == "protocols" and value in known_protocols()]
+                meant = (
+                    f" {of_papers[0]} is a published evaluation protocol: --protocol {of_papers[0]}."
+                    if of_papers
+                    else ""
+                )
+                raise ValueError(f"Unknown {name} {', '.join(unknown)}. Allowed: {', '.join(allowed)}.{meant}")
         for shots in (*self.shots, self.transfer_shots):
             if shots != "all" and (not isinstance(shots, int) or shots < 1):
                 raise ValueError(f"shots={shots!r} must be a whole number of at least 1, or 'all'.")
@@ -201,6 +224,27 @@ class Plan:
             raise ValueError(f"limit={self.limit} must be at least 1, or 0 for all images.")
         for attack in self.attacks or ():
             parse_attack(attack, ThreatModel("linf", "0"))  # or it would be refused when the first adapter is tuned
+        if self.evaluation_protocol is not None:
+            self._check_protocol(get_protocol(self.evaluation_protocol))
+
+    def _check_protocol(self, named: Protocol) -> None:
+        """Raises a ValueError where something that was asked for contradicts the published protocol."""
+        lacking = named.lacking(self.attacks) if self.attacks else []
+        wrong = f"attacks {', '.join(self.attacks or ())} (without {', '.join(lacking)})" if lacking else ""
+        if self.limit is not None and (self.limit or None) != named.images:
+            wrong = f"limit={self.limit}"
+        if self.split != named.split:
+            wrong = f"split={self.split}"
+        for settings in (self.settings, *self.method_settings.values(), *self.variants.values()):
+            found = {name: settings[name] for name in ("norm", "epsilon", "eval_step_size") if name in settings}
+            wrong = next((f"{name}={found[name]}" for name in found if not _agrees(named, name, found)), wrong)
+        if wrong:
+            images = "all images" if named.images is None else f"{named.images:,} images"
+            step = f", step size {named.step_size}" if named.step_size else ""
+            raise ValueError(
+                f"{wrong} contradicts the protocol {named.name}: {', '.join(named.attacks)}{step}, {named.norm}, epsilon "
+                f"{' or '.join(named.epsilon)}, {images} of the {named.split} split. Leave one of the two out."
+            )
 
     def cells(self) -> list[Cell]:
         """Returns the cells: all of the first seed, then of the second, so that what was cut short is whole for a seed.
@@ -262,6 +306,16 @@ class Plan:
         }
         # YAML reads 1e-3 as a word
         values |= {name: float(value) for name, value in values.items() if name in _FLOATS and isinstance(value, str)}
+        attacks, limit = (
+            self.attacks or self.suite.attacks,
+            self.suite.limit if self.limit is None else self.limit or None,
+        )
+        if self.evaluation_protocol is not None:
+            named = get_protocol(self.evaluation_protocol)
+            asked = {**self.settings, **own.get(method, {}), **changed}  # the suite's own are not asked for
+            epsilon = named.radius(asked.get("epsilon", named.epsilon[0]))
+            values |= {"norm": named.norm, "epsilon": epsilon, "eval_step_size": named.step_size_at(epsilon)}
+            attacks, limit = self.attacks or named.attacks, named.images
         if method != ZERO_SHOT:
             values = method_settings(method, values)
         common = {
@@ -269,9 +323,10 @@ class Plan:
             "model": self.model,
             "epsilon": str(values.pop("epsilon", "4/255")),
             "norm": str(values.pop("norm", "linf")),
-            "attacks": tuple(self.attacks or self.suite.attacks),
+            "attacks": tuple(attacks),
             "eval_step_size": values.pop("eval_step_size", None),
-            "limit": self.suite.limit if self.limit is None else self.limit or None,
+            "limit": limit,
+            "evaluation_protocol": self.evaluation_protocol,
         }
         unknown = sorted(values.keys() - _PROMPTS - _TRAINING)
         if unknown:
@@ -282,6 +337,18 @@ class Plan:
             return common
         prompts = {name: value for name, value in values.items() if name in _PROMPTS}
         return common | {"settings": {k: v for k, v in values.items() if k not in _PROMPTS}, "prompts": prompts}
+
+
+def _agrees(protocol: Protocol, name: str, settings: Mapping[str, Any]) -> bool:
+    """Returns whether a setting is what a published protocol has: its norm, one of its radii, or its step size there."""
+    try:
+        epsilon = protocol.radius(settings.get("epsilon", protocol.epsilon[0]))
+        if name == "eval_step_size":
+            own = protocol.step_size_at(epsilon)
+            return own is not None and parse_fraction(own) == parse_fraction(settings[name])
+        return name == "epsilon" or settings["norm"] == protocol.norm
+    except (TypeError, ValueError):
+        return False
 
 
 _PROMPTS = PROMPT_FIELDS - {"class_names", "class_texts", "template_token_ids"}

@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, set_seed
 
-from ..attacks import PGD, Attack, parse_attack
+from ..attacks import parse_attack
+from ..attacks.pgd import with_step_size
 from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import evaluate
 from ..methods import make_trainer
@@ -175,9 +176,10 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     task = read_task(target.task, target.classes, root)
     template = template_of(cell, task)
     classifier = ZeroShotClassifier(model, processor, task.class_names, template, class_texts=task.class_texts)
-    attacks = [_with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
-    data = drawn(task[cell.split], cell.limit)
-    evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, progress=False)
+    attacks = [with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
+    data, named = drawn(task[cell.split], cell.images_in(target.task)), cell.evaluation_protocol
+    evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, protocol=named, progress=False)
+    figure = evaluation.by_protocol(cell.threat)
     return {
         "task": target.task,
         "classes": target.classes,
@@ -185,18 +187,12 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
         "clean": _count(evaluation.clean),
         "attacks": {outcome.name: _count(outcome.accuracy) for outcome in evaluation.attacks},
         "worst_case": _count(evaluation.robust),
+        **({} if figure is None else {"by_protocol": _count(figure)}),
     }
 
 
 def _count(accuracy: Accuracy) -> dict[str, int]:
     return {"correct": accuracy.correct, "n": accuracy.n}
-
-
-def _with_step_size(attack: Attack, step_size: float | str | None) -> Attack:
-    """Returns the attack with the step size that a cell sets for PGD; FGSM's one step is epsilon."""
-    if step_size is None or not isinstance(attack, PGD) or not attack.random_start:
-        return attack
-    return replace(attack, step_size=step_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ one plan

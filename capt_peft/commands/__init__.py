@@ -58,6 +58,7 @@ COMMANDS = {
         "checkpoint", "output")),
     "finetune-backbone": Command("fine-tunes an image tower on adversarial images (TeCoA, FARE)", "finetune_backbone",
                                  also=TRAINER),
+    "protocols": Command("lists the published evaluation protocols, or shows one", "protocols", ("name",)),
     "tasks": Command("lists the data sets that are known by name", "tasks", ("name",)),
     "env": Command("shows versions and devices, for a bug report", "env"),
 }  # fmt: skip

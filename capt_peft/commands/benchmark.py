@@ -1,10 +1,11 @@
-"""Runs the paper's protocols: methods, data sets, shots and seeds; then prints the tables.
+"""Runs the paper's experiments: methods, data sets, shots and seeds; then prints the tables.
 
 capt-peft benchmark --suite toy --quick                # every method and protocol once, a few minutes
 capt-peft benchmark --suite toy --methods capt,adv-maple,apt --shots 1,4,16,all --seeds 0,1,2
 capt-peft benchmark --suite toy --list                 # what would run, and how long it should take
 capt-peft benchmark --suite paper --root /data --model_name_or_path openai/clip-vit-base-patch32 \
         --settings fap --output outputs/fap.jsonl
+capt-peft benchmark --suite paper --protocol fap ...     # measured as FAP's paper measures; capt-peft protocols lists them
 capt-peft benchmark --config ablations/weighting
 capt-peft benchmark --suite own --tasks pets=path/to/pets,dtd=path/to/dtd --model_name_or_path ...
 accelerate launch -m capt_peft benchmark --suite paper ...      # all processes run each cell together
@@ -59,7 +60,12 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--protocols",
         default=",".join(PROTOCOLS),
-        help="of few-shot, base-to-new, cross-dataset, shift; all by default",
+        help="the paper's experiments: of few-shot, base-to-new, cross-dataset, shift; all by default",
+    )
+    parser.add_argument(
+        "--protocol",
+        help="a published evaluation protocol, such as fap (capt-peft protocols lists them): it sets attacks, step size, norm, "
+        "epsilon, images and zero-shot's text, and what contradicts it is refused",
     )
     parser.add_argument("--tasks", help="a part of the suite's data sets; of --suite own, name=path,name=path")
     parser.add_argument("--shots", default="1,4,16,all", help="training images per class, for few-shot")
@@ -77,12 +83,12 @@ def build_parser() -> Parser:
     parser.add_argument("--backend", default="loky", help="where workers run: loky (this machine), ray or dask")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     parser.add_argument("--list", action="store_true", help="show what would run, and how long it should take")
-    parser.add_argument("--quick", action="store_true", help="every method and protocol once, on little, in minutes")
+    parser.add_argument("--quick", action="store_true", help="every method and experiment once, on little, in minutes")
     return parser
 
 
 LISTS = ("methods", "protocols", "tasks", "shots", "seeds", "attacks")
-QUICK_SETS = ("tasks", "shots", "seeds", "limit", "transfer_shots", "attacks")
+QUICK_SETS = ("tasks", "shots", "seeds", "limit", "transfer_shots", "attacks", "protocol")
 
 
 def parse_args(argv: list[str]) -> Namespace:
@@ -191,6 +197,7 @@ def make_plan(args: Namespace) -> Plan:
         "settings": settings,
         **changed,
         "split": args.split,
+        "evaluation_protocol": args.protocol,
         "transfer_shots": int(args.transfer_shots) if str(args.transfer_shots).isdecimal() else args.transfer_shots,
     }
     if args.quick:

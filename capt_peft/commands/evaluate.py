@@ -5,6 +5,7 @@ capt-peft evaluate --base openai/clip-vit-base-patch32 --dataset_name path/to/im
 torchrun --nproc_per_node 2 -m capt_peft evaluate outputs/demo    # processes share the images
 capt-peft evaluate outputs/demo --retrieval --epsilon 4/255       # Recall@k of images and captions instead of accuracy
 capt-peft evaluate outputs/demo --attacks apgd-ce --threats linf:10/255,l2:1,l1:6    # and their union
+capt-peft evaluate outputs/demo --protocol fap            # as the paper of FAP measures; capt-peft protocols lists them
 capt-peft evaluate outputs/demo --curve                   # accuracy against epsilon and steps, as pictures
 
 A killed evaluation resumes where it stopped when the same command is given again.
@@ -30,7 +31,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 
-from ..attacks import ThreatModel, parse_attack
+from ..attacks import ThreatModel, get_protocol, parse_attack
 from ..attacks.registry import norms_of
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
@@ -56,6 +57,7 @@ from .ending import loading
 from .options import values_in
 from .parser import Parser
 from .places import check_places
+from .protocols import settle, settle_data
 from .retrieval import ANY_CLASSES, OPTIONS, RetrievalArguments, measure
 from .tuned import take_over
 
@@ -108,6 +110,13 @@ class Arguments(RetrievalArguments):
             "help": 'Data set of images of no class (name, Hub id, folder or file): measure the answer "none of these" too.'
         },
     )
+    protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": "A published evaluation protocol, such as fap (capt-peft protocols lists them): it sets attacks, step size, "
+            "norm, epsilon, split, images and a bare CLIP's text, and what contradicts it is refused."
+        },
+    )
     strength: float | None = field(
         default=None,
         metadata={"help": "Measure the adapter at this strength, 0 to 1, without writing it; by default at its own."},
@@ -148,9 +157,14 @@ def parse_args(argv: list[str]) -> Arguments:
     check_places(asdict(args))
     if args.threats is not None and (twice := [name for name in ("norm", "epsilon") if name in named]):
         raise ValueError(f"--threats says norms and radii: leave --{twice[0]} out.")
+    given = named
+    if args.protocol is not None:
+        named = settle(args, named)
     if args.adapter is not None:
         take_over(args, args.model, {*named, *(("norm", "epsilon") if args.threats is not None else ())})
         check_places(asdict(args))
+    if args.protocol is not None:
+        settle_data(args, given)
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if args.retrieval and args.dtype not in OF_FLOAT32:
@@ -210,7 +224,8 @@ def parse_attacks(args: Arguments) -> list[Any]:
     # an attack or a threat model that is left with nothing is told what it needs
     pairs += [(name, threats[0]) for name in names if name not in dict(pairs)]
     pairs += [(name, threat) for threat in threats for name in names[:1] if threat not in {each for _, each in pairs}]
-    return [parse_attack(name, threat) for name, threat in pairs]
+    parse = parse_attack if args.protocol is None else get_protocol(args.protocol).attack
+    return [parse(name, threat) for name, threat in pairs]
 
 
 def threats_of(args: Arguments) -> list[ThreatModel]:
@@ -280,6 +295,7 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
         "class_texts",
         "strength",
         "threats",
+        "protocol",
     ):  # as before they were options: results that are there are found again
         if own[option] is None:
             del own[option]
@@ -289,6 +305,7 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     epsilons = [] if args.attacks == "clean" else [each.replace("/", "of") for each in radii]
     few = [] if args.limit is None else [str(args.limit)]
     few += [] if args.strength is None else [f"strength{args.strength:g}"]
+    few += [] if args.protocol is None else [args.protocol]
     words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
     readable = "-".join(slug(word)[:40] for word in words)
     folder = Path("outputs", "evaluation", slug(name)[-80:])
@@ -353,6 +370,7 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
         output=output,
         save_images=args.save_images,
         out_of_class=outside,
+        protocol=args.protocol,
         **common,
     )
     if state.is_main_process:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from ..utils.fractions import parse_fraction
 from .ending import refuse, sentence, shorten
 from .places import check_places
@@ -22,6 +24,7 @@ WORDS = {
     "method": ("capt_peft.methods", "METHODS", "ALIASES"),
     "methods": ("capt_peft.methods", "METHODS", "ALIASES"),
     "protocols": ("capt_peft.benchmark.plan", "PROTOCOLS"),
+    "protocol": ("capt_peft.attacks", "protocols.yaml"),
     "norm": ("capt_peft.attacks.threat", "NORMS"),
     "coupling": ("capt_peft.tuner.config", "COUPLINGS"),
     "init": ("capt_peft.tuner.config", "INITS"),
@@ -209,8 +212,10 @@ def check_value(name: str, value: str) -> None:
     if name in WORDS and value:
         allowed = [word for variable in WORDS[name][1:] for word in words_of(WORDS[name][0], variable)]
         if value not in allowed:
-            what = {"methods": "method", "protocols": "protocol"}.get(name, name)
-            raise ValueError(f"Unknown {what} {shorten(value, 80)!r}. Allowed: {', '.join(allowed)}.")
+            what = {"methods": "method", "protocols": "experiment"}.get(name, name)
+            raise ValueError(
+                f"Unknown {what} {shorten(value, 80)!r}. Allowed: {', '.join(allowed)}.{_other_option(name, value)}"
+            )
     if name in FRACTIONS and value:
         try:
             parse_fraction(value)
@@ -218,8 +223,21 @@ def check_value(name: str, value: str) -> None:
             raise ValueError(f"--{name}: {error}.") from error
 
 
+def _other_option(name: str, value: str) -> str:
+    """Returns that a word is one of the option of nearly the same name, or "" where it is not."""
+    other = {"protocol": "protocols", "protocols": "protocol"}.get(name, name)
+    if other == name or value not in [
+        word for variable in WORDS[other][1:] for word in words_of(WORDS[other][0], variable)
+    ]:
+        return ""
+    does = "an experiment of the paper" if other == "protocols" else "a published evaluation protocol"
+    return f" {value} is {does}: --{other} {value}."
+
+
 def words_of(module: str, variable: str) -> list[str]:
-    """Returns the names in a tuple, or the keys of a dictionary, that a module writes down; imports nothing."""
+    """Returns the names in a tuple, or the keys of a dictionary or a YAML file, that a module writes down; imports none."""
+    if variable.endswith(".yaml"):
+        return list(yaml.safe_load(source(module).with_name(variable).read_text(encoding="utf-8")))
     for node in ast.parse(source(module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..attacks import Attack, LogitsFn
+from ..attacks import Attack, LogitsFn, get_protocol
 from ..attacks.base import joined
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
@@ -55,6 +55,7 @@ def evaluate(
     overwrite: bool = False,
     save_images: bool = False,
     out_of_class: datasets.Dataset | Tensor | None = None,
+    protocol: str | None = None,
     details: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -84,6 +85,8 @@ def evaluate(
         out_of_class: Images of none of the classes, a split or pixels (m, 3, H, W): measure what the answer "none of these" does
             too, clean and under each attack on class and score together (`evaluation.rejection`). Needs a classifier with a
             calibration that holds for it.
+        protocol: Name of a published protocol that the record carries (`capt_peft.attacks.known_protocols`): `attacks` hold its
+            own, with its settings. How many images it measures, of which split and with which text is for the caller to keep to.
         details: What else the figures depend on, for the record (JSON types).
         progress: Show a progress bar, in the main process.
 
@@ -93,8 +96,8 @@ def evaluate(
     Raises:
         TypeError: Data or classifier of the wrong kind.
         ValueError: No images, labels that do not fit, a seed out of range, two attacks alike, `save_images` without `output` or
-            attacks, `out_of_class` without a calibration or with images of the classes, or an output that cannot be written or
-            holds something else than an evaluation.
+            attacks, `out_of_class` without a calibration or with images of the classes, a protocol whose attacks are not there
+            or that do not see the model itself, or an output that cannot be written or holds something else than an evaluation.
     """
     attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
@@ -103,6 +106,12 @@ def evaluate(
         check_free(output)
     if save_images and (output is None or not attacks):
         raise ValueError("save_images=True needs an output, beside which the images lie, and attacks that make them.")
+    if protocol is not None:
+        get_protocol(protocol).check(attacks)
+        if attack_target != "tuned" or attack_template is not None:
+            raise ValueError(
+                f"protocol={protocol!r} is of white-box attacks: leave out attack_target and attack_template."
+            )
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
     with mode, buffers_kept(modules_in(classifier)):
         subject = subject_of(classifier, attack_target, attack_template)
@@ -114,6 +123,7 @@ def evaluate(
         configuration = agreed(
             {
                 **(details or {}),
+                **({} if protocol is None else {"protocol": protocol}),
                 "model": {**subject.description, "logits": logits},
                 "data": examples.to_dict(),
                 "attacks": [attack.to_dict() for attack in attacks],

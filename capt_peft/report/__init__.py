@@ -54,6 +54,6 @@ def write_report(
 
 def _suffixes(sections: Sequence[Section]) -> list[str]:
     """Returns for each section the values of what tells it from the others, as the end of a file name."""
-    fields = zip(*((s.suite, s.split, s.model, s.threat) for s in sections), strict=True)
+    fields = zip(*((s.suite, s.split, s.model, s.threat, s.evaluation_protocol) for s in sections), strict=True)
     telling = [values for values in fields if len(set(values)) > 1]
     return [re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(["", *(f[i] for f in telling)])) for i in range(len(sections))]

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ..attacks.protocols import AUTOATTACK
 from ..benchmark.lines import Line, read_lines
 from ..benchmark.plan import PROTOCOLS, QUICK_LIMIT, TRANSFERS, Cell, Shots, shots_name
 from ..results.accuracy import Accuracy
 from ..utils.text import differences
 
+BY_PROTOCOL = "the protocol "  # the share of images that none of a published protocol's attacks broke
 WORST = "worst of "  # the share of images that none of several attacks broke
 COLUMNS = [
-    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "n_clean", "n", "limit", "collapsed",
-    "failure",
+    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "autoattack", "n_clean", "n", "limit",
+    "collapsed", "failure",
 ]  # fmt: skip
-Place = tuple[str, str, str, str, str, str]  # of a section: suite to source
+Place = tuple[str, str, str, str, str, str, str]  # of a section: suite to source, and the published protocol
 Figures = dict[tuple[str, str], dict[str, Accuracy]]  # by task and classes, and by attack; "" for clean images
 
 
@@ -37,7 +38,9 @@ class Section:
         attack: The attack that robust accuracy is of.
         runs: A row for each run and target, of `COLUMNS`: `label` is method and variant, `shots` 0 where nothing was trained,
             `clean` and `robust` are percent of `n_clean` and `n` images; `limit` is the most that it would have taken. A run
-            without a figure has a row without a target; `failure` says why, if it failed.
+            without a figure has a row without a target; `failure` says why, if it failed. `autoattack` is beside the figure of a
+            published protocol, in percent of the same images.
+        evaluation_protocol: The published protocol that they are measured by; "" for none.
     """
 
     suite: str
@@ -48,14 +51,21 @@ class Section:
     source: str
     attack: str
     runs: pd.DataFrame = field(repr=False)
+    evaluation_protocol: str = ""
 
     def __str__(self) -> str:
         return f"{self.title} ({self.split} split, {self.threat}, {self.model})"
 
     @property
     def title(self) -> str:
-        """Suite and protocol, and the task that was trained on where others are measured."""
-        return f"{self.suite}: {self.protocol}" + (f" from {self.source}" if self.source else "")
+        """Suite and experiment, the task that was trained on where others are measured, and the published protocol."""
+        named = f", by the protocol {self.evaluation_protocol}" if self.evaluation_protocol else ""
+        return f"{self.suite}: {self.protocol}" + (f" from {self.source}" if self.source else "") + named
+
+    @property
+    def has_gap(self) -> bool:
+        """Whether AutoAttack's figure is there beside that of the published protocol."""
+        return bool(self.runs.autoattack.notna().any())
 
     @property
     def shots(self) -> list[Shots]:
@@ -80,7 +90,8 @@ def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None =
 
     Args:
         paths: A file of lines, or several in the order in which they were written.
-        attack: The attack that robust accuracy is of; by default the one that most cells have, or the worst case of several.
+        attack: The attack that robust accuracy is of; by default the one that most cells have, or the worst case of several,
+            and of cells that were measured by a published protocol the protocol's.
 
     Raises:
         ValueError: A line is broken, there is none at all, no cell has the attack, one cell was run with different settings, or
@@ -96,18 +107,29 @@ def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None =
         cell = line.cell
         runs.setdefault((_section(cell), cell.label, cell.task, cell.shots, cell.seed), []).append(line)
     figures = {place: _figures(of_run) for place, of_run in runs.items()}
-    attack = _choose_attack(figures.values(), attack)
+    chosen = _choose_attack(figures.values(), attack)
+    plain = [of for place, of in figures.items() if not place[0][-1] and any(len(f) > 1 for f in of.values())]
+    if attack is None and plain:  # what most cells have that are not measured by a published protocol
+        chosen = _choose_attack(plain, None)
     rows: dict[Place, list[dict[str, Any]]] = {}
     for place, of_run in runs.items():
         _check_settings(of_run)
-        rows.setdefault(place[0], []).extend(_rows(of_run, figures[place], attack))
-    sections = [Section(*names, attack, pd.DataFrame(of, columns=COLUMNS)) for names, of in rows.items()]
+        rows.setdefault(place[0], []).extend(_rows(of_run, figures[place], _attack_of(place[0], attack or "", chosen)))
+    sections = [
+        Section(*place[:-1], _attack_of(place, attack or "", chosen), pd.DataFrame(of, columns=COLUMNS), place[-1])
+        for place, of in rows.items()
+    ]
     return sorted(sections, key=lambda section: PROTOCOLS.index(section.protocol))
 
 
 def _section(cell: Cell) -> Place:
     source = cell.task if cell.protocol in TRANSFERS else ""
-    return cell.suite, cell.protocol, cell.split, cell.model, str(cell.threat), source
+    return cell.suite, cell.protocol, cell.split, cell.model, str(cell.threat), source, cell.evaluation_protocol or ""
+
+
+def _attack_of(place: Place, asked: str, chosen: str) -> str:
+    """Returns the attack that robust accuracy of a section is of: the one asked for, the protocol's, or what was chosen."""
+    return asked or (BY_PROTOCOL + place[-1] if place[-1] else chosen)
 
 
 def _name(cell: Cell) -> str:
@@ -117,8 +139,10 @@ def _name(cell: Cell) -> str:
 def _figures(lines: Iterable[Line]) -> Figures:
     """Returns the accuracies of a run: of several under one attack the one of most images, of equally many the last."""
     figures: Figures = {}
-    for result in chain.from_iterable(line.results for line in lines):
+    for line, result in ((one, result) for one in lines for result in one.results):
         measured = {"": result.clean, **result.attacks}
+        if result.by_protocol is not None:
+            measured[f"{BY_PROTOCOL}{line.cell.evaluation_protocol}"] = result.by_protocol
         if len(result.attacks) > 1 and result.worst_case is not None:
             measured[WORST + ", ".join(result.attacks)] = result.worst_case
         target = figures.setdefault((result.task, result.classes), {})
@@ -147,13 +171,22 @@ def _rows(lines: Sequence[Line], figures: Figures, attack: str) -> list[dict[str
     measured = [
         {**run, "task": task, "classes": classes}
         | {"clean": 100 * of[""].value, "n_clean": of[""].n, "robust": 100 * of[attack].value, "n": of[attack].n}
+        | _autoattack(of, attack)
         for (task, classes), of in figures.items()
         if attack in of
     ]
     failed = [line for line in lines if line.error]
+    by_protocol = attack.startswith(BY_PROTOCOL)
     # a run without any figure counts as failed whatever its attacks were called
-    counted = [line for line in failed if attack in line.cell.attacks] or ([] if figures else failed)
+    counted = [line for line in failed if by_protocol or attack in line.cell.attacks] or ([] if figures else failed)
     return measured or [{**run, "failure": counted[-1].error if counted else None}]
+
+
+def _autoattack(figures: Mapping[str, Accuracy], attack: str) -> dict[str, float]:
+    """Returns AutoAttack's figure where it is of the same images as that of a published protocol: a limit draws by seed 0."""
+    found = figures.get(AUTOATTACK)
+    same = attack.startswith(BY_PROTOCOL) and found is not None and found.n == figures[attack].n
+    return {"autoattack": 100 * found.value} if same and found is not None else {}
 
 
 def _check_settings(lines: Sequence[Line]) -> None:

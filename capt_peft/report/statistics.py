@@ -16,6 +16,7 @@ from ..results.accuracy import harmonic_mean
 from .sections import Section
 
 CLEAN, ROBUST, HARMONIC = MEASURES = ("clean", "robust", "H")
+AUTOATTACK, GAP = "autoattack", "gap to AutoAttack"
 OURS = "capt"
 DRAWS = 10_000
 
@@ -37,7 +38,8 @@ class Rows:
         once: Those that were run once and stand for every seed.
         ours: CAPT and its variants, which are no baselines.
         scores: Percent, by label, task and seed: clean, robust and H; for base-to-new also of base and new, whose harmonic mean
-            clean and robust then are.
+            clean and robust then are. Where AutoAttack's figures are beside those of a published protocol, also how many points
+            the protocol's are above them.
     """
 
     labels: list[str]
@@ -98,19 +100,23 @@ def rows_of(section: Section, shots: Shots | None = None) -> Rows:
     measured = runs.dropna(subset="robust").sort_values("label", key=lambda of: of.map(labels.index), kind="stable")
     every = [seeds if s == 0 else [seed] for s, seed in zip(measured.shots, measured.seed, strict=True)]
     indexed = measured.assign(seed=every).explode("seed").set_index(["label", "task", "seed"])
-    parts = {of: indexed.loc[indexed.classes == of, [CLEAN, ROBUST]].astype(float) for of in ("all", "base", "new")}
+    kept = [CLEAN, ROBUST, *([AUTOATTACK] if section.has_gap else [])]
+    parts = {of: indexed.loc[indexed.classes == of, kept].astype(float) for of in ("all", "base", "new")}
     parts = {of: part[~part.index.duplicated(keep="last")] for of, part in parts.items()}
     scores = parts["all"]
     if section.protocol == "base-to-new":
         scores = parts["base"].add_prefix("base ").join(parts["new"].add_prefix("new "), how="inner")
-        for measure in (CLEAN, ROBUST):
+        for measure in kept:
             scores[measure] = harmonic_mean(scores[f"base {measure}"], scores[f"new {measure}"])
     scores = scores.assign(**{HARMONIC: harmonic_mean(scores[CLEAN], scores[ROBUST])})
+    for name in [name for name in scores if name.endswith(AUTOATTACK)]:
+        half = name.removesuffix(AUTOATTACK)
+        scores[half + GAP] = scores[half + ROBUST] - scores.pop(name)
     return Rows(labels, once, ours, scores)
 
 
 def _spread(values: pd.Series) -> float:
-    return stdev(values) if len(values) > 1 else np.nan
+    return stdev(values) if len(values) > 1 and values.notna().all() else np.nan  # not all rows have a gap
 
 
 class Interval(NamedTuple):

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..attacks import known_protocols
 from ..benchmark.plan import QUICK_LIMIT, Shots, shots_name
 from ..utils.markup import Markdown, escape, table_row
 from ..utils.text import some
-from .sections import Section
-from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Rows, compare, rows_of
+from .sections import BY_PROTOCOL, Section
+from .statistics import CLEAN, GAP, HARMONIC, OURS, ROBUST, Rows, compare, rows_of
 
 PREAMBLE = "% needs \\usepackage{booktabs,adjustbox}"
 BOOTSTRAP = (
@@ -106,11 +107,11 @@ def escape_latex(text: str) -> str:
 def numbers(mean: pd.DataFrame, spread: pd.DataFrame) -> pd.DataFrame:
     """Returns mean ± spread as Markdown.
 
-    In each column all that look the same as the best one are bold, and none is where there is nothing to compare.
+    In each column all that look the same as the best one are bold, and none is where there is nothing to compare, nor of gaps.
     """
     shown = mean.map("{:.1f}".format)
     best = shown.astype(float)
-    bold = best.eq(best.max()) & (mean.count() > 1)
+    bold = best.eq(best.max()) & (mean.count() > 1) & [not name.endswith(GAP) for name in mean]
     text = shown + spread.map(" ± {:.1f}".format).where(spread.notna(), "")
     return text.mask(bold, "**" + text + "**").where(mean.notna(), MISSING)
 
@@ -136,10 +137,11 @@ def _base_to_new_tables(section: Section, shots: Shots) -> list[Table]:
     """Returns the averages over tasks, the differences, and a table for every task."""
     rows = rows_of(section, shots)
     groups = {"base classes": "base ", "new classes": "new ", "both": ""}
+    measures = (CLEAN, ROBUST, *([GAP] if section.has_gap else []))
 
     def table(name: str, of: Rows, notes: Sequence[str]) -> Table:
         shown = numbers(*of.averages)
-        entries = {(group, m): shown[f"{half}{m}"] for group, half in groups.items() for m in (CLEAN, ROBUST)}
+        entries = {(group, m): shown[f"{half}{m}"] for group, half in groups.items() for m in measures}
         title = f"{section.title}{_at(shots)}, {name}"
         return Table(title, pd.DataFrame(entries), [*notes, *_coverage({"": of})])
 
@@ -156,6 +158,8 @@ def _transfer_tables(section: Section, shots: Shots) -> list[Table]:
     tasks = {f"{task} (source)": task for task in rows.tasks if task == section.source}
     columns, partial = _task_columns(rows, tasks | {task: task for task in targets.tasks})
     columns["", "average of targets"] = _clean_and_robust(targets)
+    if section.has_gap:
+        columns["", f"average {GAP}"] = numbers(*targets.averages)[GAP]
     notes = [*_about(section, section.at(shots)), *partial, *_coverage({"": targets})]
     table = Table(f"{section.title}{_at(shots)} (clean / robust)", pd.DataFrame(columns), notes)
     return [table, *_differences(section, targets, shots)]
@@ -206,11 +210,22 @@ def _described(section: Section, measured: pd.DataFrame, harmonic: bool) -> str:
     parts = ["Accuracy in percent"]
     if measured.seed[measured.shots != 0].nunique() > 1:
         parts.append("mean ± sample standard deviation over seeds")
-    parts.append(f"robust: under {section.attack}, {section.threat}")
+    parts.append(f"robust: under {_in_words(section)}, {section.threat}")
+    if section.has_gap:
+        parts.append(f"{GAP}: points that robust accuracy is above that under AutoAttack, of the same images")
     if harmonic:
         parts.append("H: harmonic mean of clean and robust, of every run before it is averaged")
     each = "half of a task" if section.protocol == "base-to-new" else "task"
     return "; ".join([*parts, f"{section.split} split, n = {n} images for each {each}", f"model {section.model}."])
+
+
+def _in_words(section: Section) -> str:
+    """Returns what robust accuracy of a section is of: an attack, or a protocol with its attacks."""
+    protocol = known_protocols().get(section.evaluation_protocol)
+    if protocol is None or section.attack != BY_PROTOCOL + protocol.name:
+        return section.attack
+    step = f", step size {protocol.step_size}" if protocol.step_size else ""
+    return f"{section.attack} ({', '.join(protocol.attacks)}{step})"
 
 
 def _unequal(measured: pd.DataFrame) -> list[str]:

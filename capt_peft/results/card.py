@@ -360,6 +360,7 @@ def card_text(
         "threat_models": list(dict.fromkeys(row.threat_model for row in rows if row.attack)),
         "alone": _weak_alone(records),
         "signs": () if evaluation is None else evaluation.signs,
+        "protocol": Markdown("" if evaluation is None else evaluation.on_protocol()),
         "on_scores": [] if other or evaluation is None else [Markdown(text) for text in evaluation.on_scores()],
         "evaluated": evaluation is not None,
         "images": None if evaluation is None else evaluation.images,

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from ..attacks import ThreatModel
+from ..attacks import Protocol, ThreatModel, known_protocols
+from ..attacks.protocols import AUTOATTACK
 from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
 from ..utils.text import cut, differences, some
@@ -176,6 +177,53 @@ class Evaluation:
         """The threat models with white-box attacks, as in "L-inf 4/255, L2 0.5"."""
         return ", ".join(map(str, self.worst_case))
 
+    @property
+    def protocol(self) -> Protocol | None:
+        """The published protocol that the evaluation is by; None for none, or for one that this version does not know."""
+        return known_protocols().get(str(self.configuration.get("protocol")))
+
+    def by_protocol(self, threat: ThreatModel) -> Accuracy | None:
+        """Returns the robust accuracy by the published protocol: the share of images that none of its attacks broke.
+
+        Attacks that were run beside the protocol's do not count. None without a protocol, where one of its attacks is missing,
+        and, for several of them with others beside, without examples.
+        """
+        if self.protocol is None:
+            return None
+        try:
+            wanted = [attack.to_dict() for attack in self.protocol.attacks_at(threat.epsilon)]
+        except ValueError:  # a radius that is not the protocol's
+            return None
+        white_box = self.white_box(threat)
+        outcomes = [outcome for outcome in white_box if outcome.attack in wanted]
+        if len(outcomes) < len(wanted):
+            return None
+        if len(outcomes) == 1:
+            return outcomes[0].accuracy
+        if len(outcomes) == len(white_box):
+            return self.worst_case[threat]
+        return None if self.examples is None else Accuracy(self.clean.n - len(self._broken(outcomes)), self.clean.n)
+
+    def gap_to_autoattack(self, threat: ThreatModel) -> float | None:
+        """Returns how many points the protocol's robust accuracy is above AutoAttack's, on the same images; None without both."""
+        figure = self.by_protocol(threat)
+        found = [outcome.accuracy for outcome in self.white_box(threat) if outcome.name == AUTOATTACK]
+        return None if figure is None or not found else 100 * (figure.value - found[0].value)
+
+    def on_protocol(self) -> str:
+        """Returns a sentence on the published protocol and its gap to AutoAttack, as Markdown; "" without one."""
+        if self.protocol is None:
+            name = self.configuration.get("protocol")
+            return f"Measured by the protocol {escape(name)}, which this version does not know." if name else ""
+        said = []
+        for threat in dict.fromkeys(outcome.threat_model for outcome in self.white_box()):
+            if (figure := self.by_protocol(threat)) is not None:
+                gap = self.gap_to_autoattack(threat)
+                beside = "" if gap is None else f", gap to AutoAttack {gap:.1f} points"
+                said.append(f"{threat}: {100 * figure.value:.1f}% robust{beside}")
+        named = f"Measured by the protocol {self.protocol.name} ({escape(self.protocol.title)}; {escape(self.protocol.paper)})"
+        return f"{named}. {'; '.join(said)}." if said else f"{named}."
+
     def table(self) -> str:
         """Returns a Markdown table: which accuracy, under which attack, with the 95% interval, and of which images."""
         lines = ["| accuracy | threat model | attack | % (95% interval) |", "|---|---|---|---|"]
@@ -193,7 +241,8 @@ class Evaluation:
         split = f" of the {escape(known['split'])} split" if known.get("split") else ""
         name = f" of {escape(known['name'])}" if known.get("name") else ""
         lines += ["", f"n = {self.clean.n} images{split}{name}."]
-        return "\n".join([*lines, *(line for text in self.on_scores() for line in ("", text))])
+        texts = [*filter(None, [self.on_protocol()]), *self.on_scores()]
+        return "\n".join([*lines, *(line for text in texts for line in ("", text))])
 
     def on_scores(self) -> list[str]:
         """Returns what is known of the scores, as Markdown: how reliable they are, and what the answer "none of these" does."""
@@ -377,6 +426,14 @@ class Evaluation:
         left = n - len(set[int]().union(*wrong.values()))
         if self.union is not None and self.union.correct != left:
             raise ValueError(f"the union of the threat models leaves {left} of the examples, not {self.union.correct}")
+
+    def _broken(self, outcomes: Sequence[AttackOutcome]) -> set[int]:
+        """Returns the places of the images that are wrong under one of several attacks."""
+        found: set[int] = set()
+        for of_attack in map(self._examples_of, outcomes):
+            wrong = pc.not_equal(of_attack["prediction"], of_attack["label"])
+            found.update(of_attack["index"].filter(wrong).to_pylist())
+        return found
 
     def _examples_of(self, outcome: AttackOutcome) -> pa.Table:
         threat = pc.equal(self.examples["threat_model"], str(outcome.threat_model))

@@ -13,6 +13,7 @@ from toy_models import make_model, some_images
 
 from capt_peft.attacks import (
     APGD,
+    CW,
     FAB,
     PGD,
     Attack,
@@ -35,14 +36,14 @@ from capt_peft.evaluation import evaluate
 KNOWN = attack_names()
 THREAT = ThreatModel("linf", "8/255")
 # every example in the table: words that begin with the name of an attack, but for the placeholder
-LISTED = re.findall(r"\b(?:fgsm|a?pgd|fab|square|autoattack)(?:-(?!STEPS)\w+)*", " ".join([*KNOWN, *KNOWN.values()]))
-EXAMPLES = sorted(set(LISTED) - {"pgd"})
+LISTED = re.findall(r"\b(?:fgsm|a?pgd|cw|fab|square|autoattack)(?:-(?!STEPS)\w+)*", " ".join([*KNOWN, *KNOWN.values()]))
+EXAMPLES = sorted(set(LISTED) - {"pgd", "cw"})
 PATCH = ThreatModel("patch", "1/4")
 
 
 def test_the_table_holds_the_names_of_all_attacks() -> None:
-    assert {type(parse_attack(name, THREAT)) for name in EXAMPLES} == {PGD, APGD, FAB, Square, AutoAttack}
-    assert len(EXAMPLES) == 15
+    assert {type(parse_attack(name, THREAT)) for name in EXAMPLES} == {PGD, CW, APGD, FAB, Square, AutoAttack}
+    assert len(EXAMPLES) == 17
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -197,7 +198,7 @@ def test_counts_of_zero_are_refused(name: str) -> None:
         parse_attack(name, THREAT)
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith(("pgd", "fgsm"))])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith(("pgd", "fgsm", "cw"))])
 def test_a_step_size_is_refused_by_attacks_that_set_their_own(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' sets its own step size: leave step_size='1/255' out"):
         parse_attack(name, THREAT, step_size="1/255")

@@ -22,9 +22,9 @@ OTHER = {
     "suite": "paper", "protocol": "shift", "method": "fap", "variant": "x", "task": "shapes", "shots": "all", "seed": 1,
     "split": "validation", "model": "elsewhere", "epsilon": "8/255", "norm": "l2", "attacks": ("pgd-20",),
     "eval_step_size": "1/255", "limit": None, "targets": (Target("digits", "new"),), "settings": {"learning_rate": 0.1},
-    "prompts": {"text_depth": 1, "coupling": "text_to_vision"},
+    "prompts": {"text_depth": 1, "coupling": "text_to_vision"}, "evaluation_protocol": "fap",
 }  # fmt: skip
-MEASURED = {"suite", "variant", "split", "attacks", "eval_step_size", "limit", "targets"}
+MEASURED = {"suite", "variant", "split", "attacks", "eval_step_size", "limit", "targets", "evaluation_protocol"}
 
 
 def plan(*methods, suite=TOY, protocols=("few-shot",), shots=(1,), seeds=(0,), tasks=("digits",), **changes):
@@ -136,6 +136,64 @@ def test_the_attacks_are_the_suites_or_others():
     assert only(plan(attacks=["pgd-1", "square-5"]).cells()).attacks == ("pgd-1", "square-5")
 
 
+# ------------------------------------------------------------------------------------------ published protocols
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "epsilon", "attacks", "step", "limit"),
+    [
+        ("fap", {}, "1/255", ("pgd-100",), "1/255", None),
+        ("apt", {}, "4/255", ("pgd-100",), "1/255", None),
+        ("apt", {"settings": {"epsilon": "1/255"}}, "1/255", ("pgd-100",), "1/1020", None),
+        ("robustvlm", {"settings": {"epsilon": 4 / 255}}, "4/255", ("apgd-ce-100x5", "apgd-t"), None, 1000),
+        ("ttc", {"attacks": ["pgd-10", "autoattack"]}, "1/255", ("pgd-10", "autoattack"), "1/255", None),
+        ("fap", {"settings": {"epsilon": "1/255", "norm": "linf", "eval_step_size": "1/255"}, "limit": 0}, "1/255", ("pgd-100",),
+         "1/255", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["capt", "zero-shot"])
+def test_a_published_protocol_replaces_the_suites_attack_radius_and_images(
+    method, name, changes, epsilon, attacks, step, limit
+):
+    cell = only(plan(method, evaluation_protocol=name, **changes).cells())
+    assert (cell.evaluation_protocol, cell.protocol, cell.norm) == (name, "few-shot", "linf")
+    assert (cell.epsilon, cell.attacks, cell.eval_step_size, cell.limit) == (epsilon, attacks, step, limit)
+    assert Cell.from_dict(cell.to_dict()) == cell and cell.images_in("imagenet") == {"robustvlm": 5000}.get(name)
+
+
+def test_cells_of_a_protocol_are_others_and_share_the_adapter_of_the_same_radius():
+    mine = only(plan(settings={"epsilon": "1/255"}).cells())
+    named = [only(plan(evaluation_protocol=name).cells()) for name in ("fap", "ttc")]
+    assert len({mine.key, *(cell.key for cell in named)}) == 3
+    assert {mine.training_key} == {cell.training_key for cell in named}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"attacks": ["pgd-20"]},
+            r"attacks pgd-20 \(without pgd-100\) contradicts the protocol fap: pgd-100, step size 1/255",
+        ),
+        ({"limit": 20}, "limit=20 contradicts the protocol fap.*all images of the test split"),
+        ({"split": "validation"}, "split=validation contradicts"),
+        ({"settings": {"epsilon": "4/255"}}, "epsilon=4/255 contradicts the protocol fap.*epsilon 1/255"),
+        ({"settings": {"norm": "l2"}}, "norm=l2 contradicts"),
+        ({"settings": {"eval_step_size": "1/510"}}, "eval_step_size=1/510 contradicts"),
+        ({"method_settings": {"capt": {"epsilon": "2/255"}}}, "epsilon=2/255 contradicts"),
+        ({"variants": {"a": {"epsilon": "few"}}}, "epsilon=few contradicts"),
+        ({"evaluation_protocol": "few-shot"}, "Unknown protocol 'few-shot'"),
+        (
+            {"protocols": ("fap",)},
+            r"Unknown protocols fap\..* fap is a published evaluation protocol: --protocol fap\.",
+        ),
+    ],
+)
+def test_what_contradicts_a_published_protocol_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        plan(**{"evaluation_protocol": "fap", **changes})
+
+
 # ------------------------------------------------------------------------------------------------------------- keys
 
 
@@ -175,7 +233,10 @@ def test_a_cell_is_written_in_json_types_and_read_by_people():
     assert content["attacks"] == ["pgd-20", "square-10"] and content["targets"] == [
         {"task": "digits", "classes": "all"}
     ]
-    assert set(content) == set(OTHER)
+    assert set(content) == set(OTHER) - {"evaluation_protocol"}  # as in lines from before there were any
+    named = replace(CELL, evaluation_protocol="fap")
+    assert set(named.to_dict()) == set(OTHER) and Cell.from_dict(named.to_dict()) == named
+    assert str(named) == "few-shot: capt on digits, 4 shots, seed 0, protocol fap"
     assert str(CELL) == "few-shot: capt on digits, 4 shots, seed 0"
     assert str(replace(CELL, shots=1, variant="deep")) == "few-shot: capt (deep) on digits, 1 shot, seed 0"
     assert str(replace(CELL, method="zero-shot", shots=0)) == "few-shot: zero-shot on digits, seed 0"
