@@ -14,6 +14,7 @@ from capt_peft.commands.benchmark import make_plan
 from capt_peft.commands.benchmark import parse_args as of_benchmark
 from capt_peft.commands.options import check_value
 from capt_peft.commands.protocols import main
+from capt_peft.commands.train import main as train
 from capt_peft.evaluation import Evaluation
 
 BASE = ["--base", TINY_CLIP, "--use_cpu"]
@@ -103,8 +104,6 @@ def test_the_result_carries_the_name_and_has_a_file_of_its_own(few, tmp_path, mo
 
 
 def test_an_adapter_keeps_its_own_text_and_the_protocols_radius_counts(few, tmp_path):
-    from capt_peft.commands.train import main as train
-
     folder = str(tmp_path / "adapter")
     quick = ["--shots", "1", "--max_steps", "1", "--eval_limit", "5", "--eval_attack", "pgd-1", "--attack_steps", "1"]
     train([*quick, "--use_cpu", "--save_strategy", "no", "--epsilon", "4/255", "--output_dir", folder])
