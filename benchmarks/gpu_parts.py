@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ class Step:
         attack: The training attack.
         bf16: Run the towers in bf16, as `--bf16` does.
         seed: Seed of the attack.
+        compiled: `compile` was called.
     """
 
     model: Any
@@ -58,6 +60,13 @@ class Step:
     attack: PGD
     bf16: bool = False
     seed: int = 0
+    compiled: bool = False
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compiles the towers, as `--torch_compile` does."""
+        for tower in clip.tower_modules(clip.base_model(self.model)):
+            tower.forward = torch.compile(tower.forward, backend=backend, dynamic=False)
+        self.compiled = True
 
     def run(self) -> Tensor:
         """Runs the step; leaves the prompts' gradients in `.grad` and returns the loss."""
@@ -87,12 +96,14 @@ class Step:
 
     @torch.no_grad()
     def floor(self) -> None:
-        """Runs what a step cannot do without: (2K + 4) forwards of the image tower, and 2 of the text tower."""
-        for _ in range(2 * self.attack.steps + 4):
-            self.features(self.pixels)
-        for _ in range(2):
-            with self._precision():
-                clip.text_features(self.model, self.tokens)
+        """Runs what a step cannot do without: (2K + 4) forwards of the image tower, and 2 of the text tower, never compiled."""
+        # graphs without gradients, which no run has, would be among those that each call of a compiled tower looks through
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            for _ in range(2 * self.attack.steps + 4):
+                self.features(self.pixels)
+            for _ in range(2):
+                with self._precision():
+                    clip.text_features(self.model, self.tokens)
 
     def _values(self, pixels: Tensor) -> Tensor:
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
@@ -139,7 +150,7 @@ def measure_step(
     Args:
         batch: Images, B.
         precision: One of `PRECISIONS`.
-        compiled: Compile the towers, as `--torch_compile` does.
+        compiled: Compile the towers for the step, not for its floor.
         device: "cpu" or "cuda".
         tiny: A small CLIP.
         repetitions: Timed turns, after one that warms up.
@@ -148,8 +159,7 @@ def measure_step(
         use_tf32(precision == "tf32")
     step = make_step(batch, device=device, tiny=tiny, bf16=precision == "bf16")
     if compiled:
-        for tower in clip.tower_modules(clip.base_model(step.model)):
-            tower.forward = torch.compile(tower.forward, dynamic=False)  # type: ignore[method-assign]
+        step.compile()
     before = reset_peak(device)
     first, loss = seconds(step.run, device)
     seconds(step.floor, device)

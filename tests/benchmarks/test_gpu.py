@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
+from helpers import compiles
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -47,6 +49,21 @@ def test_its_step_is_that_of_the_trainer(mode):
         torch.testing.assert_close(found[name], gradient)
     step.seed += 1
     assert not torch.equal(step.run(), loss)
+
+
+@compiles
+def test_a_compiled_step_has_the_graphs_of_a_compiled_run():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = gpu_parts.make_step(4, device="cpu", tiny=True)
+    eager = step.run()
+    step.compile("aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(step.run(), eager)
+        step.floor()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # clean and adversarial, attack; texts
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def test_it_runs_where_nothing_but_torch_transformers_and_peft_is_installed(tmp_path):
