@@ -1,26 +1,28 @@
-"""Named recipes: which prompts, which objective and which attack. None has a trainer of its own.
+"""Named recipes: which prompts or other adapter, which objective and which attack. None has a trainer of its own.
 
 A setting comes from one of three places, with the same precedence in `capt-peft train` and in a benchmark:
 
 1. What a method **is** (`Method.fixed`): "adv-vp" has no text prompts. Another value is refused.
 2. What a user **asks for**: on the command line, in a file, or in a benchmark's plan or suite. What has no effect is refused.
-3. What the method's **recipe** has (`Method.defaults`), where nothing else is asked for.
+3. What the method's **recipe** has (`Method.defaults`), where nothing else is asked for; of another adapter than prompts, what
+   that has (`Adapter.training`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from peft import get_peft_model
+from peft import BOFTConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from .data.task import Task
 from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
 from .training import CaptTrainer, CaptTrainingArguments
 from .tuner import CaptConfig
-from .utils.text import shown
+from .utils.text import cut, shown
 
 # settings of objectives: a method has no use for those that its own objective does not name in `uses`
 OBJECTIVE_SETTINGS = ("consistency", "weighting", "teacher")
@@ -42,6 +44,7 @@ class Method:
         defaults: Other fields of them that its recipe sets, and that users may change.
         uses: Those of `OBJECTIVE_SETTINGS` that its objective has.
         no_prompts: Fields of `CaptConfig` that have no effect on it.
+        any_adapter: Whether its objective is what it is known for, so that another adapter can take the place of its prompts.
     """
 
     source: str
@@ -50,6 +53,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     uses: tuple[str, ...] = ()
     no_prompts: tuple[str, ...] = ()
+    any_adapter: bool = False
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -72,6 +76,7 @@ METHODS: dict[str, Method] = {
         "arXiv 2405.11154",
         lambda args: CaptObjective(args.consistency, args.weighting),
         uses=OBJECTIVE_SETTINGS,
+        any_adapter=True,
     ),
     "trades-maple": Method(
         "arXiv 1901.08573 with the prompts of arXiv 2210.03117",
@@ -85,12 +90,14 @@ METHODS: dict[str, Method] = {
         _FAP_PROMPTS,
         {**_FAP_TRAINING, "attack_loss": "kl"},
         uses=("consistency",),
+        any_adapter=True,
     ),
     "adv-maple": Method("AdvMaPLe of arXiv 2403.14774, as in its code", _adversarial, _FAP_PROMPTS, _FAP_TRAINING),
     "adv-vlp": Method(
         "independent prompts; AdvVLP of arXiv 2403.14774, trained as CAPT is",
         _adversarial,
         {"coupling": "none"},
+        any_adapter=True,
     ),
     "adv-vp": Method(
         "deep vision prompts alone, trained as CAPT is",
@@ -107,6 +114,75 @@ METHODS: dict[str, Method] = {
     ),
 }
 ALIASES = {"apt": "adv-tp"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A method of PEFT that takes the place of prompts, in both towers of a CLIP.
+
+    Args:
+        config: Its configuration.
+        settings: Fields of it that are not as PEFT has them: where in a CLIP it acts.
+        training: Fields of `CaptTrainingArguments` that it is trained with by default.
+    """
+
+    config: Callable[..., PeftConfig]
+    settings: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+
+PROMPTS = "prompts"
+# the learning rates were chosen on the validation images of the digits
+ADAPTERS: dict[str, Adapter] = {
+    "lora": Adapter(
+        LoraConfig, {"target_modules": ["q_proj", "v_proj"]}, {"optim": "adamw_torch", "learning_rate": 1e-3}
+    ),
+    "ln": Adapter(
+        LNTuningConfig,
+        {"target_modules": ["pre_layrnorm", "layer_norm1", "layer_norm2", "post_layernorm", "final_layer_norm"]},
+        {"optim": "adamw_torch", "learning_rate": 1e-3},
+    ),
+    "ia3": Adapter(
+        IA3Config,
+        {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]},
+        {"optim": "adamw_torch", "learning_rate": 1e-2},
+    ),
+    "boft": Adapter(
+        BOFTConfig, {"target_modules": ["q_proj", "v_proj"]}, {"optim": "adamw_torch", "learning_rate": 1e-3}
+    ),
+}
+# what a run itself says about texts, and any adapter keeps
+_TEXTS = ("template", "class_names", "class_texts")
+
+
+def get_adapter(peft: str) -> Adapter:
+    """Returns what takes the place of prompts, by name; a ValueError names those that there are."""
+    if peft not in ADAPTERS:
+        raise ValueError(f"Unknown peft {shown(peft, 40)}. Allowed: {', '.join([PROMPTS, *ADAPTERS])}.")
+    return ADAPTERS[peft]
+
+
+def adapter_config(peft: str, given: Mapping[str, Any]) -> PeftConfig:
+    """Returns the configuration of an adapter that takes the place of prompts.
+
+    Args:
+        peft: A name of `ADAPTERS`.
+        given: Fields of PEFT's configuration, such as `r`, that win over the recipe's.
+
+    Raises:
+        ValueError: An unknown name or field, or a value that PEFT refuses.
+    """
+    adapter = get_adapter(peft)
+    known = [f.name for f in fields(adapter.config) if f.init]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known or name in PeftConfig.__dataclass_fields__:
+            raise ValueError(
+                f"peft_kwargs: {shown(name, 40)} is not a setting of {peft}. See PEFT's {adapter.config.__name__}."
+            )  # type: ignore[attr-defined]
+    try:
+        return adapter.config(**{**adapter.settings, **given})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft_kwargs={shown(dict(given), 100)}: {cut(error, 200)}") from error
 
 
 def method_name(name: str) -> str:
@@ -126,12 +202,14 @@ def get_method(name: str) -> Method:
     return METHODS[method_name(name)]
 
 
-def conflicts(name: str, asked: Mapping[str, Any]) -> dict[str, str]:
+def conflicts(name: str, asked: Mapping[str, Any], peft: str = PROMPTS) -> dict[str, str]:
     """Returns the settings that contradict a method, or have no effect on it, each with a sentence that says so.
 
     A setting that is None was not asked for. The default value of a setting without effect is let pass.
     """
     method = get_method(name)
+    if peft != PROMPTS:
+        return _conflicts_of_adapter(name, asked, peft)
     found = {}
     for setting, value in asked.items():
         if value is None:
@@ -147,16 +225,55 @@ def conflicts(name: str, asked: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def method_settings(name: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _conflicts_of_adapter(name: str, asked: Mapping[str, Any], peft: str) -> dict[str, str]:
+    method, found = get_method(name), {}
+    get_adapter(peft)
+    if not method.any_adapter:
+        others = ", ".join(other for other, known in METHODS.items() if known.any_adapter)
+        found["method"] = (
+            f"The method {name!r} is what its prompts are, so that peft={peft!r} would make another of it. Leave one of them "
+            f"out, or choose {others}, whose objective any adapter can have."
+        )
+    for setting, value in asked.items():
+        given = f"{setting}={shown(value, 100)}"
+        if setting in PROMPT_FIELDS.difference(_TEXTS) and value != _PLAIN.get(setting) and value is not None:
+            found[setting] = f"{given} is about prompts and has no effect on peft={peft!r}. Leave one of them out."
+        elif setting in method.unused and value is not None and value != _PLAIN.get(setting):
+            found[setting] = f"{given} has no effect on the method {name!r}. Leave it out, or choose another method."
+    return found
+
+
+def method_settings(name: str, asked: Mapping[str, Any], peft: str = PROMPTS) -> dict[str, Any]:
     """Returns a method's settings: its recipe's, what is asked for on top of them, and what the method is.
+
+    Args:
+        name: Name or alias of the method.
+        asked: What is asked for.
+        peft: What is tuned: prompts, or a name of `ADAPTERS`.
 
     Raises:
         ValueError: An unknown name, or a setting that contradicts the method or has no effect on it.
     """
     method = get_method(name)
-    for sentence in conflicts(name, asked).values():
+    for sentence in conflicts(name, asked, peft).values():
         raise ValueError(sentence)
-    return {**method.defaults, **asked, **method.fixed}
+    if peft == PROMPTS:
+        return {**method.defaults, **asked, **method.fixed}
+    of_training = {name: value for name, value in method.defaults.items() if name not in PROMPT_FIELDS}
+    return {**of_training, **get_adapter(peft).training, **asked}
+
+
+def check_peft(name: str, peft: str, peft_kwargs: Mapping[str, Any] | None) -> None:
+    """Raises a ValueError, before anything is loaded, for an adapter that the method cannot have or settings of none."""
+    for sentence in conflicts(name, {}, peft).values():
+        raise ValueError(sentence)
+    if peft != PROMPTS:
+        adapter_config(peft, peft_kwargs or {})
+    elif peft_kwargs:
+        raise ValueError(
+            f"peft_kwargs={shown(dict(peft_kwargs), 100)} has no effect on prompts, whose settings are options of their own. "
+            f"Leave it out, or give peft: {', '.join(ADAPTERS)}."
+        )
 
 
 def make_trainer(
@@ -168,8 +285,10 @@ def make_trainer(
     processor: Any,
     prompts: Mapping[str, Any],
     teacher: str | None = None,
+    peft: str = PROMPTS,
+    peft_kwargs: Mapping[str, Any] | None = None,
 ) -> CaptTrainer:
-    """Returns the trainer of a method, with new prompts on a CLIP.
+    """Returns the trainer of a method, with new prompts, or another new adapter, on a CLIP.
 
     Args:
         name: Name or alias of the method.
@@ -179,15 +298,27 @@ def make_trainer(
         processor: The processor of the CLIP.
         prompts: Other fields of `CaptConfig`.
         teacher: See `CaptTrainer`.
+        peft: What is tuned: prompts, or a name of `ADAPTERS`.
+        peft_kwargs: Fields of PEFT's configuration of the latter, as for `adapter_config`.
 
     Raises:
-        ValueError: An unknown method, or one that tunes nothing.
+        ValueError: An unknown method or adapter, a method that tunes nothing, or settings that contradict each other.
     """
+    check_peft(name, peft, peft_kwargs)
     method = get_method(name)
     if method.objective is None:
         raise ValueError(f"The method {name!r} tunes nothing.")
-    texts = {"template": task.template, "class_names": list(task.class_names), "class_texts": task.class_texts}
-    config = CaptConfig(**{**prompts, **texts})
-    model = get_peft_model(base, config)
+    if peft == PROMPTS:
+        texts = {"template": task.template, "class_names": list(task.class_names), "class_texts": task.class_texts}
+        config: PeftConfig = CaptConfig(**{**prompts, **texts})
+    else:
+        config = adapter_config(peft, peft_kwargs or {})
+    with (
+        warnings.catch_warnings()
+    ):  # of layers that other tuners do not know, and of a CUDA extension that is not needed
+        warnings.filterwarnings(
+            "ignore", "Unsupported layer type|Failed to load the CUDA extension|Setting boft_n_butterfly"
+        )
+        model: Any = get_peft_model(base, config)
     objective = method.objective(args)
     return CaptTrainer(model, args, task=task, processor=processor, objective=objective, teacher=teacher)

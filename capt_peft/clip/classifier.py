@@ -121,7 +121,7 @@ class ZeroShotClassifier(nn.Module):
         """Loads an adapter with its base model and processor, or a bare CLIP.
 
         Args:
-            name_or_path: Folder or Hub id of a CAPT adapter, or of a CLIP model.
+            name_or_path: Folder or Hub id of an adapter of CAPT or, saved by `CaptTrainer`, of another PEFT method; or of a CLIP.
             class_names: The classes; by default those the adapter was tuned on.
             template: The text of a class, or several, in the forms that the class takes; by default the adapter's.
             class_texts: Own texts, or a file of them. By default the adapter's, for those of the classes that have some

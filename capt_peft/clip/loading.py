@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ..tuner import CaptConfig
 from ..tuner.loading import load_pretrained
+from ..tuner.others import load_adapter, load_config
 from ..utils.embedded import model_path, recorded_path
 from ..utils.text import cut
 from ..utils.versions import resolve_revision
@@ -25,7 +26,7 @@ _WHERE = {"revision", "token", "cache_dir", "subfolder", "local_files_only"}
 def load_model(
     name_or_path: str, *, dtype: torch.dtype = torch.float32, base: str | None = None, **kwargs: Any
 ) -> tuple[nn.Module, Any]:
-    """Loads a CAPT adapter on its base model, or a bare CLIP, and the processor.
+    """Loads an adapter, of CAPT or another PEFT method, on its base model, or a bare CLIP, and the processor.
 
     Args:
         name_or_path: Folder or Hub id, or the name of an embedded model (`tiny_clip`).
@@ -39,8 +40,8 @@ def load_model(
         The model (`PeftModel` for an adapter) in eval mode, and its processor.
 
     Raises:
-        ValueError: The adapter is of another method, damaged, or does not say what its base model is; or the base model needs
-            code of its own, which is never run.
+        ValueError: The adapter is damaged, changes the base's weights, or does not say what its base model is; or the base model
+            needs code of its own, which is never run.
         OSError: There is no such model, or neither the Hub nor the cache gives it.
         TypeError: An argument that transformers does not know.
     """
@@ -50,7 +51,7 @@ def load_model(
     # one commit for all files, whatever is pushed meanwhile
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.get("revision"), kwargs.get("subfolder"), **where)
     try:
-        config = CaptConfig.from_pretrained(name_or_path, **kwargs)
+        config = load_config(name_or_path, **kwargs)
     except ValueError as error:
         if "Can't find" not in str(error):
             raise
@@ -63,7 +64,9 @@ def load_model(
         raise ValueError(f"The adapter {name_or_path} does not name its base model. Name it: base='folder or Hub id'.")
     model = load_pretrained(AutoModel, name, revision=revision, **loading, **where)
     processor = load_pretrained(AutoProcessor, name, revision=revision, **where)
-    return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
+    if isinstance(config, CaptConfig):
+        return PeftModel.from_pretrained(model, name_or_path, **kwargs).eval(), processor
+    return load_adapter(model, name_or_path, config, **kwargs).eval(), processor
 
 
 def _check_bare(name_or_path: str, reason: BaseException | None, kwargs: Mapping[str, Any]) -> None:

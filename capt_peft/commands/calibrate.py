@@ -65,7 +65,7 @@ class Arguments(TunedDataArguments):
 def parse_args(argv: list[str]) -> Arguments:
     """Reads the command line, and refuses what cannot work before anything is loaded."""
     (args,) = Parser(Arguments).into_dataclasses(argv)
-    adapter_folder(args.adapter)
+    adapter_folder(args.adapter, of_capt=True)
     if args.split == "train":
         raise ValueError("split='train' has the images that it was tuned on, of which it is too sure. Give validation.")
     if args.split == "test" and not args.choose_on_test:
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> Calibration:
     """Fits, writes and shows."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(argv)
-    folder = adapter_folder(args.adapter)
+    folder = adapter_folder(args.adapter, of_capt=True)
     make_writable(folder, given="adapter")
     config, task = adapter_config(folder), args.load()
     names = names_as_loaded(config, task)

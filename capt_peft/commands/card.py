@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..results.card import CARD, CardDetails, is_capt, is_replaceable, write_card
+from ..results.card import CARD, CardDetails, is_adapter, is_capt, is_replaceable, write_card
+from ..tuner.others import CLASSES
 from .parser import Parser
 
 
@@ -17,7 +18,7 @@ from .parser import Parser
 class Arguments:
     """Which card is written, and what it says beside the figures."""
 
-    adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
+    adapter: str = field(default="", metadata={"help": "Folder of an adapter."})
     license: str | None = field(default=None, metadata={"help": "Licence of the adapter, as the Hub names it."})
     language: list[str] | None = field(default=None, metadata={"help": "Languages of the class texts."})
     tags: list[str] | None = field(default=None, metadata={"help": "Further tags."})
@@ -28,13 +29,21 @@ class Arguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace a card that a person wrote."})
 
 
-def adapter_folder(adapter: str) -> Path:
-    """Returns the folder of an adapter that is here, or says what is missing."""
+def adapter_folder(adapter: str, *, of_capt: bool = False) -> Path:
+    """Returns the folder of an adapter that is here, of CAPT or with its classes beside it, or says what is wrong."""
     folder = Path(adapter).expanduser()
     if not adapter:
         raise ValueError("Give the folder of a CAPT adapter, such as outputs/demo.")
-    if not is_capt(folder):
-        raise ValueError(f"{adapter} is not the folder of a CAPT adapter, with its adapter_config.json and weights.")
+    if of_capt and not is_capt(folder):
+        raise ValueError(
+            f"{adapter} is not the folder of a CAPT adapter, with its adapter_config.json and weights; no other has a strength "
+            "or a calibration."
+        )
+    if not is_adapter(folder):
+        raise ValueError(
+            f"{adapter} is not the folder of a CAPT adapter, with its adapter_config.json and weights, nor of one of another "
+            f"PEFT method with the {CLASSES} that capt-peft train writes."
+        )
     return folder
 
 

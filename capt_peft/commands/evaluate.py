@@ -43,7 +43,7 @@ from ..evaluation.curve import robustness_curves
 from ..evaluation.retrieval import QueryAttack, parse_query_attack
 from ..evaluation.scores import draw_scores
 from ..randomness import check_seed
-from ..results.card import is_capt
+from ..results.card import is_adapter
 from ..results.hub import check_update, update_card
 from ..results.kept import images_path
 from ..results.retrieval import Retrieval
@@ -197,7 +197,7 @@ def parse_args(argv: list[str]) -> Arguments:
     if args.adapter is None and args.attack_target == "frozen":
         raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
     if args.update_card:
-        if not (args.adapter and is_capt(Path(args.adapter))):
+        if not (args.adapter and is_adapter(Path(args.adapter))):
             raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
         check_update(args.adapter)
     return args

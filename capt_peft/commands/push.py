@@ -25,7 +25,7 @@ from .parser import Parser
 class Arguments:
     """What is uploaded, and where to."""
 
-    adapter: str = field(default="", metadata={"help": "Folder of a CAPT adapter."})
+    adapter: str = field(default="", metadata={"help": "Folder of an adapter."})
     repo_id: str = field(default="", metadata={"help": "Name on the Hub: you/name; it is made if it is not there."})
     private: bool = field(default=False, metadata={"help": "Make a private repository; a public one is refused."})
     revision: str | None = field(default=None, metadata={"help": "Branch; by default the main one."})

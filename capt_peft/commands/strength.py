@@ -95,7 +95,7 @@ def parse_args(argv: list[str]) -> tuple[Arguments, RunResults | None]:
     """Reads the command line and the adapter's record, and refuses what cannot work before anything is loaded."""
     (args,) = Parser(Arguments).into_dataclasses(argv)
     named = {*values_in(argv)}
-    folder = adapter_folder(args.adapter)
+    folder = adapter_folder(args.adapter, of_capt=True)
     for strength in args.values if args.set is None else [args.set]:
         check_strength(strength, adapter_config(folder).modules_to_save)
     if args.set is not None:
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> float:
     """Measures, chooses, writes and shows; returns the strength."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args, record = parse_args(argv)
-    folder = adapter_folder(args.adapter)
+    folder = adapter_folder(args.adapter, of_capt=True)
     attacks = [] if args.set is not None else chosen_attacks(args, record, values_in(argv))
     again = record if args.evaluate else None
     if again is not None:

@@ -1,9 +1,10 @@
-"""Tunes a CAPT adapter and measures clean and robust accuracy before and after.
+"""Tunes a CAPT adapter, or LoRA or another of PEFT, and measures clean and robust accuracy before and after.
 
 capt-peft train                                        # handwritten digits with tiny CLIP
 accelerate launch -m capt_peft train --model_name_or_path openai/clip-vit-base-patch32 --dataset_name path/to/images \
         --shots 16 --epsilon 1/255 --output_dir outputs/pets
 torchrun --nproc_per_node 2 -m capt_peft train --use_cpu   # two processes on a CPU
+capt-peft train --peft lora                            # LoRA instead of prompts, with the same objective
 capt-peft train --config my.yaml --seed 1              # the command line wins over the file
 
 Without --config and --model_name_or_path the settings are those of `--config digits`, which differ from the defaults below.
@@ -11,6 +12,7 @@ Without --config and --model_name_or_path the settings are those of `--config di
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import asdict, dataclass, field
@@ -23,14 +25,14 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from ..data import Task
 from ..evaluation.strength import strength_front
-from ..methods import get_method, make_trainer, method_settings
+from ..methods import PROMPTS, check_peft, get_method, make_trainer, method_settings
 from ..results.hub import save_run
 from ..results.run import RunResults
 from ..results.strength import StrengthFront, check_keep_clean
 from ..training import CaptTrainer, CaptTrainingArguments
 from ..tuner.config import check_strength
 from ..tuner.loading import load_pretrained
-from ..utils.text import some
+from ..utils.text import shown, some
 from .data import DataArguments, measured
 from .ending import loading
 from .export import say_what_stays
@@ -62,6 +64,16 @@ class ScriptArguments(DataArguments):
     method: str = field(
         default="capt", metadata={"help": "capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp or adv-tp (apt)."}
     )
+    peft: str = field(
+        default="prompts",
+        metadata={
+            "help": "What is tuned: prompts, or lora, ln, ia3 or boft of PEFT, with the objective of the method."
+        },
+    )
+    peft_kwargs: str | None = field(
+        default=None,
+        metadata={"help": """Settings of the latter, as PEFT names them: '{"r": 16, "lora_alpha": 16}'."""},
+    )
     teacher: str | None = field(default=None, metadata={"help": "Another CLIP that guides the tuning."})
     coupling: str | None = field(default=None, metadata={"help": "text_to_vision, vision_to_text or none."})
     num_text_tokens: int | None = field(default=None, metadata={"help": "Text prompts per layer."})
@@ -85,6 +97,21 @@ class ScriptArguments(DataArguments):
         },
     )
 
+    @property
+    def adapter_settings(self) -> dict[str, Any] | None:
+        """`peft_kwargs` as a dictionary."""
+        if self.peft_kwargs is None:
+            return None
+        try:
+            found = json.loads(self.peft_kwargs)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"peft_kwargs={shown(self.peft_kwargs, 80)} must be a JSON object, such as '{{\"r\": 16}}'."
+            )
+        return found
+
     def prompts(self) -> dict[str, Any]:
         """Returns the fields of CaptConfig that were given."""
         shape = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
@@ -102,12 +129,12 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
     path = early.config or (None if "model_name_or_path" in named else DIGITS)
     words = parser.read_file(path) if path else []
     values = vars(parser.parse_args([*words, *argv]))
-    method = values["method"]
+    method, peft = values["method"], values["peft"]
     if path == DIGITS:  # they are CAPT's; another method has no use for some
-        words = parser.read_file(DIGITS, skipped=_not_for(method))
+        words = parser.read_file(DIGITS, skipped=_not_for(method, peft))
     # what a file asks for wins over the method's recipe; so does the command line
     asked = {*named} if path == DIGITS else {*named, *values_in(words)}
-    recipe = method_settings(method, {name: values[name] for name in asked & values.keys() - {"config"}})
+    recipe = method_settings(method, {name: values[name] for name in asked & values.keys() - {"config"}}, peft)
     parser.set_defaults(**{name: value for name, value in recipe.items() if name not in asked})
     try:
         script, training, _ = parser.into_dataclasses([*words, *argv])
@@ -118,8 +145,10 @@ def parse_args(argv: list[str]) -> tuple[ScriptArguments, CaptTrainingArguments]
     return script, training
 
 
-def _not_for(method: str) -> set[str]:
+def _not_for(method: str, peft: str) -> set[str]:
     """Returns what the digits' settings, which are CAPT's, have and another method has no use for."""
+    if peft != PROMPTS:
+        return {"num_vision_tokens", "learning_rate"}
     recipe = get_method(method)
     coupled = recipe.fixed.get("coupling", "none") != "none"  # with as many vision prompts as text prompts
     return {*recipe.unused, *(["num_vision_tokens"] if coupled else [])}
@@ -189,6 +218,7 @@ def main(argv: list[str]) -> RunResults:
     script, args = parse_args(argv)
     if get_method(script.method).objective is None:
         raise ValueError(f"{script.method} tunes nothing; capt-peft evaluate --base measures it.")
+    check_peft(script.method, script.peft, script.adapter_settings)
     if script.shots not in (None, "all") and not script.shots.isdecimal():
         raise ValueError(f"shots={script.shots!r} must be a number or 'all'.")
     if script.eval_limit is not None and script.eval_limit < 1:
@@ -204,8 +234,17 @@ def main(argv: list[str]) -> RunResults:
         processor = load_pretrained(AutoProcessor, script.model_name_or_path)
         # in float32, whatever precision it is stored in: pixel gradients vanish in less
         base = load_pretrained(AutoModel, script.model_name_or_path, dtype=torch.float32)
-    prompts, teacher = script.prompts(), script.teacher
-    trainer = make_trainer(script.method, base, args, task=task, processor=processor, prompts=prompts, teacher=teacher)
+    trainer = make_trainer(
+        script.method,
+        base,
+        args,
+        task=task,
+        processor=processor,
+        prompts=script.prompts(),
+        teacher=script.teacher,
+        peft=script.peft,
+        peft_kwargs=script.adapter_settings,
+    )
     more = f" and so on, {len(task.texts):,} texts in all" if len(task.texts) > task.num_classes else ""
     print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}{more}")
     checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)

@@ -21,6 +21,7 @@ from ..data.texts import Template, read_template
 from ..randomness import example_generators
 from ..tuner import adapters_in_use
 from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
+from ..tuner.others import settings_of
 from ..utils.embedded import embedded_name
 from ..utils.machine import tf32_in_use
 from ..utils.modules import arrays_in, modules_in
@@ -135,8 +136,7 @@ def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
     adapters = _adapters(model)
     adapter = None
     if adapters:
-        settings = model.peft_config[adapters[0]["name"]].to_dict().items()
-        adapter = {**adapters[0], "config": {key: sorted(v) if isinstance(v, set) else v for key, v in settings}}
+        adapter = {**adapters[0], "config": settings_of(model.peft_config[adapters[0]["name"]])}
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = base.config._name_or_path
     return {

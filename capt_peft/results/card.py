@@ -12,12 +12,15 @@ from typing import Any
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file
 
 from ..attacks import PGD, ThreatModel
 from ..attacks.registry import known_attack
 from ..clip.calibration import digest_as_loaded
 from ..tuner import CaptConfig
-from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
+from ..tuner.fingerprint import PROVENANCE, SAFETENSORS_NAME, adapter_fingerprint
+from ..tuner.others import CLASSES, load_config, peft_name, settings_of
 from ..utils.embedded import embedded_name
 from ..utils.files import write_text
 from ..utils.markup import Markdown, code, escape, plain, quoted
@@ -35,6 +38,7 @@ MARK = "<!-- Written by capt-peft, which writes it again with the adapter. To ke
 _BY_PEFT = re.compile(r"### Framework versions|- PEFT [\w.@+]+|This is the model card of a 🤗 transformers model .*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _TAGS = ("capt", "adversarial-robustness", "clip", "peft")
+_ALWAYS_SHOWN = ("r", "lora_alpha", "target_modules", "boft_block_size")  # settings of other methods
 _SHOWN_CLASSES = 30
 _TASK = "zero-shot-image-classification"
 
@@ -179,7 +183,8 @@ def write_card(folder: str | Path, adapter: str | None = None, details: CardDeta
         The path of the card, README.md.
 
     Raises:
-        ValueError: There is no whole CAPT adapter in the folder, or a record in it is damaged or of other weights.
+        ValueError: There is no whole adapter in the folder, of CAPT or saved by `CaptTrainer`, or a record in it is damaged or
+            of other weights.
     """
     path = Path(folder, CARD)
     write_text(path, card_of(Path(folder), adapter, details=details)[0])
@@ -193,7 +198,7 @@ def write_cards_for(temporary: Path, home: Path, adapter: str | None = None) -> 
     """
     for weights in temporary.rglob(SAFETENSORS_NAME):
         folder, to = weights.parent, home / weights.parent.relative_to(temporary)
-        if is_capt(folder):
+        if is_adapter(folder):
             (folder / CARD).unlink(missing_ok=True)
             _write_unless_kept(folder, to, adapter, strict=(folder / RESULTS).is_file())
 
@@ -223,11 +228,32 @@ def is_capt(folder: Path) -> bool:
         return False
 
 
+def is_adapter(folder: Path) -> bool:
+    """Tells whether a folder has a whole adapter of CAPT, or one of another PEFT method whose classes are known."""
+    return is_capt(folder) or ((folder / SAFETENSORS_NAME).is_file() and (folder / CLASSES).is_file())
+
+
 def adapter_config(folder: Path) -> CaptConfig:
     """Returns the configuration of a saved adapter; raises a ValueError unless it is whole and one of CAPT."""
+    _check_there(folder)
+    return CaptConfig.from_pretrained(str(folder))  # refuses damaged files and other methods
+
+
+def saved_config(folder: Path) -> Any:
+    """Returns the same of an adapter of any PEFT method, of which it must be known what it classifies."""
+    _check_there(folder)
+    config = load_config(folder)
+    if not hasattr(config, "class_names"):
+        raise ValueError(
+            f"{folder} holds a {peft_name(config.to_dict())} adapter without {CLASSES}, so that nothing says what it classifies. "
+            "Save it with CaptTrainer.save_model."
+        )
+    return config
+
+
+def _check_there(folder: Path) -> None:
     if not (folder / SAFETENSORS_NAME).is_file():
         raise ValueError(f"There is no adapter in {folder}: it has no {SAFETENSORS_NAME}. Save one: save_pretrained.")
-    return CaptConfig.from_pretrained(str(folder))  # refuses damaged files and other methods
 
 
 def card_of(
@@ -249,15 +275,18 @@ def card_of(
         home: Where the folder will be: there are the card that it takes the place of, and records if it has none.
         unsaved: The configuration of an adapter whose weights are not in the folder yet.
     """
-    config = unsaved or adapter_config(folder)
+    config = unsaved or saved_config(folder)
     fingerprint = None if unsaved else adapter_fingerprint(folder)
     home = home or folder
     measured = folder if (folder / RESULTS).is_file() else home
-    records = Records.read(measured, fingerprint, config.base_model_fingerprint, strict=strict, weights=folder)
+    settings = settings_of(config)
+    records = Records.read(measured, fingerprint, settings.get("base_model_fingerprint"), strict=strict, weights=folder)
     details = (details or CardDetails()).over(kept_details(home / CARD, fingerprint))
     name = str(adapter or (records.run and records.run.name) or shown_path(home))
     records = replace(records, unshown=tuple(text.replace("ADAPTER", shown_path(name)) for text in records.unshown))
-    return card_text(records, name, config.to_dict(), fingerprint, details), records
+    if not isinstance(config, CaptConfig):
+        settings["numbers"] = sum(tensor.numel() for tensor in load_file(folder / SAFETENSORS_NAME).values())
+    return card_text(records, name, settings, fingerprint, details), records
 
 
 def _write_unless_kept(folder: Path, home: Path, adapter: str | None = None, **how: Any) -> None:
@@ -307,7 +336,7 @@ class Row:
 def accuracy_rows(records: Records) -> list[Row]:
     """Returns the accuracies of an adapter, zero-shot first; those of an evaluation replace the run's of as many images."""
     results, evaluation = records.results, records.evaluation
-    method = "this adapter" if results is None else results.method
+    method = "this adapter" if results is None else results.label
     before: list[Row] = []
     after: list[Row] = []
     if results is not None:
@@ -343,16 +372,18 @@ def card_text(
     embedded = embedded_name(str(base))
     words = f" ({', '.join(details.dataset_args)})" if details.dataset_args else ""
     calibration = _calibration(config, fingerprint)
-    other = _of_another_calibration(evaluation, calibration)
+    other, kind = _of_another_calibration(evaluation, calibration), peft_name(config)
     values = {
         "mark": Markdown(MARK),
-        "title": f"CAPT adapter for {shown_path(task or base)}",
+        "title": f"{kind} adapter for {shown_path(task or base)}",
+        "kind": kind,
+        "settings": "" if kind == "CAPT" else _settings(config),
         "adapter": shown_path(adapter),
         "results": results,
         "config": config,
         "fingerprint": fingerprint,
         "calibration": calibration,
-        "strength": _strength(records.front, config["strength"]),
+        "strength": _strength(records.front, config.get("strength", 1.0)),
         "run": run,
         "base": Markdown(f"{code(embedded)} (embedded in capt-peft)") if embedded else code(shown_path(base, hub=True)),
         "datasets": [shown_path(name) + words for name in details.datasets],
@@ -379,6 +410,18 @@ def card_text(
     )
     environment.filters |= {"code": code, "quoted": quoted, "markdown": Markdown}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """Returns the settings of an adapter of another method: its size, and what is not as PEFT has it."""
+    plain_config = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]().to_dict()
+    shown = {
+        name: config[name]
+        for name, usual in plain_config.items()
+        if name in config and name not in PROVENANCE and (name in _ALWAYS_SHOWN or config[name] != usual)
+    }
+    words = [f"{k} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in shown.items()]
+    return "; ".join(words)
 
 
 def _strength(front: StrengthFront | None, strength: float) -> str | None:
@@ -510,7 +553,8 @@ def card_data(
         for name, row in shown.items()
         if dataset
     ]
-    tags = [*_TAGS, *details.tags, *details.tasks]
+    kind = peft_name(config).lower()
+    tags = [kind, *_TAGS[1:], *details.tags, *details.tasks]
     return ModelCardData(
         base_model=base if is_hub_id(base) else None,  # the Hub refuses anything else
         base_model_relation="adapter",

@@ -22,6 +22,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
+from ..tuner.others import CLASSES, save_classes, settings_of
 from ..tuner.switching import active_adapter
 from ..utils.embedded import embedded_name
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json, write_text, written_whole
@@ -35,6 +36,7 @@ from .card import (
     is_hub_id,
     is_replaceable,
     kept_details,
+    saved_config,
     without_local_paths,
     write_card,
     write_cards_for,
@@ -50,7 +52,7 @@ logger = logging.getLogger(__name__)
 # the files of an adapter; the Trainer's checkpoints and its pickled arguments are not among them
 _RECORDS = (CONFIG_NAME, RESULTS, EVALUATION, STRENGTH)
 IMAGES = images_path(Path(EVALUATION)).name
-UPLOADED = [SAFETENSORS_NAME, CARD, IMAGES, *_RECORDS]
+UPLOADED = [SAFETENSORS_NAME, CLASSES, CARD, IMAGES, *_RECORDS]
 _LOCAL_BASE = (
     "The base model was loaded from the folder %r, which adapter_config.json names: others cannot load it from there, and read "
     "where it lies. They give their own with base=. Load the base by its Hub id before you tune an adapter to share."
@@ -159,11 +161,11 @@ def check_update(folder: str | Path, configuration: Mapping[str, Any] | None = N
         configuration: `task` and `model` of the evaluation to come; None: not compared.
     """
     folder = Path(folder)
-    config, fingerprint = adapter_config(folder), adapter_fingerprint(folder)
+    config, fingerprint = settings_of(saved_config(folder)), adapter_fingerprint(folder)
     results = Records.read(folder, fingerprint, names=(RESULTS,)).results
     make_writable(folder, EVALUATION, examples_path(Path(EVALUATION)).name, IMAGES, CARD, given="adapter")
     if configuration is not None:
-        reason = why_unshown(configuration, fingerprint, config.base_model_fingerprint, results)
+        reason = why_unshown(configuration, fingerprint, config.get("base_model_fingerprint"), results)
         if reason is not None:
             raise RecordError(reason)
 
@@ -215,6 +217,7 @@ def save_active_adapter(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
         return
     model.save_pretrained(str(folder), selected_adapters=[name])
+    save_classes(model, folder)
     if name != "default":  # PEFT's layout
         for path in Path(folder, name).iterdir():
             path.replace(folder / path.name)
@@ -254,8 +257,8 @@ def push_adapter(
     only if they are of these very weights; those on the Hub that are not are deleted with the commit.
 
     Args:
-        adapter: A folder with a CAPT adapter, a `PeftModel`, or a model of transformers with an adapter; of a model, the active
-            adapter.
+        adapter: A folder with an adapter, of CAPT or saved by `CaptTrainer`; a `PeftModel`, or a model of transformers with an
+            adapter; of a model, the active adapter.
         repo_id: Name of the repository; it is created if needed.
         token: A token with write permission; by default that of the environment or of `hf auth login`.
         private: True: create a private repository, and refuse a public one.
@@ -280,7 +283,7 @@ def push_adapter(
         has_images = records.evaluation is not None and records.evaluation.has_images(folder / EVALUATION)
         if not has_images and (folder / IMAGES).is_file():
             logger.warning("Not uploaded from %s: %s does not have the images of %s.", folder, IMAGES, EVALUATION)
-        base = str(adapter_config(folder).base_model_name_or_path or "")
+        base = str(saved_config(folder).base_model_name_or_path or "")
         if not is_hub_id(base) and embedded_name(base) is None:
             logger.warning(_LOCAL_BASE, base[:300])
         try:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..attacks import ThreatModel
 from ..tuner.fingerprint import SAFETENSORS_NAME, adapter_fingerprint
+from ..tuner.others import peft_name, settings_of
 from ..tuner.switching import active_adapter
 from ..utils.files import read_json
 from ..utils.machine import describe_machine, versions
@@ -164,7 +165,7 @@ class RunResults:
         parameters, adapters = count_parameters(model), getattr(model, "peft_config", None)
         adapter = None
         if adapters:
-            config = adapters[active_adapter(model)].to_dict()
+            config = settings_of(adapters[active_adapter(model)])
             adapter = AdapterRecord(parameters=parameters, fingerprint=adapter_fingerprint(model), config=config)
         return cls(
             method=method,
@@ -199,6 +200,12 @@ class RunResults:
             versions=versions(),
             machine=describe_machine(),
         )
+
+    @property
+    def label(self) -> str:
+        """The method and, of an adapter of another PEFT method than CAPT, that: "capt", "capt, LoRA"."""
+        kind = "CAPT" if self.adapter is None else peft_name(self.adapter.config or {})
+        return self.method if kind == "CAPT" else f"{self.method}, {kind}"
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -260,7 +267,10 @@ class RunResults:
         measured = self.evaluation
         attack = f"{measured.attack['name']}, {ThreatModel(**measured.attack['threat_model'])}"
         lines = [table_row(["", "clean, %", f"robust ({attack}), %"]), "|---|---|---|"]
-        for name, both in (("zero-shot", measured.before), (self.method.upper(), measured.after)):
+        for name, both in (
+            ("zero-shot", measured.before),
+            (self.label.replace(self.method, self.method.upper(), 1), measured.after),
+        ):
             lines.append(table_row([name, both.clean.percent, both.robust.percent]))
         n, split = measured.after.clean.n, escape(measured.split)
         return Markdown("\n".join([*lines, "", f"n = {n} images of the {split} split; in brackets the 95% interval."]))

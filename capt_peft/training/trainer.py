@@ -39,6 +39,7 @@ from ..randomness import example_generators
 from ..results.card import CardDetails, write_cards_for
 from ..results.hub import prepare_repo, push_adapter, saved_copy, write_model_card
 from ..tuner.clip import both_features, image_features
+from ..tuner.others import check_tunable, keep_classes, save_classes
 from ..utils.files import unwritable, written_whole
 from ..utils.modules import eval_mode
 from ..utils.outputs import save_somewhere
@@ -56,7 +57,7 @@ WARMUP_RATE = 1e-5  # of the whole first epoch, with lr_schedule="epoch"
 
 
 class CaptTrainer(Trainer):
-    r"""Tunes a CAPT adapter on adversarial images.
+    r"""Tunes an adapter on adversarial images: CAPT's prompts, or LoRA or another method of PEFT.
 
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
     and backward, and the attack reuses them; the frozen model runs each image once, before training, while nothing is augmented.
@@ -64,7 +65,8 @@ class CaptTrainer(Trainer):
     accumulation, workers and the number of processes change a run by rounding only; another kind of device draws others.
 
     Args:
-        model: A `PeftModel` with a CAPT adapter, or any model with CLIP's `get_image_features` and trainable parameters.
+        model: A `PeftModel` with an adapter of CAPT or another PEFT method, or any model with CLIP's `get_image_features` and
+            trainable parameters.
         args: The arguments.
         task: What is classified: training images in `train`, evaluation images in `validation`, or in `test` if there is none.
         processor: The model's processor (`AutoProcessor.from_pretrained`).
@@ -107,6 +109,8 @@ class CaptTrainer(Trainer):
             raise TypeError(f"task must be a Task, as load_task('digits') returns one, not {repr(task)[:80]}.")
         processor = one_processor(processor, processing_class)
         _check_strength(model)
+        if isinstance(model, PeftModel):
+            check_tunable(model)
         self.task = task
         # checks the texts before any long work
         self.classifier = ZeroShotClassifier(
@@ -157,9 +161,12 @@ class CaptTrainer(Trainer):
         self.step_images: list[int] = []  # places of the step's images in the training set
         self._sums: dict[str, Tensor] = {}  # over the images since the last log line
         if isinstance(model, PeftModel):
-            config: Any = model.peft_config[model.active_adapter]
-            config.class_names, config.template = list(task.class_names), self.classifier.template
-            config.class_texts = self.classifier.class_texts
+            keep_classes(
+                model,
+                class_names=list(task.class_names),
+                template=self.classifier.template,
+                class_texts=self.classifier.class_texts,
+            )
 
     def _make_trainable(self) -> None:
         """Makes the active adapter trainable if nothing is, as PEFT loads adapters without `is_trainable=True`."""
@@ -565,6 +572,7 @@ class CaptTrainer(Trainer):
         vars(self.args).update({name: None for name in vars(args) if name.endswith("_token")})
         try:
             super()._save(str(folder), state_dict)
+            save_classes(self.classifier.model, folder)
             write_cards_for(folder, home)
         finally:
             self.args = args

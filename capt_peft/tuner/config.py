@@ -33,7 +33,6 @@ DEFAULT_TEMPLATE = "a photo of a {}."
 INITS = ("template", "random", "normal")
 DEFAULT_DEPTH = 9
 DEFAULT_VISION_TOKENS = 8
-OTHER_METHOD = "capt_peft loads CAPT adapters"
 MAX_BYTES = 1 << 24  # of a configuration file: class names by the hundred thousand
 MAX_TOKENS = 1000  # five times the patches of a ViT-B/16; more is a mistake, and would fill the memory
 NUMBERS = ("num_text_tokens", "num_vision_tokens", "text_depth", "vision_depth")
@@ -45,6 +44,12 @@ TYPES: tuple[tuple[tuple[str, ...], Any, str], ...] = (
     (("class_specific",), bool, "True or False"),
     (("init_std", "strength"), int | float, "a number"),
 )
+
+
+class OtherMethodError(ValueError):
+    """An adapter's configuration is of another PEFT method than CAPT."""
+
+
 # set by `capt_peft` itself: writes the model card of an adapter that is being saved (folder, configuration, whether its
 # weights are in the folder already)
 write_saved_card: Callable[[Path, CaptConfig, bool], None] | None = None
@@ -256,8 +261,8 @@ class CaptConfig(PeftConfig):
             if str(error).startswith("Can't find"):
                 raise
             path = os.path.join(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
-            if OTHER_METHOD in str(error):
-                raise ValueError(f"{path} cannot be used: {cut(error)} `peft.PeftModel` loads others.") from error
+            if isinstance(error, OtherMethodError):
+                raise OtherMethodError(f"{path} is not that of a CAPT adapter: {cut(error)}") from error
             raise ValueError(
                 f"{path} cannot be used: {cut(error)} Correct it, or download the adapter again."
             ) from error
@@ -280,7 +285,7 @@ class CaptConfig(PeftConfig):
         if not isinstance(content, dict):
             raise ValueError(f"it is not a JSON object but a {type(content).__name__}.")
         if content.get("peft_type") != CAPT:
-            raise ValueError(f"it is a {shown(content.get('peft_type'))} adapter; {OTHER_METHOD}.")
+            raise OtherMethodError(f"its peft_type is {shown(content.get('peft_type'))}.")
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from .switching import active_adapter, base_parameters
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 # fields of an adapter's configuration that say where it came from, how it began or how its logits are read, not what it computes
-_PROVENANCE = {
+PROVENANCE = {
     "auto_mapping", "base_model_name_or_path", "calibration", "inference_mode", "init", "init_lora_weights", "init_std",
     "init_weights", "peft_version", "revision", "runtime_config", "task_type", "template_token_ids",
 }  # fmt: skip
@@ -94,7 +94,7 @@ def adapter_fingerprint(
         config, tensors = model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
     else:
         config, tensors = PeftConfig.from_pretrained(str(adapter)), load_file(Path(adapter, SAFETENSORS_NAME))
-    settings = {key: value for key, value in config.to_dict().items() if key not in _PROVENANCE}
+    settings = {key: value for key, value in config.to_dict().items() if key not in PROVENANCE}
     if strength is not None and "strength" in settings:
         settings["strength"] = float(strength)
     settings = {key: value for key, value in settings.items() if key not in _LATER or value != _LATER[key]}

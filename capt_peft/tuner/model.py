@@ -110,7 +110,7 @@ class CaptModel(BaseTuner):
         check_size(peft_config, _count(peft_config, self._sites.values()))
         check_saved_modules(peft_config, model, self._sites)
         if len(towers) == 2 or peft_config.base_model_fingerprint is None:  # half a base has no fingerprint to compare
-            _check_base(peft_config, model)
+            check_base(peft_config, model)
         self._start: dict[int, torch.Tensor] = {}
         self._first_map: list[nn.Parameter] = []  # a list: a module here would be saved with the adapter
         if peft_config.inference_mode or "text" not in towers or not peft_config.depth("text"):
@@ -348,7 +348,7 @@ def _count(config: CaptConfig, sites: Iterable[Site]) -> int:
     return count
 
 
-def _check_base(config: CaptConfig, model: nn.Module) -> None:
+def check_base(config: Any, model: nn.Module) -> None:
     """Records the base model of a new adapter, and warns when an adapter is loaded onto another one."""
     fingerprint = base_fingerprint(model)
     if config.base_model_fingerprint is None or fingerprint is None:

@@ -82,8 +82,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             ...) or trains its biases, or parameters of it are trained beside the adapter.
     """
     modules = adapted_modules(model)
-    if modules:
-        _check_base_is_there(model, modules)
+    check_base_is_there(model)
     with switched_off(modules):
         yield
 
@@ -101,7 +100,11 @@ def switched_off(modules: list[Any]) -> Iterator[None]:
             module._disable_adapters = disabled
 
 
-def _check_base_is_there(model: nn.Module, modules: list[Any]) -> None:
+def check_base_is_there(model: nn.Module) -> None:
+    """Raises a ValueError, which says why, unless switching all adapters of a model off gives its base model."""
+    modules = adapted_modules(model)
+    if not modules:
+        return
     merged = next((name for module in modules for name in module.merged_adapters), None)
     if merged is not None:
         raise ValueError(
@@ -126,12 +129,15 @@ def _changes_of_base(model: nn.Module) -> Iterator[tuple[str, str]]:
     for module in model.modules():
         configs = module.__dict__.get("peft_config")
         for name, config in configs.items() if isinstance(configs, dict) else ():
-            bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
-            if not isinstance(config, PeftConfig):
-                continue
-            if bias != "none":
-                yield name, f"bias={bias!r}"
-            elif start not in _STARTS_BESIDE_THE_BASE:
-                yield name, f"init_lora_weights={start!r}"
-            elif getattr(config, "kasa_config", None) is not None:
-                yield name, "kasa_config"
+            if isinstance(config, PeftConfig) and (reason := change_of_base(config)):
+                yield name, reason
+
+
+def change_of_base(config: PeftConfig) -> str | None:
+    """Returns the setting by which an adapter changes the base's own weights, such as "bias='all'", or None if it does not."""
+    bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
+    if bias != "none":
+        return f"bias={bias!r}"
+    if start not in _STARTS_BESIDE_THE_BASE:
+        return f"init_lora_weights={start!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) is not None else None
