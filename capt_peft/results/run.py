@@ -267,10 +267,8 @@ class RunResults:
         measured = self.evaluation
         attack = f"{measured.attack['name']}, {ThreatModel(**measured.attack['threat_model'])}"
         lines = [table_row(["", "clean, %", f"robust ({attack}), %"]), "|---|---|---|"]
-        for name, both in (
-            ("zero-shot", measured.before),
-            (self.label.replace(self.method, self.method.upper(), 1), measured.after),
-        ):
+        tuned = self.label.replace(self.method, self.method.upper(), 1)
+        for name, both in (("zero-shot", measured.before), (tuned, measured.after)):
             lines.append(table_row([name, both.clean.percent, both.robust.percent]))
         n, split = measured.after.clean.n, escape(measured.split)
         return Markdown("\n".join([*lines, "", f"n = {n} images of the {split} split; in brackets the 95% interval."]))

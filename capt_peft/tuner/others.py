@@ -166,7 +166,8 @@ def load_adapter(base: nn.Module, name_or_path: str, config: PeftConfig, **where
         raise ValueError(f"{file} does not fit {type(base).__name__}: {cut(error, 300)}") from error
     check_adapter_tensors(load_file(file), get_peft_model_state_dict(model), file)
     check_base_is_there(model)
-    check_base(config, model)
+    if hasattr(config, "base_model_fingerprint"):
+        check_base(config, model)
     return model
 
 
