@@ -158,6 +158,33 @@ def push_adapter_model(base, seed, name, **arguments):
     return logits(model)
 
 
+def push_lora(base, name):
+    """Pushes a LoRA adapter from memory as this package does, and returns its logits."""
+    import torch
+    from helpers import shake
+    from peft import get_peft_model
+    from transformers import CLIPModel
+
+    from capt_peft.methods import adapter_config
+    from capt_peft.results.hub import push_adapter
+    from capt_peft.tuner.others import keep_classes
+
+    torch.manual_seed(0)
+    model = get_peft_model(CLIPModel.from_pretrained(base), adapter_config("lora", {}))
+    shake(model)
+    keep_classes(model, class_names=["one", "two", "three"], template="a picture of {}.", class_texts=None)
+    push_adapter(model.eval(), name, license="mit")
+    return logits(model)
+
+
+def classes(name):
+    """Returns the class names and the template that come with an adapter."""
+    from capt_peft import ZeroShotClassifier
+
+    classifier = ZeroShotClassifier.from_pretrained(name)
+    return [*classifier.class_names, classifier.template]
+
+
 def logits(model):
     """Returns the logits of three texts and two images, exactly: every float32 is a float of JSON."""
     import torch

@@ -182,6 +182,17 @@ def test_the_trainers_block_evaluates_both_splits_and_the_record_of_its_run_fill
     assert "10 images" in (tmp_path / "outputs" / "mine" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_block_on_lora_runs(tmp_path, monkeypatch, capsys):
+    """With a step and few images."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "peft.md", "python")
+    for old, new in (("few_shot(16,", "few_shot(1,"), ("num_train_epochs=15", "max_steps=1, use_cpu=True")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert "('0', '1', '2', '3', '4', '5', '6', '7', '8', '9') a photo of the digit {}." in capsys.readouterr().out
+
+
 def test_the_blocks_on_retrieval_run(capsys):
     """With a bare model, a few images and one step of each attack."""
     adapter, bare = '"outputs/demo"', '"tiny_clip", class_names=("image", "text")'

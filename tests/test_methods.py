@@ -9,7 +9,7 @@ import yaml
 from capt_peft import METHODS, CaptTrainingArguments
 from capt_peft.benchmark import Plan, Suite, get_suite
 from capt_peft.commands.train import parse_args
-from capt_peft.methods import OBJECTIVE_SETTINGS, conflicts, method_settings
+from capt_peft.methods import ADAPTERS, OBJECTIVE_SETTINGS, adapter_config, check_peft, conflicts, method_settings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -45,6 +45,22 @@ CASES = [
 ]  # fmt: skip
 
 
+# the same with another adapter than prompts
+ADAPTER_CASES = [
+    ("capt", {"peft": "lora"}, {"optim": "adamw_torch", "coupling": None, "init": None, "weight_decay": 0.0}),
+    ("fap", {"peft": "ln"}, {"optim": "adamw_torch", "attack_loss": "kl", "squash": True, "coupling": None, "init": None}),
+    ("adv-vlp", {"peft": "ia3", "learning_rate": 0.5}, {"learning_rate": 0.5, "coupling": None}),
+    ("capt", {"peft": "boft", "optim": "sgd", "weighting": "entropy"}, {"optim": "sgd", "weighting": "entropy"}),
+    ("capt", {"peft": "lora", "num_text_tokens": 4}, "num_text_tokens=4 is about prompts and has no effect on peft='lora'"),
+    ("capt", {"peft": "lora", "strength": "auto"}, "strength='auto' is about prompts"),
+    ("capt", {"peft": "lora", "coupling": "text_to_vision"}, "coupling='text_to_vision' is about prompts"),
+    ("fap", {"peft": "lora", "weighting": "0.5"}, "weighting='0.5' has no effect on the method 'fap'"),
+    ("adv-vp", {"peft": "lora"}, "'adv-vp' is what its prompts are"),
+    ("trades-maple", {"peft": "lora"}, "choose capt, fap, adv-vlp"),
+    ("capt", {"peft": "magic"}, "Unknown peft 'magic'. Allowed: prompts, lora, ln, ia3, boft."),
+]  # fmt: skip
+
+
 def through_the_command_line(method, asked, tmp_path):
     flags = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in asked.items()]
     return parse_args(["--model_name_or_path", "model", "--method", method, *flags])
@@ -73,7 +89,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("way", [through_the_command_line, through_a_file, through_both])
-@pytest.mark.parametrize(("method", "asked", "outcome"), CASES)
+@pytest.mark.parametrize(("method", "asked", "outcome"), CASES + ADAPTER_CASES)
 def test_what_is_asked_of_train_wins_or_is_refused(method, asked, outcome, way, tmp_path):
     if isinstance(outcome, str):
         with pytest.raises(ValueError) as caught:
@@ -169,3 +185,43 @@ def test_the_digits_settings_which_are_capts_do_not_hinder_other_methods():
     for method in ("fap", "adv-tp", "adv-vp", "adv-maple"):
         script, _ = parse_args(["--method", method])
         assert script.num_vision_tokens == (16 if method == "adv-vp" else None)
+
+
+@pytest.mark.parametrize(
+    ("peft", "settings", "words"),
+    [
+        ("lora", {"rank": 4}, "'rank' is not a setting of lora. See PEFT's LoraConfig"),
+        ("lora", {"task_type": "FEATURE_EXTRACTION"}, "'task_type' is not a setting"),
+        (
+            "lora",
+            {"r": 4, "use_dora": True, "use_bdlora": 1, "target_modules": ["q_proj"], "eva_config": 3},
+            "peft_kwargs=",
+        ),
+        ("prompts", {"r": 4}, "has no effect on prompts"),
+    ],
+)
+def test_settings_of_an_adapter_are_those_that_peft_knows(peft, settings, words):
+    with pytest.raises(ValueError, match=words):
+        check_peft("capt", peft, settings)
+
+
+@pytest.mark.parametrize("peft", ADAPTERS)
+def test_settings_of_an_adapter_win_over_its_recipe(peft):
+    config = adapter_config(
+        peft, {"target_modules": ["q_proj"], **({"feedforward_modules": []} if peft == "ia3" else {})}
+    )
+    assert (
+        list(config.target_modules) == ["q_proj"] and config.peft_type.value == ADAPTERS[peft].config().peft_type.value
+    )
+
+
+def test_the_digits_settings_of_prompts_are_not_taken_for_another_adapter():
+    script, args = parse_args(["--peft", "lora", "--use_cpu", "--peft_kwargs", '{"r": 4}'])
+    assert args.epsilon == "10/255" and args.num_train_epochs == 60 and args.optim == "adamw_torch"
+    assert args.learning_rate == ADAPTERS["lora"].training["learning_rate"] and not script.prompts().get(
+        "num_vision_tokens"
+    )
+    assert script.adapter_settings == {"r": 4}
+    script, _ = parse_args(["--peft", "lora", "--use_cpu", "--peft_kwargs", "4"])
+    with pytest.raises(ValueError, match="peft_kwargs='4' must be a JSON object"):
+        _ = script.adapter_settings

@@ -14,6 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from capt_peft import CaptTrainer, ZeroShotClassifier, load_task
+from capt_peft.commands.calibrate import main as calibrate_main
+from capt_peft.commands.card import main as card_main
+from capt_peft.commands.evaluate import main as evaluate_main
+from capt_peft.commands.strength import main as strength_main
 from capt_peft.commands.train import main, parse_args
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
@@ -255,3 +259,26 @@ def test_without_shots_a_class_gives_16_images_or_what_it_has(tmp_path, monkeypa
                 "16",
             ]
         )
+
+
+def test_lora_from_the_command_line_is_evaluated_described_and_refuses_what_is_about_prompts(tmp_path):
+    folder = tmp_path / "lora"
+    main([*QUICK, "--peft", "lora", "--peft_kwargs", '{"r": 2}', "--output_dir", str(folder)])
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "zero_shot.json",
+        "README.md",
+        "results.json",
+    }
+    classifier, digits = ZeroShotClassifier.from_pretrained(str(folder)), load_task("digits")
+    assert (classifier.class_names, classifier.template) == (digits.class_names, digits.template)
+    assert classifier.model.peft_config["default"].r == 2
+    evaluate_main(["--adapter", str(folder), "--attacks", "clean,pgd-2", "--limit", "20", "--use_cpu", "--update_card"])
+    assert (folder / "evaluation.json").is_file()
+    card_main(["--adapter", str(folder), "--license", "mit"])
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "# LoRA adapter for digits" in card and "prompts" not in card
+    for command, words in ((strength_main, "no other has a strength"), (calibrate_main, "no other has a strength")):
+        with pytest.raises(ValueError, match=words):
+            command(["--adapter", str(folder)])

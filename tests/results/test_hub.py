@@ -128,6 +128,23 @@ def test_an_adapter_comes_from_one_commit_even_if_another_is_pushed_meanwhile(cl
     repo.branches["main"] = before
 
 
+def test_a_lora_adapter_brings_its_classes_and_loads_bit_for_bit_offline_too(client, hub, folder, tmp_path):
+    client("in_fresh_cache", str(tmp_path / "home" / "hub"))
+    name = "someone/lora"
+    expected = client("push_lora", BASE, name)
+    assert files(hub, name).keys() == {*SAVED_BY_PEFT, "zero_shot.json"}
+    assert b"# LoRA adapter for" in files(hub, name)["README.md"] and b"license: mit" in files(hub, name)["README.md"]
+    assert load(client, "ZeroShotClassifier", name) == expected
+    assert load(client, "PeftModel", name) == expected  # as with plain PEFT
+    assert client("classes", name) == ["one", "two", "three", "a picture of {}."]
+    offline = Client(folder / "lora.txt", HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    try:
+        assert offline("classes", name) == ["one", "two", "three", "a picture of {}."]
+        assert load(offline, "ZeroShotClassifier", name) == expected
+    finally:
+        offline.close()
+
+
 def test_what_was_loaded_once_loads_offline(client, shared, hub, folder, tmp_path):
     client("in_fresh_cache", str(tmp_path / "home" / "hub"))
     load(client, "ZeroShotClassifier", ADAPTER)
