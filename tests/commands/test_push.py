@@ -28,9 +28,11 @@ def run(hub, tmp_path_factory):
 def test_an_adapter_is_uploaded_with_its_card_and_figures_and_nothing_else(run, hub, adapter):
     told = run("push", adapter, "someone/tiny")
     files = hub.repos["someone/tiny"].files()
-    assert {*files} == {*UPLOADED, ".gitattributes"} - {"strength.json", "evaluation.safetensors"} and not hub.repos[
-        "someone/tiny"
-    ].private
+    assert {*files} == {*UPLOADED, ".gitattributes"} - {
+        "strength.json",
+        "evaluation.safetensors",
+        "zero_shot.json",
+    } and not hub.repos["someone/tiny"].private
     commit = hub.repos["someone/tiny"].branches["main"]
     assert told == f"Uploaded to {hub.endpoint}/someone/tiny/commit/{commit}\n"
     assert files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()

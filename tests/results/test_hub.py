@@ -174,7 +174,8 @@ def test_an_adapter_is_uploaded_in_one_commit_and_nothing_beside_it(client, hub,
     assert set(files(hub, "someone/whole")) == {*UPLOADED} - {
         "strength.json",
         "evaluation.safetensors",
-    }  # nothing was chosen
+        "zero_shot.json",
+    }  # nothing was chosen, and it is one of CAPT
     for name, content in files(hub, "someone/whole").items():
         if name == "README.md":
             assert b"| capt | robust | L-inf 4/255 | pgd-2 | 43.6 (" in content
@@ -405,7 +406,7 @@ def test_an_upload_that_fails_on_the_way_is_tried_again(client, hub, folder):
     hub.fail("POST", f"{name}.git/info/lfs", status=503)
     hub.fail("PUT", "/storage/", cut=2000, reset=True)
     client("push_adapter", str(folder / "b"), name)
-    assert set(files(hub, name)) == {*UPLOADED} - {"strength.json", "evaluation.safetensors"}
+    assert set(files(hub, name)) == {*UPLOADED} - {"strength.json", "evaluation.safetensors", "zero_shot.json"}
     assert [r.status for r in hub.log("PUT")][-2:] == [0, 200]
 
 
