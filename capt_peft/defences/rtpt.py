@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..clip.classifier import ZeroShotClassifier
-from ..clip.texts import TextParts, normalize
+from ..clip.texts import TextPart, class_means, normalize
 from ..tuner import clip
 from .base import Defence, Undefended, check_count, gradient_of
 
 VIEWS = 64
+TEXTS = 256  # that run at once, for several images; or those of one image
 LEARNING_RATE = 5e-3
 ADAM_EPSILON = 1e-8
 SELECTED = 0.1  # share of the views whose entropy the step lowers
@@ -73,12 +74,12 @@ class RTPT(Defence):
         features = self._features(model, pixels)
         with torch.no_grad():
             texts, weights = _tuned(model, features.detach(), _adam), _weights(features.detach())
-        return _weighted(model, features, texts, weights)
+        return _weighted(_logits(model, features, texts), weights)
 
     def unrolled(self, model: Undefended, pixels: Tensor) -> Tensor:
         """Returns the same, but for a smooth step, with the gradient through the step and the weights."""
         features = self._features(model, pixels)
-        return _weighted(model, features, _tuned(model, features, _along), _weights(features))
+        return _weighted(_logits(model, features, _tuned(model, features, _along)), _weights(features))
 
     def _features(self, model: Undefended, pixels: Tensor) -> Tensor:
         """Returns the normalised features (V, B, D) of the views."""
@@ -100,25 +101,29 @@ def random_crop(pixels: Tensor) -> Tensor:
     return functional.grid_sample(pixels, places, padding_mode="border", align_corners=False)
 
 
-def _weighted(model: Undefended, features: Tensor, texts: list[Tensor], weights: Tensor) -> Tensor:
-    """Returns the weighted mean logits (B, N) of views (V, B, D), by each image's texts (N, D) and weights (V, B)."""
-    rows = [weights[:, i] @ model.logits(features[:, i], each) for i, each in enumerate(texts)]
-    return torch.stack(rows)
+def _logits(model: Undefended, features: Tensor, texts: Tensor) -> Tensor:
+    """Returns the logits (B, V, N) of views (V, B, D), by each image's own texts (B, N, D)."""
+    return torch.stack([model.logits(features[:, i], each) for i, each in enumerate(texts)])
+
+
+def _weighted(logits: Tensor, weights: Tensor) -> Tensor:
+    """Returns the weighted mean (B, N) of the logits (B, V, N), by the weights (B, V) of the views."""
+    return (weights[..., None] * logits).sum(1)
 
 
 def _weights(features: Tensor) -> Tensor:
-    """Returns the weights (V, B) of views (V, B, D) by their mean similarity to those that are most like them."""
+    """Returns the weights (B, V) of views (V, B, D) by their mean similarity to those that are most like them."""
     of_images = features.transpose(0, 1)
     similar = of_images @ of_images.transpose(1, 2)  # (B, V, V)
     itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
     close = similar.masked_fill(itself, -math.inf).topk(min(NEIGHBOURS, len(features) - 1)).values.mean(-1)  # (B, V)
-    return (close.to(_wide(features)) / TEMPERATURE).softmax(-1).T
+    return (close.to(_wide(features)) / TEMPERATURE).softmax(-1)
 
 
-def _tuned(model: Undefended, features: Tensor, step: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Returns the text features (N, D) for each image, after one step on the context; its views' features are (V, B, D)."""
+def _tuned(model: Undefended, features: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns the text features (B, N, D) for each image, after one step on the context; its views' features are (V, B, D)."""
     classifier = model.classifier
-    places, parts = classifier.context_places(), classifier.text_parts()
+    places = classifier.context_places()
     if places.stop <= places.start:
         raise ValueError(
             f"R-TPT tunes the words before the class name, and the template {classifier.template!r} has none in a text. Put "
@@ -127,16 +132,19 @@ def _tuned(model: Undefended, features: Tensor, step: Callable[[Tensor], Tensor]
     width = clip.find_towers(clip.base_model(classifier.model))["text"].dim
     traced = torch.is_grad_enabled() and features.requires_grad
     found = []
-    for views in features.unbind(1):  # (V, D)
-        certain = _entropy(model.logits(views)).topk(max(1, int(SELECTED * len(views))), largest=False).indices
+    for views in features.split(max(1, TEXTS // len(classifier.texts)), dim=1):  # (V, b, D)
+        texts = model.texts.expand(views.shape[1], -1, -1)
+        count = max(1, int(SELECTED * len(views)))
+        certain = _entropy(_logits(model, views, texts)).topk(count, largest=False).indices  # (b, k)
+        chosen = views[certain.T, torch.arange(views.shape[1], device=views.device)]  # (k, b, D)
 
-        def entropy(shift: Tensor, chosen: Tensor = views[certain]) -> Tensor:
-            return _entropy(model.logits(chosen, _encoded(classifier, shift, places, parts))).mean()
+        def entropy(shifts: Tensor, chosen: Tensor = chosen) -> Tensor:
+            return _entropy(_logits(model, chosen, _encoded(classifier, shifts, places))).mean(1)
 
-        shape = places.stop - places.start, width
-        start = torch.zeros(shape, dtype=_wide(features), device=features.device, requires_grad=traced)
-        found.append(_encoded(classifier, step(gradient_of(entropy, start)), places, parts))
-    return found
+        shape = views.shape[1], places.stop - places.start, width
+        start = torch.zeros(shape, dtype=_wide(views), device=views.device, requires_grad=traced)
+        found.append(_encoded(classifier, step(gradient_of(entropy, start)), places))
+    return torch.cat(found)
 
 
 def _wide(features: Tensor) -> torch.dtype:
@@ -144,7 +152,7 @@ def _wide(features: Tensor) -> torch.dtype:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Returns the entropy (V,) of each row (V, N)."""
+    """Returns the entropy (...) of each row (..., N)."""
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
 
 
@@ -155,31 +163,30 @@ def _adam(gradient: Tensor) -> Tensor:
 
 def _along(gradient: Tensor) -> Tensor:
     """Returns a step along the gradient that is as long as one along its sign."""
-    mean_square = gradient.square().mean().clamp_min(torch.finfo(gradient.dtype).tiny)
+    mean_square = gradient.square().mean((1, 2), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
     return -LEARNING_RATE * gradient / mean_square.sqrt()
 
 
-def _encoded(classifier: ZeroShotClassifier, shift: Tensor, places: slice, parts: TextParts | None) -> Tensor:
-    """Returns the features (N, D) of the classes' texts, whose token embeddings at some places are moved by a shift (n, dim)."""
-    with _shifted(classifier, shift, places):
-        if parts is None:
-            return classifier.encode_texts()
-        features = []
-        for part in parts.parts:  # not by encode_part, whose backward pass would run without the shift
-            with classifier.part_inputs(part) as inputs:
-                features.append(normalize(clip.text_features(classifier.model, inputs)))
-        return parts.join(features)
+def _encoded(classifier: ZeroShotClassifier, shifts: Tensor, places: slice) -> Tensor:
+    """Returns the features (b, N, D) of the classes' texts, of b shifts (n, dim) of their token embeddings at some places."""
+    labels = torch.tensor(classifier.text_labels)  # (T,)
+    inputs = {name: ids.repeat(len(shifts), 1) for name, ids in classifier.text_inputs().items()}
+    part = TextPart(labels.repeat(len(shifts)), inputs)
+    with _shifted(classifier, shifts.repeat_interleave(len(labels), 0), places), classifier.part_inputs(part) as inputs:
+        features = normalize(clip.text_features(classifier.model, inputs))
+    counts = torch.bincount(labels).tolist()
+    return torch.stack([class_means(each, counts) for each in features.unflatten(0, (len(shifts), -1))])
 
 
 @contextmanager
-def _shifted(classifier: ZeroShotClassifier, shift: Tensor, places: slice) -> Iterator[None]:
+def _shifted(classifier: ZeroShotClassifier, shifts: Tensor, places: slice) -> Iterator[None]:
     """Moves token embeddings (T, L, dim), an adapter's prompts included, in this thread alone: others may run the same model."""
     model, thread = clip.base_model(classifier.model), threading.get_ident()
 
     def move(_: Any, __: Any, tokens: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:
             return None
-        moved = tokens[:, places] + shift.to(tokens)
+        moved = tokens[:, places] + shifts.to(tokens)
         return torch.cat([tokens[:, : places.start], moved, tokens[:, places.stop :]], dim=1)
 
     hook = model.get_submodule(clip.find_towers(model)["text"].modules[0]).register_forward_hook(move)

@@ -22,8 +22,19 @@ from PIL import Image
 
 from capt_peft import ThreatModel, ZeroShotClassifier, load_task, parse_attack
 from capt_peft.clip.calibration import texts_digest
-from capt_peft.commands.app.attack import CAPT, CLIP, DIGITS_TEMPLATE, Cancelled, Page, Refused, example_files
+from capt_peft.commands.app.attack import (
+    CAPT,
+    CLIP,
+    DECISIONS,
+    DIGITS_TEMPLATE,
+    Cancelled,
+    Page,
+    Refused,
+    example_files,
+)
+from capt_peft.commands.app.defences import NO_DEFENCE, OFFERS
 from capt_peft.commands.train import main as train
+from capt_peft.defences import DEFENCES, Defended, Identity, parse_defence
 from capt_peft.randomness import example_generator
 from capt_peft.results.hub import update_config
 from capt_peft.tuner.fingerprint import adapter_fingerprint, base_fingerprint
@@ -95,6 +106,48 @@ def test_scores_are_those_of_the_package(page, digits, adapter):
         clean, after = classifier(pixels).softmax(-1)[0], classifier(attacked).softmax(-1)[0]
     assert list(capt.clean.values()) == pytest.approx(clean.tolist(), abs=1e-5)
     assert list(capt.attacked.values()) == pytest.approx(after.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("defence", ["tte-10", "clipure"])
+def test_a_defence_is_attacked_by_who_knows_it(page, digits, defence):
+    (clip, _), description = page.run(digits[3], NAMES, DIGITS_TEMPLATE, 4, 5, "3", defence)
+    classifier = ZeroShotClassifier(*page.models[CLIP], NAMES.split(", "), DIGITS_TEMPLATE)
+    defended, pixels = Defended(classifier, parse_defence(defence)), classifier.transform.batch([digits[3]])
+    attack, found = parse_attack("pgd-5", ThreatModel("linf", "4/255")), []
+    for way in defended.defence.ways:
+        generators = [example_generator(0, 0, stream="evaluation")]
+        found.append(attack(defended.surface(way), pixels, torch.tensor([3]), generators))
+    with torch.no_grad():
+        clean, *attacked = (defended(each).softmax(-1)[0] for each in (pixels, *found))
+    assert list(clip.clean.values()) == pytest.approx(clean.tolist(), abs=1e-5)
+    shown = next((each for each in attacked if each.argmax() != 3), attacked[-1])
+    assert list(clip.attacked.values()) == pytest.approx(shown.tolist(), abs=1e-3)
+    label = OFFERS[defence].label
+    assert f"white box, through the defence, {label}, which it knows" in description
+
+
+def test_a_random_defence_shows_the_mean_of_several_answers(page, digits):
+    torch.manual_seed(0)
+    (clip, _), _ = page.run(digits[3], NAMES, DIGITS_TEMPLATE, 0, 1, "3", "noise-0.1")
+    classifier = ZeroShotClassifier(*page.models[CLIP], NAMES.split(", "), DIGITS_TEMPLATE)
+    pixels = classifier.transform.batch([digits[3]])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        answers = [classifier(pixels + 0.1 * torch.randn(pixels.shape)).softmax(-1)[0] for _ in range(DECISIONS)]
+    assert list(clip.clean.values()) == pytest.approx((sum(answers) / DECISIONS).tolist(), abs=1e-5)
+    assert sum(clip.attacked.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_rtpt_without_words_to_tune_is_refused_with_a_sentence(digits):
+    with pytest.raises(Refused, match="R-TPT tunes the words before the class name") as refusal:
+        Page().run(digits[0], **{**GOOD, "defence": "rtpt-16", "template": "{} in a photo"})
+    check_sentence(str(refusal.value))
+
+
+def test_every_defence_has_its_sentence_and_its_name():
+    for name, offer in OFFERS.items():
+        assert offer.keeps.endswith(".") and (name == NO_DEFENCE or parse_defence(name).name == name)
+    assert {type(parse_defence(name)) for name in OFFERS if name != NO_DEFENCE} == set(DEFENCES) - {Identity}
 
 
 def test_a_calibrated_adapter_has_its_scores_and_says_none_of_these(page, digits, adapter):
@@ -187,7 +240,14 @@ def move(adapter, folder):
     return folder
 
 
-GOOD = {"class_names": "a, b", "template": "a photo of a {}.", "epsilon_levels": 10, "steps": 2, "true_class": None}
+GOOD = {
+    "class_names": "a, b",
+    "template": "a photo of a {}.",
+    "epsilon_levels": 10,
+    "steps": 2,
+    "true_class": None,
+    "defence": "none",
+}
 LONG = {**GOOD, "steps": 200}
 HOSTILE = {
     "no classes": ({"class_names": ",,"}, "2 to 100 class names are needed, got 0"),
@@ -207,6 +267,12 @@ HOSTILE = {
     "a template of many words": ({"template": "a photo of a {}" + " x" * 200}, "up to 200 characters"),
     "a template that prompts would overwrite": ({"template": "{}"}, "Put more words before"),
     "no template": ({"template": None}, "must be one line"),
+    "an unknown defence": ({"defence": "tte-9999"}, "The defence 'tte-9999' is not one of none, ttc"),
+    "a list of defences": ({"defence": ["ttc"]}, "is not one of none, ttc"),
+    "more passes than a request may take": (
+        {"defence": "rtpt-16", "steps": 63},
+        "16 times in a step: take up to 62 steps",
+    ),
     "an unknown true class": ({"true_class": "c"}, "is not among the class names"),
     "a number as true class": ({"true_class": 10**400}, "is not among the class names"),
     "epsilon beyond 1": ({"epsilon_levels": 255.5}, "0 to 255 levels"),
@@ -287,7 +353,7 @@ def test_every_cut_of_a_jpeg_is_shown_or_refused(page, tmp_path):
 def test_an_attack_ends_when_it_is_cancelled(page, digits):
     asked = iter([False] * 5)
     with pytest.raises(Cancelled):
-        page.run(digits[0], NAMES, DIGITS_TEMPLATE, 10, 200, "0", lambda: next(asked, True))
+        page.run(digits[0], NAMES, DIGITS_TEMPLATE, 10, 200, "0", "none", lambda: next(asked, True))
 
 
 def test_an_adapter_is_not_shown_as_clip(adapter):

@@ -87,17 +87,18 @@ def test_the_unrolled_gradient_is_that_of_finite_differences(classifier, images)
     assert not torch.allclose(constant, gradient, rtol=0.01, atol=1e-4)  # so that both ways are tried
 
 
-def test_texts_in_parts_and_several_templates_are_tuned_alike(adapter, images):
+def test_texts_of_several_templates_and_images_run_at_once_or_not_to_the_same_answers(adapter, images, monkeypatch):
     templates = ["a photo of a {}.", "a photo of the {}.", "a photo of my {}."]
-    whole = ZeroShotClassifier(adapter.model, adapter.processor, adapter.class_names, templates)
-    parts = ZeroShotClassifier(adapter.model, adapter.processor, adapter.class_names, templates, text_chunk_size=5)
+    classifier = ZeroShotClassifier(adapter.model, adapter.processor, adapter.class_names, templates)
     found = []
-    for classifier in (whole, parts):
+    for texts in (256, 24, 1):
+        monkeypatch.setattr("capt_peft.defences.rtpt.TEXTS", texts)
         torch.manual_seed(0)
         pixels = images.clone().requires_grad_()
         logits = RTPT(6).unrolled(Undefended(classifier), pixels)
         found.append((logits.detach(), torch.autograd.grad(logits[:, 0].sum(), pixels)[0]))
     torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found[0], found[2], atol=1e-3, rtol=1e-3)
 
 
 def test_the_words_before_the_class_name_are_tuned_and_a_template_without_any_is_refused(adapter, processor, images):

@@ -17,18 +17,20 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor
 
-from ...attacks import PGD, ThreatModel
+from ...attacks import PGD, LogitsFn, ThreatModel
 from ...clip.classifier import ZeroShotClassifier
 from ...clip.loading import load_model
 from ...data import Task, load_task
 from ...data.images import load_image
 from ...data.loading import MADE
 from ...data.texts import texts_for
+from ...defences import Defended, Undefended, parse_defence
 from ...randomness import example_generators
 from ...results.run import RunResults
 from ...tuner.config import check_template
 from ...utils.embedded import TINY_CLIP, embedded_name, recorded_path
 from ..tuned import read_record
+from .defences import NO_DEFENCE, OFFERS
 
 CLIP, CAPT = "CLIP", "CLIP + CAPT"
 NONE = "“none of these”"
@@ -36,6 +38,8 @@ DIGITS, DIGITS_TEMPLATE = [str(digit) for digit in range(10)], "a photo of the d
 MAX_EPSILON = 32  # levels of 255, on the page
 MAX_SIDE, MAX_RATIO, MAX_BYTES = 4096, 20, 10_000_000
 MAX_CLASSES, MAX_NAME, MAX_TEMPLATE, MAX_TEMPLATES, MAX_STEPS = 100, 100, 200, 100, 200
+MAX_PASSES = 1000  # of one image through a defended model's image tower, in one attack
+DECISIONS = 8  # of a model with a random defence, whose mean scores are shown
 SHOWN = 256  # pixels that a shown image has at least
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
@@ -160,6 +164,7 @@ class Page:
         epsilon_levels: Any,
         steps: Any,
         true_class: Any = None,
+        defence: Any = NO_DEFENCE,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> tuple[list[Outcome], str]:
         """Attacks each model itself.
@@ -172,6 +177,7 @@ class Page:
             epsilon_levels: L-inf epsilon in levels of 255, 0 to 255.
             steps: Steps of the attack, 1 to 200.
             true_class: The class to lead away from; by default each model's own clean answer.
+            defence: Of both models, a name of `OFFERS`; the attack goes through it.
             cancelled: Asked before every step; True ends the attack.
 
         Returns:
@@ -185,12 +191,12 @@ class Page:
             raise Cancelled
         names, templates = read_class_names(class_names), read_templates(template)
         own = texts_for(names, self.class_texts, strict=False) if templates == self.template.splitlines() else None
-        true_class = read_true_class(true_class, names)
+        true_class, defence = read_true_class(true_class, names), read_defence(defence)
         attack = PGD(ThreatModel("linf", read_epsilon(epsilon_levels)), steps=read_steps(steps))
         picture = read_image(image)
         classifiers = list(self._classifiers(names, templates, own))
-        outcomes = [attack_one(name, c, picture, attack, true_class, cancelled) for name, c in classifiers]
-        return outcomes, describe(attack, true_class, len(outcomes))
+        outcomes = [attack_one(name, c, picture, attack, true_class, defence, cancelled) for name, c in classifiers]
+        return outcomes, describe(attack, true_class, len(outcomes), defence)
 
     def _classifiers(
         self, names: list[str], templates: list[str], own: dict[str, list[str]] | None
@@ -204,34 +210,90 @@ class Page:
             yield name, classifier
 
 
+class Subject:
+    """One model as it is attacked: what decides, and what an attack that knows its defence sees.
+
+    Args:
+        classifier: The model.
+        defence: A name of `OFFERS`.
+        cancelled: Asked before every step; True ends the attack.
+
+    Attributes:
+        seen: What to attack through, one after the other.
+        passes: Images that the image tower runs on for one answer, once there was one.
+        calibration: The adapter's, which is one of the model without a defence.
+    """
+
+    def __init__(self, classifier: ZeroShotClassifier, defence: str, cancelled: Callable[[], bool]) -> None:
+        self._cancelled, self._model, self._draws = cancelled, Undefended(classifier), 1
+        if defence == NO_DEFENCE:
+            self._decide: LogitsFn = self._model
+            self.seen, self.scores = [self._while_awaited(self._model)], lambda logits: classifier.scores(logits)[0]
+            self.calibration = classifier.calibration
+        else:
+            known = parse_defence(defence)
+            defended = Defended(classifier, known)
+            self._decide = defended.surface("black-box", self._model)
+            self.seen = [self._while_awaited(defended.surface(way, self._model)) for way in known.ways]
+            self._draws = DECISIONS if known.random else 1
+            self.scores, self.calibration = lambda logits: logits.softmax(-1).mean(0), None
+        self.passes = 1
+
+    def answers(self, images: Tensor) -> Tensor:
+        """Returns the logits (R, N) of one image (1, 3, H, W); several times where the defence is random."""
+        before, decide = self._model.forwards, self._while_awaited(self._decide)
+        with torch.no_grad():
+            logits = torch.cat([decide(images) for _ in range(self._draws)])
+        self.passes = (self._model.forwards - before) // self._draws
+        return logits
+
+    def best(self, logits: Tensor) -> int:
+        """Returns the class that the logits (R, N) decide for."""
+        return int(logits.argmax()) if len(logits) == 1 else int(self.scores(logits).argmax())
+
+    def _while_awaited(self, function: LogitsFn) -> LogitsFn:
+        def logits_fn(images: Tensor) -> Tensor:
+            if self._cancelled():
+                raise Cancelled
+            return function(images)
+
+        return logits_fn
+
+
 def attack_one(
     name: str,
     classifier: ZeroShotClassifier,
     picture: Image.Image,
     attack: PGD,
     true_class: str | None,
+    defence: str,
     cancelled: Callable[[], bool],
 ) -> Outcome:
-    """Attacks one model with one image; without a true class, away from the model's own answer."""
+    """Attacks one model with one image; without a true class, away from the model's own answer.
+
+    A defended model is attacked by one way after the other that knows the defence, until it is wrong.
+    """
     pixels = classifier.transform(picture)[None]  # (1, 3, H, W)
-    logits_fn = classifier.with_fixed_texts()
-
-    def while_awaited(images: Tensor) -> Tensor:
-        if cancelled():
-            raise Cancelled
-        return logits_fn(images)
-
-    with torch.no_grad():
-        clean = logits_fn(pixels)  # (1, N)
-    label = int(clean.argmax()) if true_class is None else classifier.class_names.index(true_class)
-    adversarial = attack(while_awaited, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
-    with torch.no_grad():
-        attacked = logits_fn(adversarial)
-    calibration = classifier.calibration
+    subject = Subject(classifier, defence, cancelled)
+    try:
+        clean = subject.answers(pixels)  # (R, N)
+    except ValueError as error:  # a template with no words that R-TPT could tune
+        raise Refused(str(error)) from error
+    if attack.steps * subject.passes > MAX_PASSES:
+        raise Refused(
+            f"{OFFERS[defence].label} runs the image tower {subject.passes} times in a step: take up to "
+            f"{MAX_PASSES // subject.passes} steps."
+        )
+    label = subject.best(clean) if true_class is None else classifier.class_names.index(true_class)
+    for seen in subject.seen:
+        adversarial = attack(seen, pixels, torch.tensor([label]), example_generators(0, [0], stream="evaluation"))
+        attacked = subject.answers(adversarial)
+        if subject.best(attacked) != label:
+            break
+    calibration = subject.calibration
     rejected = [calibration is not None and not calibration.accepts(logits).item() for logits in (clean, attacked)]
     before, after = (
-        dict(zip(classifier.class_names, classifier.scores(logits)[0].tolist(), strict=True))
-        for logits in (clean, attacked)
+        dict(zip(classifier.class_names, subject.scores(logits).tolist(), strict=True)) for logits in (clean, attacked)
     )
     noise = 0.5 + magnification(attack) * (adversarial - pixels)
     return Outcome(
@@ -258,7 +320,7 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def describe(attack: PGD, true_class: str | None, models: int) -> str:
+def describe(attack: PGD, true_class: str | None, models: int, defence: str = NO_DEFENCE) -> str:
     """Says which attack was run, under which threat model, and what counts as right."""
     who = "The model is" if models == 1 else "Each model is"
     whom = "the model's" if models == 1 else "each model's"
@@ -266,8 +328,9 @@ def describe(attack: PGD, true_class: str | None, models: int) -> str:
         f"The true class is “{true_class}”." if true_class else f"No true class was chosen: {whom} clean answer counts."
     )
     steps = f"{attack.steps} step{'s' if attack.steps > 1 else ''}"
+    through = "its own gradients" if defence == NO_DEFENCE else f"the defence, {OFFERS[defence].label}, which it knows"
     return (
-        f"{who} attacked itself (white box, through its own gradients) with {attack.name.upper()}: {steps} up the "
+        f"{who} attacked itself (white box, through {through}) with {attack.name.upper()}: {steps} up the "
         f"cross-entropy from a random start (seed 0), {attack.threat_model} on pixels in [0, 1]. {truth} The noise is shown "
         f"× {magnification(attack):.3g}. An answer that holds may still fall to a stronger attack."
     )
@@ -369,6 +432,13 @@ def read_true_class(text: Any, names: list[str]) -> str | None:
     if not isinstance(text, str) or " ".join(text.split()) not in names:
         raise Refused(f"The true class {shorten(text)} is not among the class names.")
     return " ".join(text.split())
+
+
+def read_defence(name: Any) -> str:
+    """Returns the name of a defence that the page offers."""
+    if not isinstance(name, str) or name not in OFFERS:
+        raise Refused(f"The defence {shorten(name)} is not one of {', '.join(OFFERS)}.")
+    return name
 
 
 def read_epsilon(levels: Any) -> float:

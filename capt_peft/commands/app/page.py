@@ -32,6 +32,7 @@ from .attack import (
     example_files,
     read_class_names,
 )
+from .defences import NO_DEFENCE, OFFERS
 from .visitors import Visitors
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,14 @@ def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Block
     """Returns the page."""
 
     async def attack(
-        image: Any, names: Any, template: Any, epsilon: Any, steps: Any, true_class: Any, request: gr.Request
+        image: Any,
+        names: Any,
+        template: Any,
+        epsilon: Any,
+        steps: Any,
+        true_class: Any,
+        defence: Any,
+        request: gr.Request,
     ) -> list[Any]:
         """Attacks each model; epsilon is in levels of 255, true_class may be empty."""
         event = str(LocalContext.event_id.get())
@@ -146,7 +154,7 @@ def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Block
                 return over()
 
             path = uploaded(image, upload.GRADIO_CACHE)
-            return page.run(path, names, template, epsilon, steps, true_class, cancelled)
+            return page.run(path, names, template, epsilon, steps, true_class, defence, cancelled)
 
         def wait(first: int) -> None:
             show_progress(first, "ahead")
@@ -162,7 +170,8 @@ def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Block
             raise refuse("Something went wrong here, and was logged. Try another image or other settings.") from None
         shown: list[Any] = [html.escape(description, quote=False)]
         for outcome in outcomes:
-            sentence = verdict(page.called(outcome.name), outcome, event)
+            guarded = "" if defence == NO_DEFENCE else f" with {OFFERS[defence].label}"
+            sentence = verdict(page.called(outcome.name) + guarded, outcome, event)
             shown += [sentence, *outcome.images, outcome.clean, outcome.attacked]
         return shown
 
@@ -190,7 +199,7 @@ def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Block
                 ]
                 description = gr.HTML(elem_id="description")
         with samples:
-            _, names, template, _, _, true_class = inputs
+            _, names, template, _, _, true_class, _ = inputs
             what = "handwritten digits" if page.examples is None else page.examples.name
             gr.Examples(
                 examples,
@@ -232,7 +241,7 @@ def upload_component() -> gr.Image:
 
 
 def settings_components(page: Page) -> list[Any]:
-    """Returns the class names, template, epsilon, steps and true class, in the order of `Page.run`."""
+    """Returns the class names, template, epsilon, steps, true class and defence, in the order of `Page.run`."""
     names = gr.Textbox(
         page.class_text,
         label="Class names",
@@ -259,6 +268,13 @@ def settings_components(page: Page) -> list[Any]:
         elem_id="epsilon",
     )
     steps = gr.Slider(1, MAX_STEPS, 20, step=1, label="Attack steps", elem_id="steps")
+    defence = gr.Dropdown(
+        [(offer.label, name) for name, offer in OFFERS.items()],
+        value=NO_DEFENCE,
+        label="Defence",
+        info=OFFERS[NO_DEFENCE].keeps,
+        elem_id="defence",
+    )
     with gr.Accordion("Template", open=False):
         template = gr.Textbox(
             page.template,
@@ -270,7 +286,16 @@ def settings_components(page: Page) -> list[Any]:
         update_choices, [names, true_class], true_class, preprocess=False, queue=False, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
-    return [names, template, epsilon, steps, true_class]
+    defence.change(
+        say_what_it_keeps,
+        defence,
+        defence,
+        preprocess=False,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return [names, template, epsilon, steps, true_class, defence]
 
 
 def output_components(name: str, title: str) -> list[Any]:
@@ -322,6 +347,12 @@ def only_uploads(move: Any) -> Any:
         return await move(path)
 
     return checked
+
+
+def say_what_it_keeps(name: Any) -> Any:
+    """Says of the chosen defence what it keeps under an attacker who knows it."""
+    known = isinstance(name, str) and name in OFFERS
+    return gr.Dropdown(info=OFFERS[name].keeps) if known else gr.skip()
 
 
 def update_choices(names: Any, true_class: Any) -> Any:
