@@ -30,8 +30,8 @@ class Offer:
         if self is OFFERS[NO_DEFENCE]:
             return "A defence changes how an image is classified. The attack goes through it: it knows the defence."
         return (
-            f"Tiny CLIP with it, L-inf 4/255: {self.unknown:.0f}% right where the attacker does not know of it, "
-            f"{self.known:.0f}% where the attacker does, as here; without it {WITHOUT:.0f}%."
+            f"Tiny CLIP with it, L-inf 4/255: {self.unknown:g}% right where the attacker does not know of it, "
+            f"{self.known:g}% where the attacker does, as here; without it {WITHOUT:g}%."
         )
 
 
