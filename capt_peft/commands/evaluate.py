@@ -36,6 +36,7 @@ from ..attacks.registry import norms_of
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
+from ..data.corruptions import parse_corruptions
 from ..data.texts import read_template
 from ..evaluation import Evaluation, evaluate
 from ..evaluation.batch import OF_FLOAT32, TARGETS, describe
@@ -117,6 +118,12 @@ class Arguments(RetrievalArguments):
             "norm, epsilon, split, images and a bare CLIP's text, and what contradicts it is refused."
         },
     )
+    corruptions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure accuracy under common corruptions too: all, or kinds and severities such as fog,snow-3."
+        },
+    )
     strength: float | None = field(
         default=None,
         metadata={"help": "Measure the adapter at this strength, 0 to 1, without writing it; by default at its own."},
@@ -181,6 +188,8 @@ def parse_args(argv: list[str]) -> Arguments:
             raise ValueError(f"{name}={value}: {why} must be at least 1.")
     if args.attack_template is not None:
         vars(args)["attack_template"] = read_template(args.attack_template)
+    if args.corruptions is not None:
+        parse_corruptions(args.corruptions)
     attacks = parse_attacks(args)
     idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
     if idle:
@@ -291,12 +300,8 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     own = {k: v for k, v in asdict(args).items() if k not in left_out}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
-    for option in (
-        "class_texts",
-        "strength",
-        "threats",
-        "protocol",
-    ):  # as before they were options: results that are there are found again
+    # as before they were options: results that are there are found again
+    for option in ("class_texts", "strength", "threats", "protocol", "corruptions"):
         if own[option] is None:
             del own[option]
     own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
@@ -371,6 +376,7 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
         save_images=args.save_images,
         out_of_class=outside,
         protocol=args.protocol,
+        corruptions=parse_corruptions(args.corruptions) if args.corruptions else (),
         **common,
     )
     if state.is_main_process:

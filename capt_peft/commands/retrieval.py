@@ -25,7 +25,7 @@ ANY_CLASSES = ("image", "text")  # of a CLIP whose classes have no say
 OPTIONS = ("caption_column", "caption_template")
 IDLE = (
     "root", "train_split", "validation_split", "test_split", "label_column", "class_names", "template", "class_texts",
-    "attack_target", "attack_template", "out_of_class", "signs", "update_card", "save_images",
+    "attack_target", "attack_template", "out_of_class", "corruptions", "signs", "update_card", "save_images",
 )  # fmt: skip
 
 

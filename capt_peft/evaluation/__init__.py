@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..results.accuracy import Accuracy, wilson_interval
+from ..results.corrupted import CorruptedAccuracy
 from ..results.evaluation import AttackOutcome, Evaluation, Sign
 from ..results.rejection import Rejection, RejectionOutcome
 from ..results.reliability import Reliability
@@ -16,6 +17,7 @@ from .verify import Verification, verify
 __all__ = [
     "Accuracy",
     "AttackOutcome",
+    "CorruptedAccuracy",
     "Evaluation",
     "QueryAttack",
     "Recall",

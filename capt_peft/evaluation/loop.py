@@ -21,6 +21,7 @@ from ..attacks import Attack, LogitsFn, get_protocol
 from ..attacks.base import joined
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
+from ..data.corruptions import parse_corruptions
 from ..data.texts import Template, read_template
 from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
@@ -31,6 +32,7 @@ from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.text import some
 from .batch import Attacked, BatchRecord, Subject, attack_batch, score_batch, subject_of
+from .corruption import measure_corrupted
 from .images import Examples
 from .merge import merge
 from .rejection import Rejecting
@@ -56,6 +58,7 @@ def evaluate(
     save_images: bool = False,
     out_of_class: datasets.Dataset | Tensor | None = None,
     protocol: str | None = None,
+    corruptions: Sequence[str] = (),
     details: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -87,6 +90,8 @@ def evaluate(
             calibration that holds for it.
         protocol: Name of a published protocol that the record carries (`capt_peft.attacks.known_protocols`): `attacks` hold its
             own, with its settings. How many images it measures, of which split and with which text is for the caller to keep to.
+        corruptions: Common corruptions under which accuracy is measured too, such as "fog-3" (`data.parse_corruptions`); they
+            change the images as the model sees them, drawn by the same seed, and are no adversary.
         details: What else the figures depend on, for the record (JSON types).
         progress: Show a progress bar, in the main process.
 
@@ -102,6 +107,7 @@ def evaluate(
     attacks = list(attacks) if isinstance(attacks, Sequence) and not isinstance(attacks, str) else [attacks]
     output = None if output is None else Path(output)
     check_call(attacks, batch_size, seed, output)
+    corruptions = parse_corruptions(",".join(corruptions)) if corruptions else []
     if save_images and output is not None:
         check_free(output)
     if save_images and (output is None or not attacks):
@@ -135,6 +141,7 @@ def evaluate(
                 "save_images": save_images,
                 **({} if subject.temperature == 1 else {"temperature": subject.temperature}),
                 **({} if outside is None else {"rejection": {"threshold": threshold, "data": outside.to_dict()}}),
+                **({"corruptions": corruptions} if corruptions else {}),
                 **(
                     {} if subject.device.type == "cpu" else {"device": subject.device.type}
                 ),  # other random numbers are drawn
@@ -158,6 +165,9 @@ def evaluate(
                 subject, examples, outside, threshold, attacks, seed, batch_size, jobs, progress
             ).measure()
         evaluation = merge(*measured, subject, configuration, rejection)
+        if corruptions:
+            found = measure_corrupted(subject, examples, corruptions, seed, batch_size, jobs, progress)
+            evaluation = replace(evaluation, corruptions=found)
     state = PartialState()
     if output is not None and pieces is not None:
         attacked, path = measured[1], images_path(output)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..attacks import Attack
 from ..clip.classifier import ZeroShotClassifier
+from ..data.corruptions import CORRUPTIONS, corrupt
+from ..data.images import load_image
 from ..plotting import RIGHT, WRONG, new_figure, save_figure
 from ..randomness import example_generators
 
@@ -59,6 +61,30 @@ def attack_picture(
                 axis.set_xlabel(answers[i][0], color=RIGHT if answers[i][1] else WRONG, fontsize=9)
         row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle(f"{attack.name}, {attack.threat_model}; answers in green are right, in red wrong", fontsize=10)
+    save_figure(figure, Path(path), dpi=110)
+    return Path(path)
+
+
+def corruption_picture(image: Any, path: str | Path, severity: int = 3, seed: int = 0) -> Path:
+    """Draws an image and its 15 common corruptions at a severity.
+
+    Args:
+        image: Anything `load_image` reads, at the size at which a model sees it.
+        path: Where to write; the suffix says the format (png, svg, pdf).
+        severity: 1 to 5.
+        seed: Seed of the corruptions.
+
+    Returns:
+        The path.
+    """
+    clean = load_image(image)
+    shown = {"image": clean, **{kind: corrupt(clean, kind, severity, seed) for kind in CORRUPTIONS}}
+    figure = new_figure(10, 2.9)
+    for axis, (name, each) in zip(figure.subplots(2, 8).ravel(), shown.items(), strict=True):
+        axis.imshow(each, interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(name.replace("_", " "), fontsize=9)
     save_figure(figure, Path(path), dpi=110)
     return Path(path)
 

@@ -393,6 +393,9 @@ def card_text(
         "signs": () if evaluation is None else evaluation.signs,
         "protocol": Markdown("" if evaluation is None else evaluation.on_protocol()),
         "on_scores": [] if other or evaluation is None else [Markdown(text) for text in evaluation.on_scores()],
+        "corruptions": None
+        if evaluation is None or evaluation.corruptions is None
+        else Markdown(evaluation.corruptions.text()),
         "evaluated": evaluation is not None,
         "images": None if evaluation is None else evaluation.images,
         "unshown": [*records.unshown, *other],

@@ -23,6 +23,7 @@ from ..utils.files import DamagedFileError, read_json, write_json, written_whole
 from ..utils.markup import escape
 from ..utils.text import cut, differences, some
 from .accuracy import Accuracy, FigureError, known_fields, readable
+from .corrupted import CorruptedAccuracy
 from .kept import KeptImages, images_path
 from .rejection import Rejection
 from .reliability import BINS, Reliability
@@ -140,6 +141,7 @@ class Evaluation:
         reliability: How far the scores without an attack are from accuracy; None in older results.
         rejection: What the answer "none of these" does; None where it was not measured.
         images: Which file beside the figures has the worst-case images; None where they were not kept.
+        corruptions: Accuracy under common corruptions, which are no adversary; None where it was not measured.
         union: The share of images that no white-box attack of any threat model broke; None where these have one norm.
     """
 
@@ -154,6 +156,7 @@ class Evaluation:
     rejection: Rejection | None = None
     images: KeptImages | None = None
     union: Accuracy | None = None
+    corruptions: CorruptedAccuracy | None = None
 
     @property
     def robust(self) -> Accuracy:
@@ -241,7 +244,8 @@ class Evaluation:
         split = f" of the {escape(known['split'])} split" if known.get("split") else ""
         name = f" of {escape(known['name'])}" if known.get("name") else ""
         lines += ["", f"n = {self.clean.n} images{split}{name}."]
-        texts = [*filter(None, [self.on_protocol()]), *self.on_scores()]
+        below = [] if self.corruptions is None else [self.corruptions.text()]
+        texts = [*filter(None, [self.on_protocol()]), *self.on_scores(), *below]
         return "\n".join([*lines, *(line for text in texts for line in ("", text))])
 
     def on_scores(self) -> list[str]:
@@ -296,6 +300,7 @@ class Evaluation:
             "configuration": self.configuration,
             "machine": self.machine,
             **_given(reliability=self.reliability, rejection=self.rejection, images=self.images, union=self.union),
+            **_given(corruptions=self.corruptions),
         }
 
     @classmethod
@@ -317,8 +322,12 @@ class Evaluation:
             rejection=_read(Rejection, content.get("rejection")),
             images=_read(KeptImages, content.get("images")),
             union=_read(Accuracy, content.get("union")),
+            corruptions=_read(CorruptedAccuracy, content.get("corruptions")),
         )
         evaluation._check_union()
+        corrupted = {} if evaluation.corruptions is None else evaluation.corruptions.accuracies
+        if any(each.n != evaluation.clean.n for each in corrupted.values()):
+            raise FigureError("has accuracies under corruptions of other images than clean accuracy.")
         for outcome in evaluation.attacks:
             outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")
         for threat, worst in evaluation.worst_case.items():

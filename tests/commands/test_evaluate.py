@@ -248,6 +248,8 @@ def test_curves_are_drawn(adapter, tmp_path, monkeypatch):
             ["--norm", "patch", "--epsilon", "1/4"],
             "'pgd-3': PGD is built for linf, l2, l1, not for patch 0.25: use .*patch",
         ),
+        (["--corruptions", "rain"], "'rain' is not a corruption: write all, or a kind"),
+        (["--retrieval", "--corruptions", "fog"], "--corruptions has no effect with --retrieval"),
         (["--attacks", "patch"], "'patch': Patch is built for patch, not for L-inf"),
         (["--threats", "linf:1/255"], "--threats says norms and radii: leave --epsilon out"),
         (["--split", "holdout"], "no split 'holdout'"),

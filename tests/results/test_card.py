@@ -22,6 +22,7 @@ from capt_peft.attacks import Attack, register_attack, registry
 from capt_peft.clip.calibration import digest_as_loaded
 from capt_peft.evaluation import Accuracy
 from capt_peft.results.card import TEMPLATE, CardDetails, write_card
+from capt_peft.results.corrupted import CorruptedAccuracy
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,6 +83,28 @@ def test_the_metadata_has_one_figure_of_each_name_that_of_most_images(results, e
     expected = own if n >= 20 else run  # of as many images the later evaluation
     assert [(one.metric_args["n"], one.metric_value) for one in found] == [(shown, round(expected.value, 6))] * 2
     assert card.count("\n| capt |") == (2 if n == 20 else 4)
+
+
+def test_a_union_of_threat_models_and_accuracy_under_corruptions_are_in_the_card(results, evaluation):
+    changed = copy.deepcopy(evaluation)
+    plain = card_from(results, "a", evaluation)
+    assert "| union |" not in plain and "common corruptions" not in plain
+    other = {"norm": "l1", "epsilon": 12.0}
+    changed["attacks"][1]["attack"]["threat_model"] = other
+    correct = [changed["attacks"][i]["correct"] for i in (0, 1)]
+    first = changed["worst_case"][0]
+    changed["worst_case"] = [
+        {"threat_model": threat, **Accuracy(count, 12).to_dict()}
+        for threat, count in zip((first["threat_model"], other), correct, strict=True)
+    ]
+    changed["union"] = Accuracy(min(correct), 12).to_dict()
+    changed["corruptions"] = CorruptedAccuracy({"fog-3": Accuracy(6, 12), "snow-3": Accuracy(3, 12)}, 0.1).to_dict()
+    card = card_from(results, "a", changed)
+    assert f"| robust | L-inf 4/255, L1 12 | union | {Accuracy(min(correct), 12).percent} |" in card
+    assert "which are not an adversary: 37.5% on average" in card and "| fog | 50.0 | 50.0 |" in card
+    names = [one.metric_name for one in ModelCard(card).data.eval_results]
+    assert "robust accuracy (union, L-inf 4/255, L1 12), n = 12" in names
+    assert not any("corruption" in name for name in names)
 
 
 def test_what_is_known_of_the_scores_is_in_the_card(results, evaluation):
