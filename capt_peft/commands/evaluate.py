@@ -164,6 +164,8 @@ def parse_args(argv: list[str]) -> Arguments:
     check_places(asdict(args))
     if args.threats is not None and (twice := [name for name in ("norm", "epsilon") if name in named]):
         raise ValueError(f"--threats says norms and radii: leave --{twice[0]} out.")
+    if args.threats is not None and args.protocol is not None:
+        raise ValueError(f"--protocol {args.protocol} says norm and radii: leave --threats out.")
     given = named
     if args.protocol is not None:
         named = settle(args, named)

@@ -281,6 +281,7 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(tmp_path, arguments, me
     [
         ("linf", "pgd-2", "'linf' must be a norm and an epsilon, such as linf:4/255"),
         ("linf:4", "pgd-2", "more than the whole range of a pixel"),
+        ("l2:1", "pgd-2 --protocol fap", "--protocol fap says norm and radii: leave --threats out"),
         ("l2:1,l2:1", "pgd-2", "--threats names L2 1 twice"),
         ("l3:1", "pgd-2", "unknown norm 'l3'"),
         ("l2:1,patch:1/4", "pgd-2", "'pgd-2': PGD is built for linf, l2, l1, not for patch 0.25"),
@@ -290,7 +291,7 @@ def test_bad_input_is_one_clear_error_and_writes_nothing(tmp_path, arguments, me
 def test_threat_models_that_an_attack_cannot_have_are_refused(tmp_path, threats, attacks, message):
     few = ["--limit", "4", "--use_cpu", "--output", str(tmp_path / "r.json")]
     with pytest.raises(ValueError, match=message):
-        main(["--base", TINY_CLIP, *few, "--threats", threats, "--attacks", attacks])
+        main(["--base", TINY_CLIP, *few, "--threats", threats, "--attacks", *attacks.split(" ")])
     assert list(tmp_path.iterdir()) == []
 
 
