@@ -95,10 +95,9 @@ def settle(args: Any, named: Set[str]) -> Set[str]:
         ValueError: An option that contradicts the protocol; its result would not be one of this name.
     """
     protocol = get_protocol(args.protocol)
-    for name in ("retrieval", "attack_target", "attack_template", "threats"):
+    for name in ("retrieval", "attack_target", "attack_template"):
         if name in named and getattr(args, name) not in (False, None, "tuned"):
-            own = f"--norm {protocol.norm}" if name == "threats" else "the accuracy under white-box attacks"
-            raise contradiction(name, getattr(args, name), protocol, own)
+            raise contradiction(name, getattr(args, name), protocol, "the accuracy under white-box attacks")
     for name, own in (("norm", protocol.norm), ("split", protocol.split)):
         if name in named and getattr(args, name) != own:
             raise contradiction(name, getattr(args, name), protocol, f"--{name} {own}")

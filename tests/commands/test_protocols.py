@@ -1,11 +1,13 @@
 """`--protocol`: what it sets, what it refuses, that results carry it, and the list of protocols."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from helpers import TINY_CLIP
 
-from capt_peft.attacks import Protocol, ThreatModel, get_protocol
+from capt_peft.attacks import Protocol, ThreatModel, get_protocol, known_protocols
 from capt_peft.benchmark import run_cell
 from capt_peft.benchmark.inputs import read_task, template_of
 from capt_peft.benchmark.lines import is_whole
@@ -81,7 +83,7 @@ def test_what_agrees_may_be_said_and_other_attacks_stand_beside_with_its_step_si
         (["--template", "a {}"], r"--template 'a \{\}' contradicts .*--template 'This is a photo of a \{\}\.'"),
         (["--attack_target", "frozen"], "--attack_target 'frozen' contradicts .* white-box"),
         (["--attack_template", "a {}"], "--attack_template .* contradicts"),
-        (["--threats", "linf:1/255,l2:0.5"], "--threats 'linf:1/255,l2:0.5' contradicts .* --norm linf"),
+        (["--threats", "linf:1/255,l2:0.5"], "--protocol ttc says norm and radii: leave --threats out"),
         (["--retrieval"], "--retrieval True contradicts"),
         (["--protocol", "few-shot"], "Unknown protocol 'few-shot'"),
     ],
@@ -186,3 +188,14 @@ def test_the_list_is_a_table_of_all_and_one_is_shown_with_its_sources(capsys):
         assert words in shown
     with pytest.raises(ValueError, match="Unknown protocol 'x'"):
         main(["--name", "x"])
+
+
+def test_the_table_of_the_docs_has_what_the_data_say():
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    for name, protocol in known_protocols().items():
+        (row,) = re.findall(rf"(?m)^\| `{name}` \|.*$", page)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[2] == ", ".join(f"`{attack}`" for attack in protocol.attacks)
+        assert (cells[3], cells[4]) == (protocol.step_size or "its own", ", ".join(protocol.epsilon))
+        assert protocol.paper.rpartition(" ")[2] in cells[1] and (protocol.images is None) == (cells[5] == "all")
+        assert protocol.template in (None, cells[6])
