@@ -25,7 +25,7 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 MODELS = sorted((ROOT / "capt_peft" / "toy").rglob("README.md"))
 READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").rglob("README.md")), *MODELS]
 PAGES = [*DOCS, *READMES]
-ROOMS = ("attacks", "backbones", "benchmark", "data", "evaluation", "report", "toy", "training", "tuner")
+ROOMS = ("attacks", "backbones", "benchmark", "data", "defences", "evaluation", "report", "toy", "training", "tuner")
 WITH_ALL = ("capt_peft", *(f"capt_peft.{room}" for room in ROOMS))
 WITHOUT_ALL = {
     "capt_peft.results.card": ("write_card", "CardDetails"),
@@ -250,6 +250,18 @@ def test_the_blocks_on_calibration_run(tmp_path, monkeypatch, capsys):
     names["classifier"] = capt_peft.ZeroShotClassifier.from_pretrained("outputs/calibrated")
     exec("\n".join(answers), names)  # of the calibrated adapter
     assert f"temperature={names['found'].temperature!r}" in capsys.readouterr().out
+
+
+def test_the_blocks_on_defences_run():
+    put, own = blocks(ROOT / "docs" / "defences.md", "python")
+    names = {}
+    exec(put, names)
+    assert names["logits"].shape == (4, 10)
+    exec(own, names)
+    defended = capt_peft.Defended(names["classifier"], names["Posterize"]())
+    given = names["pixels"].requires_grad_()
+    defended.surface("unrolled")(given).sum().backward()
+    assert given.grad.abs().max() > 0
 
 
 def test_the_block_on_siglip_runs(tmp_path, monkeypatch, capsys):
