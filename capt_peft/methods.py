@@ -19,13 +19,13 @@ from peft import BOFTConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, 
 from torch import nn
 
 from .data.task import Task
-from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective
+from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Objective, PmgAftObjective
 from .training import CaptTrainer, CaptTrainingArguments
 from .tuner import CaptConfig
 from .utils.text import cut, shown
 
 # settings of objectives: a method has no use for those that its own objective does not name in `uses`
-OBJECTIVE_SETTINGS = ("consistency", "weighting", "teacher")
+OBJECTIVE_SETTINGS = ("consistency", "weighting", "frozen_term", "teacher")
 # CoOp's toolbox (Dassl), on which the released code of FAP and APT is built
 _TOOLBOX = {"weight_decay": 5e-4, "decay_biases": True, "lr_schedule": "epoch", "dataloader_drop_last": True}
 # FAP's released code, for FAP and for its AdvMaPLe: deep vision prompts are mapped to text in both
@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     "zero-shot": Method("the hand-written template (arXiv 2103.00020); nothing is tuned", None),
     "capt": Method(
         "arXiv 2405.11154",
-        lambda args: CaptObjective(args.consistency, args.weighting),
+        lambda args: CaptObjective(args.consistency, args.weighting, args.frozen_term),
         uses=OBJECTIVE_SETTINGS,
         any_adapter=True,
     ),
@@ -91,6 +91,12 @@ METHODS: dict[str, Method] = {
         {**_FAP_TRAINING, "attack_loss": "kl"},
         uses=("consistency",),
         any_adapter=True,
+    ),
+    "pmg-aft": Method(
+        "the objective of arXiv 2401.04350, on prompts as CAPT has them",
+        lambda args: PmgAftObjective(args.consistency),
+        defaults={"consistency": 1.0},
+        uses=("consistency", "teacher"),
     ),
     "adv-maple": Method("AdvMaPLe of arXiv 2403.14774, as in its code", _adversarial, _FAP_PROMPTS, _FAP_TRAINING),
     "adv-vlp": Method(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .attacks.features import squared_distance
 
 WEIGHTINGS = ("confidence", "entropy", "batch", "schedule")
+FROZEN_TERMS = ("predictions", "features")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Views:
         progress: Share of the training that is done, in [0, 1].
         clean_features: (B, D) normalised image features of the tuned model on the clean images.
         adversarial_features: (B, D) the same on the adversarial images.
+        frozen_features: (B, D) those of the frozen model on the clean images, without gradient; None as `frozen`.
+        frozen_adversarial: (B, N) logits of the frozen model on the adversarial images, without gradient; None if the objective
+            does not ask for them with `needs_frozen_adversarial`.
     """
 
     clean: Tensor
@@ -36,19 +40,29 @@ class Views:
     progress: float = 0.0
     clean_features: Tensor | None = None
     adversarial_features: Tensor | None = None
+    frozen_features: Tensor | None = None
+    frozen_adversarial: Tensor | None = None
 
 
 class Objective(Protocol):
-    """Maps views to a loss and its named parts (scalars, for the log)."""
+    """Maps views to a loss and its named parts (scalars, for the log).
+
+    One that has `needs_frozen_adversarial = True` is given `Views.frozen_adversarial` too, for one more run of the image tower.
+    """
 
     @property
     def needs_frozen(self) -> bool:
-        """Whether `Views.frozen` is used."""
+        """Whether `Views.frozen` or `Views.frozen_features` is used."""
         ...
 
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss, a scalar with gradient, and its parts by name, without."""
         ...
+
+
+def needs_frozen_adversarial(objective: Objective) -> bool:
+    """Tells whether an objective uses `Views.frozen_adversarial`, which most need not mention."""
+    return bool(getattr(objective, "needs_frozen_adversarial", False))
 
 
 class CaptObjective:
@@ -66,14 +80,22 @@ class CaptObjective:
             `"confidence"`: α_i = p_frozen(y) / (p_frozen(y) + p_tuned(y)). `"entropy"`: the same with certainties, 1 minus the
             entropy over log N, in place of p(y). `"batch"`: one α for the batch, from the means of p(y). `"schedule"`: from 1
             at the start of training to 0 at its end. A number in [0, 1]: that number.
+        frozen_term: What is held to the frozen model: `"predictions"`, as in the equation; or `"features"`, with
+            `1 - cos(f_adv_i, f_frozen_i)` of the adversarial and the frozen clean image features in place of its KL: a paper
+            that cites CAPT (CBA-FAPT) describes a constraint on visual features. α stays as `weighting` says.
 
     Raises:
-        ValueError: λ negative or not finite, or an unknown weighting.
+        ValueError: λ negative or not finite, or an unknown weighting or frozen term.
     """
 
-    def __init__(self, consistency: float = 1.5, weighting: str | float = "confidence") -> None:
+    def __init__(
+        self, consistency: float = 1.5, weighting: str | float = "confidence", frozen_term: str = "predictions"
+    ) -> None:
         self.consistency = _checked(consistency)
         self.weighting = parse_weighting(weighting)
+        if frozen_term not in FROZEN_TERMS:
+            raise ValueError(f"frozen_term={frozen_term!r} is unknown. Allowed: {', '.join(FROZEN_TERMS)}.")
+        self.frozen_term = frozen_term
 
     @property
     def needs_frozen(self) -> bool:
@@ -87,13 +109,21 @@ class CaptObjective:
         if self.needs_frozen:
             if views.frozen is None:
                 raise ValueError("CAPT's objective needs the frozen model's logits (Views.frozen) unless α is 0.")
-            frozen = kl_to(views.adversarial, views.frozen.detach())  # (B,)
+            frozen = self._distance_to_frozen(views)  # (B,)
             alpha = self.alpha(views)  # (B,)
         else:
             frozen, alpha = torch.zeros_like(tuned), torch.zeros_like(tuned)
         loss = clean_loss + self.consistency * ((1 - alpha) * tuned + alpha * frozen).mean()
         parts = {"clean_loss": clean_loss, "consistency_tuned": tuned.mean(), "consistency_frozen": frozen.mean()}
         return loss, {name: part.detach() for name, part in (parts | {"alpha": alpha.mean()}).items()}
+
+    def _distance_to_frozen(self, views: Views) -> Tensor:
+        assert views.frozen is not None  # __call__ has checked
+        if self.frozen_term == "predictions":
+            return kl_to(views.adversarial, views.frozen.detach())
+        if views.frozen_features is None or views.adversarial_features is None:
+            raise ValueError("frozen_term='features' needs Views.frozen_features and Views.adversarial_features.")
+        return 1 - F.cosine_similarity(views.adversarial_features.float(), views.frozen_features.detach().float())
 
     @torch.no_grad()
     def alpha(self, views: Views) -> Tensor:
@@ -145,6 +175,48 @@ class FapObjective:
         return loss, {name: part.detach() for name, part in parts.items()}
 
 
+class PmgAftObjective:
+    r"""PMG-AFT's objective (Wang et al. 2024, arXiv 2401.04350): adversarial cross-entropy, guided by the frozen model.
+
+    `L = CE(adversarial, y) + λ · mean_i [KL(frozen(adversarial_i) ‖ adversarial_i) + KL(clean_i ‖ adversarial_i)]`
+
+    The frozen model sees the adversarial images, CAPT's the clean ones. λ is the paper's α and β, which are both 1 in the
+    released code, and the KL terms have its direction. That code sums them over the batch, of logits whose temperature a second
+    normalisation takes away; here they are means at the model's own temperature. The gradient flows through the tuned clean
+    predictions, as there.
+
+    Args:
+        consistency: λ, 0 or more.
+
+    Raises:
+        ValueError: λ negative or not finite.
+    """
+
+    needs_frozen = False
+
+    def __init__(self, consistency: float = 1.0) -> None:
+        self.consistency = _checked(consistency)
+
+    @property
+    def needs_frozen_adversarial(self) -> bool:
+        """Whether the frozen model's logits on adversarial images have any effect."""
+        return self.consistency > 0
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts `clean_loss` (for the log only), `adversarial_loss` and the two consistency terms."""
+        loss, parts = AdversarialCrossEntropy()(views)
+        tuned = kl_to(views.adversarial, views.clean).mean()
+        frozen = torch.zeros_like(tuned)
+        if self.needs_frozen_adversarial:
+            if views.frozen_adversarial is None:
+                raise ValueError(
+                    "PMG-AFT's objective needs the frozen model's logits on adversarial images, unless λ is 0."
+                )
+            frozen = kl_to(views.adversarial, views.frozen_adversarial.detach()).mean()
+        loss = loss + self.consistency * (tuned + frozen)
+        return loss, parts | {"consistency_tuned": tuned.detach(), "consistency_frozen": frozen.detach()}
+
+
 class AdversarialCrossEntropy:
     """Cross-entropy on the adversarial images alone: the objective of TeCoA, APT and the Adv- baselines (Madry et al. 2018)."""
 
@@ -173,6 +245,27 @@ class FeatureDistance:
         assert views.adversarial_features is not None and views.frozen is not None  # the trainer gives both
         loss = squared_distance(views.adversarial_features, views.frozen).mean()
         return loss, {"feature_distance": loss.detach()}
+
+
+class SiameseCosine:
+    r"""Sim-CLIP's objective (Hossain and Imteaj 2024, arXiv 2407.14971).
+
+    `L = -½ · mean_i [cos(f_adv_i, sg(f_clean_i)) + cos(f_clean_i, sg(f_adv_i))]`
+
+    with f the image features of the one tower that is tuned, and sg the stopped gradient: each view is drawn towards the other
+    as it is. The released code takes the original model's clean features for `f_clean_i`, which makes it half of the first term.
+    Nothing but the start of training ties it to the original's features, and so to the text tower.
+    """
+
+    needs_frozen = True  # by the attack of `FareTrainer`, as in the released code
+
+    def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss, in [-1, 1], and its part `cosine`, the mean cosine of the two views."""
+        assert views.clean_features is not None and views.adversarial_features is not None  # the trainer gives both
+        clean, adversarial = views.clean_features.float(), views.adversarial_features.float()
+        there = F.cosine_similarity(adversarial, clean.detach()).mean()
+        back = F.cosine_similarity(clean, adversarial.detach()).mean()
+        return -(there + back) / 2, {"cosine": there.detach()}
 
 
 def _checked(consistency: float) -> float:

@@ -10,9 +10,12 @@ from capt_peft.objectives import (
     AdversarialCrossEntropy,
     CaptObjective,
     FapObjective,
+    PmgAftObjective,
+    SiameseCosine,
     Views,
     certainty,
     kl_to,
+    needs_frozen_adversarial,
     parse_weighting,
 )
 
@@ -184,3 +187,110 @@ def test_faps_objective_is_its_equation_and_its_gradient_flows_through_both_view
         FapObjective()(views())
     with pytest.raises(ValueError, match="consistency=-1"):
         FapObjective(-1)
+
+
+def some_features(number=2, size=(6, 5)):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(size, generator=generator) for _ in range(number)]
+
+
+def cosine_by_hand(a, b):
+    a, b = a.tolist(), b.tolist()
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+
+# ------------------------------------------------------------------------------------- CAPT with features of the frozen model
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_frozen_term_of_features_is_one_minus_their_cosine_in_place_of_the_kl(weighting):
+    adversarial, frozen = some_features()
+    v = views(adversarial_features=adversarial, frozen_features=frozen)
+    loss, parts = CaptObjective(1.5, weighting, "features")(v)
+    _, plain = CaptObjective(1.5, weighting)(v)
+    assert torch.equal(parts["alpha"], plain["alpha"])  # which stays what the weighting says
+    clean, attacked = probabilities(v.clean), probabilities(v.adversarial)
+    alpha = CaptObjective(1.5, weighting).alpha(v).tolist()
+    expected = 0.0
+    for i, label in enumerate(v.labels.tolist()):
+        tuned, far = divergence(clean[i], attacked[i]), 1 - cosine_by_hand(adversarial[i], frozen[i])
+        expected += (-math.log(clean[i][label]) + 1.5 * ((1 - alpha[i]) * tuned + alpha[i] * far)) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_frozen_term_of_features_moves_the_adversarial_features_alone():
+    features = [f.double().requires_grad_() for f in some_features()]
+
+    def loss(adversarial, frozen):
+        v = views(adversarial_features=adversarial, frozen_features=frozen)
+        return CaptObjective(1.0, 1.0, "features")._distance_to_frozen(v).sum()
+
+    moved, still = torch.autograd.grad(loss(*features), features, allow_unused=True)
+    assert moved.abs().max() > 0.01 and still is None
+    assert loss(features[1], features[1]).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_the_frozen_term_of_features_lacks_is_named():
+    with pytest.raises(ValueError, match=r"needs Views.frozen_features"):
+        CaptObjective(frozen_term="features")(views())
+    with pytest.raises(ValueError, match=r"frozen_term='logits' is unknown. Allowed: predictions, features"):
+        CaptObjective(frozen_term="logits")
+
+
+# ---------------------------------------------------------------------------------------------------------------- PMG-AFT
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0, 2.5])
+def test_pmg_afts_objective_is_its_equation(strength):
+    v = views(frozen_adversarial=views(progress=0.5).frozen.flip(0))
+    loss, parts = PmgAftObjective(strength)(v)
+    clean, attacked, frozen = (probabilities(z) for z in (v.clean, v.adversarial, v.frozen_adversarial))
+    rows = list(enumerate(v.labels.tolist()))
+    cross_entropy = sum(-math.log(attacked[i][y]) for i, y in rows) / 6
+    to_clean = sum(divergence(clean[i], attacked[i]) for i, _ in rows) / 6
+    to_frozen = sum(divergence(frozen[i], attacked[i]) for i, _ in rows) / 6
+    assert loss.item() == pytest.approx(cross_entropy + strength * (to_clean + to_frozen), rel=1e-5)
+    assert parts["adversarial_loss"].item() == pytest.approx(cross_entropy, rel=1e-5)
+    assert parts["consistency_tuned"].item() == pytest.approx(to_clean, rel=1e-5)
+    assert parts["consistency_frozen"].item() == pytest.approx(to_frozen if strength else 0.0, rel=1e-5)
+    assert needs_frozen_adversarial(PmgAftObjective(strength)) is (strength > 0)
+
+
+def test_pmg_afts_gradient_flows_to_both_tuned_views_and_not_to_the_frozen_model():
+    names = ("clean", "adversarial", "frozen_adversarial")
+    leaves = [z.double().requires_grad_() for z in (views().clean, views().adversarial, views().frozen)]
+
+    def loss(*leaves):
+        return PmgAftObjective(1.0)(views(**dict(zip(names, leaves, strict=True))))[0]
+
+    *tuned, frozen = torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)
+    assert all(gradient.abs().max() > 1e-3 for gradient in tuned) and frozen is None
+    # of the cross-entropy: p - y; of a KL to the adversarial prediction: p - target
+    one_hot = torch.nn.functional.one_hot(views().labels, 4).double()
+    clean, attacked, fixed = (z.detach().softmax(-1) for z in leaves)
+    torch.testing.assert_close(tuned[1], ((attacked - one_hot) + (attacked - clean) + (attacked - fixed)) / 6)
+    assert gradcheck(lambda *two: loss(*two, leaves[2].detach()), tuple(leaves[:2]))
+
+
+def test_pmg_aft_is_not_computed_without_the_frozen_model_on_adversarial_images():
+    with pytest.raises(ValueError, match="logits on adversarial images"):
+        PmgAftObjective()(views())
+    with pytest.raises(ValueError, match="consistency=-1"):
+        PmgAftObjective(-1)
+    assert not any(map(needs_frozen_adversarial, (CaptObjective(), FapObjective(), AdversarialCrossEntropy())))
+
+
+# --------------------------------------------------------------------------------------------------------------- Sim-CLIP
+
+
+def test_sim_clips_objective_is_the_mean_cosine_and_each_view_goes_to_where_the_other_is():
+    clean, adversarial = (f.requires_grad_() for f in some_features())
+    loss, parts = SiameseCosine()(views(clean_features=clean, adversarial_features=adversarial))
+    expected = sum(cosine_by_hand(a, b) for a, b in zip(clean, adversarial, strict=True)) / 6
+    assert loss.item() == pytest.approx(-expected, rel=1e-5)
+    assert parts["cosine"].item() == pytest.approx(expected, rel=1e-5)
+    found = torch.autograd.grad(loss, (clean, adversarial))
+    for own, other, gradient in ((clean, adversarial, found[0]), (adversarial, clean, found[1])):
+        leaf = own.detach().clone().requires_grad_()
+        half = -sum((a / a.norm()) @ (b / b.norm()) for a, b in zip(leaf, other.detach(), strict=True)) / 12
+        torch.testing.assert_close(gradient, torch.autograd.grad(half, leaf)[0])

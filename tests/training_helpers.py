@@ -56,6 +56,12 @@ def adapter_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def frozen_logits(trainer, pixels, places):
+    """What the frozen model says of clean images."""
+    outputs = trainer._frozen_outputs
+    return outputs.logits(outputs.features(pixels, places))
+
+
 def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -6,6 +6,8 @@ accelerate launch -m capt_peft finetune-backbone --objective fare --model_name_o
 
 TeCoA (Mao et al. 2023, arXiv 2212.07016): the cross-entropy of adversarial images over the class texts.
 FARE (Schlarmann et al. 2024, arXiv 2402.12336): adversarial images keep the features of the clean ones; without labels.
+PMG-AFT (Wang et al. 2024, arXiv 2401.04350): TeCoA, held to the original's predictions and its own of clean images.
+Sim-CLIP (Hossain and Imteaj 2024, arXiv 2407.14971): clean and adversarial features are drawn together; without labels.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
 from ..data.task import task_features
 from ..evaluation import Evaluation, evaluate
-from ..objectives import AdversarialCrossEntropy
+from ..objectives import AdversarialCrossEntropy, PmgAftObjective, SiameseCosine
 from ..results.run import RESULTS, RunResults
 from ..toy.images import FACTS, Facts, draw
 from ..training import CaptTrainer, CaptTrainingArguments, FareTrainer
-from ..training.fare import train_image_tower_alone
+from ..training.fare import frozen_copy, train_image_tower_alone
 from ..tuner.loading import load_pretrained
 from ..utils.files import write_json
 from ..utils.outputs import save_somewhere
@@ -38,8 +40,8 @@ from .options import values_in
 from .parser import Parser
 from .places import check_places
 
-OBJECTIVES, DTYPES = ("tecoa", "fare"), ("float32", "float16", "bfloat16")
-DRAWN = "drawn"
+DRAWN, PMG_AFT = "drawn", "pmg-aft"
+OBJECTIVES, DTYPES = ("tecoa", "fare", PMG_AFT, "sim-clip"), ("float32", "float16", "bfloat16")
 # those of RobustVLM, FARE's own code, for both objectives on ImageNet; each of 10 attack steps is epsilon / 4 long
 PUBLISHED = {
     "optim": "adamw_torch", "learning_rate": 1e-5, "weight_decay": 1e-4, "warmup_steps": 0.07, "num_train_epochs": 2,
@@ -57,7 +59,9 @@ TINY = {
 class FinetuneArguments:
     """What is fine-tuned on what, and measured where."""
 
-    objective: str = field(default="fare", metadata={"help": "tecoa (with class texts) or fare (without labels)."})
+    objective: str = field(
+        default="fare", metadata={"help": "tecoa or pmg-aft (with class texts), fare or sim-clip (without labels)."}
+    )
     model_name_or_path: str = field(
         default="tiny_clip", metadata={"help": "Folder or Hub id of a CLIP; by default tiny CLIP."}
     )
@@ -85,6 +89,8 @@ def parse_args(argv: list[str]) -> tuple[FinetuneArguments, CaptTrainingArgument
     parser = Parser([FinetuneArguments, CaptTrainingArguments])
     named = values_in(argv)
     parser.set_defaults(**(PUBLISHED if "model_name_or_path" in named else PUBLISHED | TINY))
+    if named.get("objective") == PMG_AFT:
+        parser.set_defaults(consistency=1.0)  # as in its code; CAPT's default is another
     script, training = parser.into_dataclasses(argv)
     for name, allowed in (("objective", OBJECTIVES), ("save_dtype", DTYPES)):
         if getattr(script, name) not in allowed:
@@ -99,7 +105,9 @@ def parse_args(argv: list[str]) -> tuple[FinetuneArguments, CaptTrainingArgument
 
 def without_effect(script: FinetuneArguments) -> dict[str, str]:
     """Returns the options that change nothing with these settings, and why."""
-    idle = dict.fromkeys(("consistency", "weighting"), "it belongs to CAPT's objective")
+    idle = dict.fromkeys(("weighting", "frozen_term"), "it belongs to CAPT's objective")
+    if script.objective != PMG_AFT:
+        idle["consistency"] = "it belongs to the objectives of CAPT and PMG-AFT"
     idle |= dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"), "nothing is uploaded; `hf upload` does that")
     if script.dataset_name != DRAWN:
         idle["drawn_images"] = f"the images are those of --dataset_name {script.dataset_name}"
@@ -166,6 +174,17 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, dtype: str)
     save_somewhere(folder, write)
 
 
+def make_trainer(objective: str, model: Any, args: CaptTrainingArguments, task: Task, processor: Any) -> CaptTrainer:
+    """Returns the trainer of one of `OBJECTIVES`, of which all but TeCoA's compare with the original."""
+    own: dict[str, Any] = {"task": task, "processor": processor}
+    if objective == "tecoa":
+        return CaptTrainer(model, args, objective=AdversarialCrossEntropy(), **own)
+    if objective == PMG_AFT:
+        teacher = frozen_copy(model, processor, task) if args.consistency else None
+        return CaptTrainer(model, args, objective=PmgAftObjective(args.consistency), teacher=teacher, **own)
+    return FareTrainer(model, args, objective=SiameseCosine() if objective == "sim-clip" else None, **own)
+
+
 def main(argv: list[str]) -> RunResults:
     """Measures, fine-tunes, saves, measures what was saved; returns the results."""
     script, args = parse_args(argv)
@@ -179,8 +198,7 @@ def main(argv: list[str]) -> RunResults:
     with loading(script.model_name_or_path):
         processor = load_pretrained(AutoProcessor, script.model_name_or_path)
     task = drawn_task(script.drawn_images, args.seed) if drawn else load_task(script.dataset_name)
-    kinds = {"tecoa": lambda *a, **k: CaptTrainer(*a, objective=AdversarialCrossEntropy(), **k), "fare": FareTrainer}
-    trainer = kinds[script.objective](model, args, task=task, processor=processor)
+    trainer = make_trainer(script.objective, model, args, task, processor)
     more = f" and so on, {len(task.texts):,} texts in all" if len(task.texts) > task.num_classes else ""
     print(f"{task.name}: {len(task['train'])} training images, {task.num_classes} classes, as {task.texts[0]!r}{more}")
     checkpoint = trainer.find_checkpoint(args.resume_from_checkpoint)

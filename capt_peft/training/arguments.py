@@ -44,6 +44,7 @@ class CaptTrainingArguments(TrainingArguments):
         eval_step_size: Length of a step of a PGD `eval_attack`; by default that of `PGD`.
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "entropy", "batch", "schedule", or a number in [0, 1].
+        frozen_term: What CAPT holds to the frozen model: "predictions" (KL), or "features" (cosine of the image features).
         augment: Crop and flip training images at random.
         squash: Resize training images to the model's size whatever their shape, instead of cropping, as in FAP's code.
         lr_schedule: "step": the learning rate follows `lr_scheduler_type` and `warmup_steps` step by step. "epoch": as in CoOp's
@@ -81,6 +82,7 @@ class CaptTrainingArguments(TrainingArguments):
     eval_step_size: str | None = None
     consistency: float = 1.5
     weighting: str = "confidence"
+    frozen_term: str = "predictions"
     augment: bool = False
     squash: bool = False
     lr_schedule: str = "step"
@@ -114,7 +116,7 @@ class CaptTrainingArguments(TrainingArguments):
             self.threat_model,
             self.train_attack,
             self.evaluation_attack,
-            CaptObjective(self.consistency, self.weighting),
+            CaptObjective(self.consistency, self.weighting, self.frozen_term),
         )
         if self.optim == "sgd" and not self.optim_args:
             self.optim_args = "momentum=0.9"

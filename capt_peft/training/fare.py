@@ -1,6 +1,7 @@
-"""Adversarial fine-tuning of an image tower, which makes a robust backbone: TeCoA with class texts, FARE without labels.
+"""Adversarial fine-tuning of an image tower, which makes a robust backbone: FARE and Sim-CLIP, without labels.
 
-TeCoA is `CaptTrainer` with `AdversarialCrossEntropy` on a model whose text tower is frozen, and needs nothing more.
+TeCoA and PMG-AFT are `CaptTrainer` with `AdversarialCrossEntropy` or `PmgAftObjective` on a model whose text tower is frozen; the
+latter with a frozen copy as its teacher. They need nothing more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..attacks import AttackResult
 from ..attacks.features import squared_distance, two_logits
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task
-from ..objectives import FeatureDistance
+from ..objectives import FeatureDistance, SiameseCosine
 from ..tuner.clip import in_tower
 from .arguments import CaptTrainingArguments, one_processor
 from .chunks import Batch
@@ -39,12 +40,19 @@ def train_image_tower_alone(model: nn.Module) -> nn.Module:
     return model
 
 
-class FareTrainer(CaptTrainer):
-    """Fine-tunes an image tower so that adversarial images have the features that clean ones had: FARE, without labels.
+def frozen_copy(model: nn.Module, processor: Any, task: Task) -> ZeroShotClassifier:
+    """Returns a classifier of the task's classes with a copy of a model that is about to be tuned, to be its teacher."""
+    return ZeroShotClassifier(
+        copy.deepcopy(model), processor, task.class_names, task.template, class_texts=task.class_texts
+    )
 
-    The loss is that of `FeatureDistance`, and the attack climbs the same distance. The original is a frozen copy of the model
-    as it is given; it runs each image once, before training, while nothing is augmented. The task's labels and class texts are
-    for the log alone.
+
+class FareTrainer(CaptTrainer):
+    """Fine-tunes an image tower so that adversarial images have the features of clean ones: FARE or Sim-CLIP, without labels.
+
+    The attack of both climbs FARE's distance, from the features that the original has of the clean images. The original is a
+    frozen copy of the model as it is given; it runs each image once, before training, while nothing is augmented. The task's
+    labels and class texts are for the log alone.
 
     Args:
         model: A CLIP, bare; see `train_image_tower_alone`.
@@ -52,6 +60,7 @@ class FareTrainer(CaptTrainer):
         task: As for `CaptTrainer`.
         processor: The model's processor.
         processing_class: Another name of `processor`.
+        objective: FARE's `FeatureDistance`, by default, or Sim-CLIP's `SiameseCosine`.
         kwargs: `attack`, `eval_dataset`, and arguments of `transformers.Trainer`, as for `CaptTrainer`.
 
     Raises:
@@ -68,23 +77,27 @@ class FareTrainer(CaptTrainer):
         task: Task,
         processor: Any = None,
         processing_class: Any = None,
+        objective: FeatureDistance | SiameseCosine | None = None,
         **kwargs: Any,
     ) -> None:
         if args.attack_loss != "ce":
             raise ValueError(
-                f"attack_loss={args.attack_loss!r}: FARE's attack climbs the distance of the features. Leave it at 'ce'."
+                f"attack_loss={args.attack_loss!r}: this attack climbs the distance of the features. Leave it at 'ce'."
             )
         processor = one_processor(processor, processing_class)
-        original = ZeroShotClassifier(
-            copy.deepcopy(model), processor, task.class_names, task.template, class_texts=task.class_texts
-        )
         super().__init__(
-            model, args, task=task, processor=processor, objective=FeatureDistance(), teacher=original, **kwargs
+            model,
+            args,
+            task=task,
+            processor=processor,
+            objective=objective or FeatureDistance(),
+            teacher=frozen_copy(model, processor, task),
+            **kwargs,
         )
 
     def _attack(self, batch: Batch, texts: Tensor, clean: Tensor) -> AttackResult:
         """Attacks the features: climbs their distance from those that the original has of the clean images."""
-        target = self._frozen(batch.pixels, batch.indices)  # (B, D)
+        target = self._frozen_outputs.features(batch.pixels, batch.indices)  # (B, D)
 
         def loss(images: Tensor) -> Tensor:
             with self._attack_precision():
@@ -96,5 +109,5 @@ class FareTrainer(CaptTrainer):
     def _image_features(self, pixels: Tensor) -> Tensor:
         return embed(self.classifier, pixels)
 
-    def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
-        return self._frozen_outputs.features(pixels, indices)
+    def _frozen(self, batch: Batch, adversarial: Tensor) -> dict[str, Tensor]:
+        return {"frozen": self._frozen_outputs.features(batch.pixels, batch.indices)}

@@ -1,4 +1,4 @@
-"""What the model that a run is held to says of clean images: their features, computed once before training."""
+"""What the model that a run is held to says of images: the features of clean ones are computed once before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..clip.classifier import ZeroShotClassifier
 from ..clip.texts import normalize
 from ..data.pixels import PixelDataset
-from ..objectives import Objective
+from ..objectives import Objective, needs_frozen_adversarial
 from ..tuner.clip import image_features
 from ..tuner.switching import base_parameters
 from ..utils.machine import moved
@@ -49,17 +49,21 @@ class FrozenOutputs:
     def features(self, pixels: Tensor, indices: list[int]) -> Tensor:
         """Returns projected image features, not normalised: (B, 3, H, W) pixels and their B places -> (B, D) float32."""
         if self._args.augment:
-            with self._frozen() as frozen:
-                return embed(frozen, pixels).float()
+            return self.run(pixels)
         if self._features is None:
             self.compute()
         assert self._features is not None
         return moved(self._features[indices], pixels.device)
 
-    def logits(self, pixels: Tensor, indices: list[int]) -> Tensor:
-        """Returns logits over the task's classes: (B, 3, H, W) pixels and their B places -> (B, N) float32."""
+    def run(self, pixels: Tensor) -> Tensor:
+        """Runs any images, adversarial ones too, and keeps nothing: (B, 3, H, W) pixels -> (B, D) float32, not normalised."""
+        with self._frozen() as frozen:
+            return embed(frozen, pixels).float()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Returns logits over the task's classes: (B, D) features, not normalised -> (B, N) float32."""
         classifier = self._teacher or self._classifier
-        return classifier.logits(normalize(self.features(pixels, indices)), self._text_features())
+        return classifier.logits(normalize(features), self._text_features())
 
     def compute(self) -> None:
         """Runs the frozen model on all images, unless they are augmented or it has run; processes share the batches."""
@@ -131,9 +135,10 @@ def load_teacher(teacher: ZeroShotClassifier | str | None, classifier: ZeroShotC
 
 def check_frozen(classifier: ZeroShotClassifier, objective: Objective, teacher: ZeroShotClassifier | None) -> None:
     """Raises if the objective compares with a frozen model that would be tuned itself, or has no use for a teacher."""
-    if not objective.needs_frozen and teacher is not None:
+    needed = objective.needs_frozen or needs_frozen_adversarial(objective)
+    if not needed and teacher is not None:
         raise ValueError("teacher= has no effect: the objective has no use for a frozen model. Leave it out.")
-    if not objective.needs_frozen or teacher is not None:
+    if not needed or teacher is not None:
         return
     moving = next((name for name, p in base_parameters(classifier.model) if p.requires_grad), None)
     if moving is not None and not isinstance(classifier.model, PeftModel):

@@ -34,7 +34,7 @@ from ..data.names import labels_by_name
 from ..data.pixels import PixelDataset, PixelTransform
 from ..data.task import Task, kind_of
 from ..evaluation import Accuracy, outcomes
-from ..objectives import CaptObjective, Objective, Views
+from ..objectives import CaptObjective, Objective, Views, needs_frozen_adversarial
 from ..randomness import example_generators
 from ..results.card import CardDetails, write_cards_for
 from ..results.hub import prepare_repo, push_adapter, saved_copy, write_model_card
@@ -60,7 +60,8 @@ class CaptTrainer(Trainer):
     r"""Tunes an adapter on adversarial images: CAPT's prompts, or LoRA or another method of PEFT.
 
     A step with K attack steps costs (2K + 4) runs of the image tower and 2 of the text tower: the texts are run once, forward
-    and backward, and the attack reuses them; the frozen model runs each image once, before training, while nothing is augmented.
+    and backward, and the attack reuses them; the frozen model runs each image once, before training, while nothing is augmented,
+    and the adversarial ones of a step only for an objective that asks for them.
     The random numbers of an image depend on the seed, the epoch and its place in the dataset alone, so that the batch size,
     accumulation, workers and the number of processes change a run by rounding only; another kind of device draws others.
 
@@ -71,7 +72,8 @@ class CaptTrainer(Trainer):
         task: What is classified: training images in `train`, evaluation images in `validation`, or in `test` if there is none.
         processor: The model's processor (`AutoProcessor.from_pretrained`).
         processing_class: Another name of `processor`.
-        objective: Maps a step's views to a loss; by default CAPT's, with the arguments' `consistency` and `weighting`.
+        objective: Maps a step's views to a loss; by default CAPT's, with the arguments' `consistency`, `weighting` and
+            `frozen_term`.
         attack: The training attack: a `PGD`, or an object with its `run`; by default PGD with the arguments' settings.
         teacher: Another CLIP whose predictions on clean images guide the tuning: a classifier over the same class names, or the
             folder or Hub id of a model. By default the base model itself, with the adapter off.
@@ -122,7 +124,7 @@ class CaptTrainer(Trainer):
             text_chunk_size=args.text_chunk_size,
         )
         self._text_parts = self.classifier.text_parts(cut=not args.torch_compile)
-        self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting)
+        self.objective: Objective = objective or CaptObjective(args.consistency, args.weighting, args.frozen_term)
         self.attack = attack or args.train_attack
         self.teacher = load_teacher(teacher, self.classifier)
         transform = PixelTransform(processor, augment=args.augment, squash=args.squash)
@@ -346,10 +348,10 @@ class CaptTrainer(Trainer):
             clean=clean,
             adversarial=self.classifier.logits(adversarial_features, texts),
             labels=batch.labels,
-            frozen=self._frozen(batch.pixels, batch.indices) if self.objective.needs_frozen else None,
             progress=self.state.global_step / max(1, self.state.max_steps),
             clean_features=clean_features,
             adversarial_features=adversarial_features,
+            **self._frozen(batch, result.images),
         )
         loss, parts = self.objective(views)
         self._record(views, parts, result.zero_gradient_share, batch.counted)
@@ -400,9 +402,15 @@ class CaptTrainer(Trainer):
         size = self.args.image_chunk_size or self.args.train_batch_size
         return fill_batch(values, size) if self.args.torch_compile else values
 
-    def _frozen(self, pixels: Tensor, indices: list[int]) -> Tensor:
-        """Returns what the objective compares with: the frozen model's (B, N) logits on clean images."""
-        return self._frozen_outputs.logits(pixels, indices)
+    def _frozen(self, batch: Batch, adversarial: Tensor) -> dict[str, Tensor]:
+        """Returns what the objective asks for of the frozen model, as fields of `Views`."""
+        views, outputs = {}, self._frozen_outputs
+        if self.objective.needs_frozen:
+            features = outputs.features(batch.pixels, batch.indices)
+            views = {"frozen_features": normalize(features), "frozen": outputs.logits(features)}
+        if needs_frozen_adversarial(self.objective):
+            views["frozen_adversarial"] = outputs.logits(outputs.run(adversarial))
+        return views
 
     @torch.no_grad()
     def _record(self, views: Views, parts: dict[str, Tensor], zero_gradient_share: Tensor, images: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 from helpers import compiles
+from training_helpers import frozen_logits
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -40,7 +41,7 @@ def test_its_step_is_that_of_the_trainer(mode):
     indices = inputs["index"].tolist()
     step = gpu_parts.Step(
         measured.model, trainer.classifier.text_inputs(), inputs["pixels"], inputs["labels"], indices,
-        trainer._frozen(inputs["pixels"], indices), trainer.args.train_attack, mode == "bf16", trainer.args.seed,
+        frozen_logits(trainer, inputs["pixels"], indices), trainer.args.train_attack, mode == "bf16", trainer.args.seed,
     )  # fmt: skip
     torch.testing.assert_close(step.run(), loss)
     found = prompts(measured.model)

@@ -16,7 +16,17 @@ from capt_peft import AdversarialCrossEntropy, CaptTrainer, CaptTrainingArgument
 from capt_peft.attacks import parse_attack
 from capt_peft.attacks.features import squared_distance
 from capt_peft.commands import demo
-from capt_peft.commands.finetune_backbone import PUBLISHED, TINY, drawn_task, main, parse_args, save, thing
+from capt_peft.commands.finetune_backbone import (
+    OBJECTIVES,
+    PUBLISHED,
+    TINY,
+    drawn_task,
+    main,
+    make_trainer,
+    parse_args,
+    save,
+    thing,
+)
 from capt_peft.toy import TINY_CLIP_ROBUST
 from capt_peft.toy.images import FACTS, HELD_OUT_PAIRS, draw, is_held_out
 from capt_peft.training.chunks import split_batch
@@ -26,7 +36,6 @@ QUICK = [
     "--drawn_images", "40", "--num_train_epochs", "1", "--per_device_train_batch_size", "20", "--attack_steps", "2",
     "--eval_limit", "20", "--eval_attack", "pgd-2", "--use_cpu", "--disable_tqdm", "true", "--save_dtype", "float32",
 ]  # fmt: skip
-OBJECTIVES = ("tecoa", "fare")
 
 
 def weights(folder):
@@ -139,6 +148,8 @@ def test_published_settings_for_a_named_model_and_those_of_tiny_clip_without():
     assert (args.learning_rate, args.per_device_train_batch_size) == (PUBLISHED["learning_rate"], 128)
     assert args.train_attack.resolved_step_size == pytest.approx(1 / 255) and args.train_attack.steps == 10
     assert script.save_dtype == "float32" and Path(args.output_dir).name == "robust"
+    assert parse_args(["--objective", "pmg-aft"])[1].consistency == 1.0
+    assert parse_args(["--objective", "pmg-aft", "--consistency", "2"])[1].consistency == 2.0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +163,11 @@ def test_published_settings_for_a_named_model_and_those_of_tiny_clip_without():
         (["--eval_split", "holdout"], "holdout"),
         (["--model_name_or_path", "./nowhere"], "nowhere"),
         (["--epsilon", "x"], "x"),
-        (["--consistency", "2"], "--consistency has no effect here: it belongs to CAPT's objective"),
+        (["--consistency", "2"], "--consistency has no effect here: it belongs to the objectives of CAPT and PMG-AFT"),
+        (
+            ["--objective", "pmg-aft", "--frozen_term", "features"],
+            "--frozen_term has no effect here: it belongs to CAPT",
+        ),
         (["--weighting=batch"], "--weighting has no effect"),
         (["--hub-model-id", "x"], "--hub_model_id has no effect"),
         (["--dataset_name", "digits"], "--drawn_images has no effect here"),
@@ -205,9 +220,7 @@ def test_the_loss_of_tecoa_is_the_cross_entropy_of_the_attacked_images(tmp_path,
 def test_the_loss_of_fare_is_the_squared_distance_to_the_originals_features(tmp_path, task, tiny, processor):
     trainer = FareTrainer(tiny, arguments(tmp_path), task=task, processor=processor)
     original = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # the model has moved on, the original has not
-        tiny.visual_projection.weight.add_(0.02 * torch.randn(tiny.visual_projection.weight.shape, generator=generator))
+    move(tiny)  # the model has moved on, the original has not
     batch = batch_of(trainer)
     loss = trainer.compute_loss(tiny, batch)
     attacked = run_attack(trainer, batch)
@@ -223,6 +236,59 @@ def test_the_loss_of_fare_is_the_squared_distance_to_the_originals_features(tmp_
     loss.backward()
     assert tiny.visual_projection.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+def move(model):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        noise = torch.randn(model.visual_projection.weight.shape, generator=generator)
+        model.visual_projection.weight.add_(0.02 * noise)
+
+
+def test_the_loss_of_pmg_aft_holds_the_attacked_images_to_what_the_original_says_of_them(
+    tmp_path, task, tiny, processor
+):
+    trainer = make_trainer("pmg-aft", tiny, arguments(tmp_path, consistency=1.0), task, processor)
+    original = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32).eval()
+    move(tiny)  # the model has moved on, the original has not
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(tiny, batch)
+    attacked = run_attack(trainer, batch)
+    texts = processor.tokenizer(task.texts, padding=True, return_tensors="pt")
+
+    def log_probabilities(model, pixels):
+        values = (pixels - trainer.classifier.mean) / trainer.classifier.std
+        return model(**texts, pixel_values=values).logits_per_image.log_softmax(-1)
+
+    with torch.no_grad():
+        own, clean, guide = (
+            log_probabilities(*pair) for pair in ((tiny, attacked), (tiny, batch["pixels"]), (original, attacked))
+        )
+    kl = sum((target.exp() * (target - own)).sum(-1) for target in (clean, guide))
+    by_hand = (kl - own[range(len(own)), batch["labels"]]).mean()
+    torch.testing.assert_close(loss, by_hand, atol=1e-4, rtol=1e-4)
+    loss.backward()
+    assert tiny.visual_projection.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in trainer.teacher.parameters())
+
+
+def test_the_loss_of_sim_clip_is_the_cosine_of_the_two_views_and_its_attack_that_of_fare(
+    tmp_path, task, tiny, processor
+):
+    trainer = make_trainer("sim-clip", tiny, arguments(tmp_path), task, processor)
+    move(tiny)
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(tiny, batch)
+    attacked = run_attack(trainer, batch)
+    with torch.no_grad():
+        views = [embed(trainer.classifier, pixels) for pixels in (attacked, batch["pixels"])]
+        by_hand = -sum((a / a.norm()) @ (b / b.norm()) for a, b in zip(*views, strict=True)) / 6
+        far = squared_distance(views[0], embed(trainer.teacher, batch["pixels"]))
+        near = squared_distance(views[1], embed(trainer.teacher, batch["pixels"]))
+    torch.testing.assert_close(loss, by_hand)
+    assert (far > near).all()
+    loss.backward()
+    assert tiny.visual_projection.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import shake
-from training_helpers import adapter_of, losses, make_model, make_task, make_trainer
+from training_helpers import adapter_of, frozen_logits, losses, make_model, make_task, make_trainer
 from transformers.activations import QuickGELUActivation
 
 from capt_peft import CaptTrainingArguments
@@ -52,7 +52,7 @@ def step(tmp_path, processor, **arguments):
     )
     model.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    trainer._frozen(batch["pixels"], batch["index"].tolist())
+    frozen_logits(trainer, batch["pixels"], batch["index"].tolist())
     kept, most = {}, [0]
 
     def pack(tensor):

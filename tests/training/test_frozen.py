@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from helpers import TINY_CLIP
+from helpers import TINY_CLIP, shake
 from training_helpers import adapter_of, make_task, make_trainer
 from transformers import CLIPModel
 
-from capt_peft.objectives import AdversarialCrossEntropy
+from capt_peft import ZeroShotClassifier
+from capt_peft.objectives import AdversarialCrossEntropy, PmgAftObjective
 from capt_peft.training import frozen
+from capt_peft.training.chunks import split_batch
 from capt_peft.training.fare import FareTrainer, train_image_tower_alone
 
 
@@ -69,12 +71,49 @@ def test_an_objective_without_frozen_logits_computes_none(tmp_path, processor, r
     assert not runs
 
 
+def test_the_frozen_model_runs_adversarial_images_where_the_objective_asks_for_them(tmp_path, processor, runs):
+    trainer = make_trainer(tmp_path, processor, objective=PmgAftObjective())
+    shake(trainer.model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert runs == [4]  # the attacked images, and no clean ones
+    with torch.no_grad():
+        texts, clean = trainer.classifier.encode_texts(), trainer.classifier(batch["pixels"])
+    attacked = trainer._attack(split_batch(batch, None)[0], texts, clean).images
+    base = CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32).eval()
+    plain = ZeroShotClassifier(base, processor, trainer.task.class_names, trainer.task.template)
+    torch.testing.assert_close(outputs["views"].frozen_adversarial, plain(attacked).detach(), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain(attacked), plain(batch["pixels"]), atol=0.1)
+    assert outputs["views"].frozen is None and not outputs["views"].frozen_adversarial.requires_grad
+
+
+def test_the_frozen_features_are_those_of_the_frozen_predictions(tmp_path, processor, runs):
+    trainer = make_trainer(tmp_path, processor, frozen_term="features", augment=True)
+    batch = next(iter(trainer.get_train_dataloader()))
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert runs == [4]  # once, for both
+    views, texts = outputs["views"], trainer._frozen_outputs._text_features()
+    torch.testing.assert_close(views.frozen_features.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(trainer.classifier.logits(views.frozen_features, texts), views.frozen)
+    assert views.frozen_adversarial is None
+    trainer.train()
+    assert "consistency_frozen" in trainer.state.log_history[0]
+
+
+def test_a_model_that_moves_cannot_guide_pmg_aft(tmp_path, processor):
+    model = train_image_tower_alone(CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32))
+    with pytest.raises(ValueError, match="would change the frozen model"):
+        make_trainer(tmp_path, processor, model=model, objective=PmgAftObjective())
+    make_trainer(tmp_path, processor, objective=PmgAftObjective(), teacher=TINY_CLIP)
+    with pytest.raises(ValueError, match="teacher= has no effect"):
+        make_trainer(tmp_path, processor, objective=PmgAftObjective(0), teacher=TINY_CLIP)
+
+
 def test_fares_features_are_kept_too(tmp_path, processor, runs):
     model = train_image_tower_alone(CLIPModel.from_pretrained(TINY_CLIP, dtype=torch.float32))
     args = make_trainer(tmp_path, processor).args
     trainer = FareTrainer(model, args, task=make_task(), processor=processor)
-    pixels = torch.stack([trainer.train_dataset[place]["pixels"] for place in range(12)])
-    first, second = trainer._frozen(pixels, list(range(12))), trainer._frozen(pixels, list(range(12)))
+    first, second = features(trainer), features(trainer)
     assert runs == [12]
     assert first.shape == (12, 128) and torch.equal(first, second)
 

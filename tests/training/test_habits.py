@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY_CLIP, shake
 from peft import LoraConfig, PeftModel, get_peft_model
-from training_helpers import NAMES, adapter_of, make_model, make_task, make_trainer
+from training_helpers import NAMES, adapter_of, frozen_logits, make_model, make_task, make_trainer
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, CaptTrainer, Task, ZeroShotClassifier
@@ -274,4 +274,4 @@ def test_the_teacher_of_a_run_is_bitwise_the_base_without_any_adapter(tmp_path, 
     pure = ZeroShotClassifier(base(), processor, task.class_names, task.template).eval()
     places = list(range(len(trainer.train_dataset)))
     pixels = torch.stack([trainer.train_dataset[place]["pixels"] for place in places])
-    assert torch.equal(trainer._frozen(pixels, places), pure(pixels).detach())
+    assert torch.equal(frozen_logits(trainer, pixels, places), pure(pixels).detach())

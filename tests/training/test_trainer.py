@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY_CLIP, shake
-from training_helpers import NAMES, Scripted, adapter_of, losses, make_model, make_task, make_trainer
+from training_helpers import NAMES, Scripted, adapter_of, frozen_logits, losses, make_model, make_task, make_trainer
 from transformers import CLIPModel
 
 from capt_peft import (
@@ -64,9 +64,9 @@ def test_a_step_runs_the_text_tower_once_and_the_image_tower_k_plus_2_times(tmp_
 def test_frozen_logits_are_the_base_models_whatever_the_prompts_are(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor)
     batch = next(iter(trainer.get_train_dataloader()))
-    first = trainer._frozen(batch["pixels"], batch["index"].tolist())
+    first = frozen_logits(trainer, batch["pixels"], batch["index"].tolist())
     shake(trainer.model)
-    again = trainer._frozen(batch["pixels"], batch["index"].tolist())
+    again = frozen_logits(trainer, batch["pixels"], batch["index"].tolist())
     assert torch.equal(first, again)
     with trainer.classifier.frozen() as base, torch.no_grad():
         torch.testing.assert_close(base.eval()(batch["pixels"]), first, atol=1e-5, rtol=1e-5)
@@ -168,7 +168,7 @@ def test_a_teacher_takes_the_place_of_the_frozen_model(tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, teacher=teacher)
     batch = next(iter(trainer.get_train_dataloader()))
     expected = teacher.eval()(batch["pixels"])
-    torch.testing.assert_close(trainer._frozen(batch["pixels"], batch["index"].tolist()), expected)
+    torch.testing.assert_close(frozen_logits(trainer, batch["pixels"], batch["index"].tolist()), expected)
     by_name = make_trainer(tmp_path, processor, teacher=TINY_CLIP)
     assert by_name.teacher.class_names == NAMES
     with pytest.raises(ValueError, match="other classes"):
