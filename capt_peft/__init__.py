@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attacks import APGD, FAB, PGD, AutoAttack, Square, ThreatModel, parse_attack
-    from .backbones import convert_backbone
+    from .backbones import convert_backbone, load_backbone
     from .clip.classifier import ZeroShotClassifier
     from .clip.export import OnnxClassifier, export
     from .data import Task, describe_task, list_tasks, load_task
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "attacks": ("APGD", "FAB", "PGD", "AutoAttack", "Square", "ThreatModel", "parse_attack"),
-    "backbones": ("convert_backbone",),
+    "backbones": ("convert_backbone", "load_backbone"),
     "clip.classifier": ("ZeroShotClassifier",),
     "clip.export": ("OnnxClassifier", "export"),
     "data": ("Task", "describe_task", "list_tasks", "load_task"),
@@ -72,6 +72,7 @@ __all__ = [
     "export",
     "get_method",
     "list_tasks",
+    "load_backbone",
     "load_task",
     "parse_attack",
     "parse_defence",
@@ -122,10 +123,24 @@ def _after_captions() -> None:
     importlib.import_module(".toy.captions", __name__)
 
 
+def _prepare_published(name: str) -> str:
+    """Returns the folder of a published backbone, fetched and converted at first use."""
+    from .backbones import store
+
+    return store.backbone_folder(name)
+
+
+def _after_embedded() -> None:
+    """Lets the name of a published backbone stand wherever that of a model does."""
+    embedded: Any = importlib.import_module(".utils.embedded", __name__)
+    embedded.prepare_published = _prepare_published
+
+
 # what follows once a module has been imported, by whomever: none of them has to know what builds on it
 _AFTER = {
     "peft": _after_peft,
     f"{__name__}.tuner": _after_tuner,
+    f"{__name__}.utils.embedded": _after_embedded,
     f"{__name__}.data.loading": _after_loading,
     f"{__name__}.data.captions": _after_captions,
 }

@@ -138,7 +138,7 @@ def convert_backbone(
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     info = BackboneInfo(
         checkpoint=checkpoint.name,
-        sha256=_sha256(checkpoint),
+        sha256=sha256_of(checkpoint),
         layout="vision tower alone" if start else "both towers",
         container=found.container,
         unused=found.unused,
@@ -149,11 +149,52 @@ def convert_backbone(
         dtype=dtype,
         fingerprint=tensors_fingerprint(tensors.items()),
     )
+    _write(output, config, tensors, tokenizer, settings, info)
+    return info
+
+
+def copy_backbone(folder: str | Path, output: str | Path, *, processor: str, sha256: str) -> BackboneInfo:
+    """Writes a CLIP that is in transformers' form already with another model's processor, as one folder, in float32.
+
+    Args:
+        folder: Where it is; without a processor.
+        output: The folder to write, as `convert_backbone` writes it.
+        processor: Folder or Hub id to take the tokenizer and the pixels' statistics from.
+        sha256: What is recorded as the hash of its weights.
+
+    Raises:
+        ValueError: It is no whole CLIPModel, or the tokenizer is not its own.
+        OSError: The processor cannot be found or reached.
+    """
+    (config, weights), settings = _load_base(str(folder), None, None)
+    tokenizer = load_tokenizer(processor, True)
+    check_tokenizer(tokenizer, config, processor)
+    mean, std = pixel_statistics(processor)
+    tensors = {name: tensor.float() for name, tensor in weights.items()}
+    info = BackboneInfo(
+        checkpoint=Path(folder).name,
+        sha256=sha256,
+        layout="both towers",
+        container=None,
+        unused=(),
+        architecture=describe(config),
+        activation=settings.activation,
+        base=None,
+        base_similarity=None,
+        dtype="float32",
+        fingerprint=tensors_fingerprint(tensors.items()),
+    )
+    _write(Path(output), config, tensors, tokenizer, replace(settings, mean=mean, std=std), info)
+    return info
+
+
+def _write(
+    output: Path, config: CLIPConfig, tensors: Weights, tokenizer: Any, settings: Settings, info: BackboneInfo
+) -> None:
     with written_whole(output) as folder:
         build(config, tensors).save_pretrained(folder, max_shard_size="1TB")
         save_processor(folder, tokenizer, image_size(config), settings)
         write_json(folder / RECORD, asdict(info))
-    return info
 
 
 def _resolve(
@@ -281,6 +322,7 @@ def _convert(tensors: Mapping[str, Tensor], towers: dict[str, Sizes]) -> Weights
     return converted
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

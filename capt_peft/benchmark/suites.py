@@ -60,7 +60,7 @@ SUITES = {
             "capt": {"learning_rate": 0.3},
             "trades-maple": {**_COUPLED, "learning_rate": 1.0},
             "fap": {**_COUPLED, **_BY_STEP, "learning_rate": 1.0},
-            "pmg-aft": {"learning_rate": 0.3},
+            "pmg-aft": {"learning_rate": 0.1},
             "adv-maple": {**_COUPLED, **_BY_STEP, "learning_rate": 1.0},
             "adv-vlp": {"learning_rate": 0.3},
             "adv-vp": {"learning_rate": 0.3},

@@ -56,7 +56,8 @@ COMMANDS = {
     "app": Command("opens a page to try an adapter on", "app", ("adapter",), needs={"gradio": "capt-peft[app]"}),
     "convert": Command("converts a published robust CLIP to a folder that transformers loads", "convert", (
         "checkpoint", "output")),
-    "finetune-backbone": Command("fine-tunes an image tower on adversarial images (TeCoA, FARE)", "finetune_backbone",
+    "backbones": Command("lists the published robust CLIPs that are known by name", "backbones", ("name",)),
+    "finetune-backbone": Command("fine-tunes an image tower on adversarial images (TeCoA, FARE, ...)", "finetune_backbone",
                                  also=TRAINER),
     "protocols": Command("lists the published evaluation protocols, or shows one", "protocols", ("name",)),
     "tasks": Command("lists the data sets that are known by name", "tasks", ("name",)),

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..utils.embedded import EMBEDDED
+from ..utils.embedded import EMBEDDED, is_model_name, published_names
 from .ending import shorten
 
 MODELS = ("model_name_or_path", "adapter", "base", "teacher", "processor")  # a folder, or a Hub id
@@ -49,10 +49,10 @@ def check_places(values: Mapping[str, Any]) -> None:
         if name in FILES or (name in (*MODELS, *DATA) and is_path(value)):
             kind = "folder" if name in (*MODELS, "root") else "file" if name in FILES else "folder or file"
             raise ValueError(f"There is no {kind} {shorten(value, 300)} (--{name}).{_near_path(value)}")
-        if name in MODELS and constants.HF_HUB_OFFLINE and value not in EMBEDDED and not is_cached(value):
+        if name in MODELS and constants.HF_HUB_OFFLINE and not is_model_name(value) and not is_cached(value):
             raise ValueError(
                 f"--{name} {shorten(value, 300)} is neither a folder here nor a Hub model in the cache, and the Hub is not asked "
-                f"while HF_HUB_OFFLINE is set.{_nearest(value, EMBEDDED)}"
+                f"while HF_HUB_OFFLINE is set.{_nearest(value, (*EMBEDDED, *published_names()))}"
             )
 
 
