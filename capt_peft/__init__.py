@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .defences import Defence, Defended, parse_defence
     from .evaluation import Evaluation, evaluate
     from .methods import METHODS, get_method
-    from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, Views
+    from .objectives import AdversarialCrossEntropy, CaptObjective, FapObjective, PmgAftObjective, Views
     from .results.hub import push_adapter
     from .training import CaptTrainer, CaptTrainingArguments, FareTrainer, TrainingStopped
     from .tuner import CaptConfig, CaptModel, set_strength
@@ -35,7 +35,7 @@ _ROOMS = {
     "defences": ("Defence", "Defended", "parse_defence"),
     "evaluation": ("Evaluation", "evaluate"),
     "methods": ("METHODS", "get_method"),
-    "objectives": ("AdversarialCrossEntropy", "CaptObjective", "FapObjective", "Views"),
+    "objectives": ("AdversarialCrossEntropy", "CaptObjective", "FapObjective", "PmgAftObjective", "Views"),
     "results.hub": ("push_adapter",),
     "training": ("CaptTrainer", "CaptTrainingArguments", "FareTrainer", "TrainingStopped"),
     "tuner": ("CaptConfig", "CaptModel", "set_strength"),
@@ -60,6 +60,7 @@ __all__ = [
     "FapObjective",
     "FareTrainer",
     "OnnxClassifier",
+    "PmgAftObjective",
     "Square",
     "Task",
     "ThreatModel",

@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--methods",
         default=",".join(METHODS),
-        help="of zero-shot, capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp, adv-tp (apt); all by default",
+        help="of zero-shot, capt, trades-maple, fap, pmg-aft, adv-maple, adv-vlp, adv-vp, adv-tp (apt); all by default",
     )
     parser.add_argument(
         "--protocols",

@@ -62,7 +62,8 @@ class ScriptArguments(DataArguments):
         default=None, metadata={"help": "Measure on this many images of it, drawn by seed 0."}
     )
     method: str = field(
-        default="capt", metadata={"help": "capt, trades-maple, fap, adv-maple, adv-vlp, adv-vp or adv-tp (apt)."}
+        default="capt",
+        metadata={"help": "capt, trades-maple, fap, pmg-aft, adv-maple, adv-vlp, adv-vp or adv-tp (apt)."},
     )
     peft: str = field(
         default="prompts",
