@@ -101,7 +101,9 @@ def read_registry(path: Path = REGISTRY) -> dict[str, Backbone]:
     """
     found = {}
     for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        listed = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        listed: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         try:
             entry = found[name] = Backbone(name=name, **listed)
         except TypeError as error:
