@@ -97,6 +97,7 @@ METHODS: dict[str, Method] = {
         lambda args: PmgAftObjective(args.consistency),
         defaults={"consistency": 1.0},
         uses=("consistency", "teacher"),
+        any_adapter=True,
     ),
     "adv-maple": Method("AdvMaPLe of arXiv 2403.14774, as in its code", _adversarial, _FAP_PROMPTS, _FAP_TRAINING),
     "adv-vlp": Method(

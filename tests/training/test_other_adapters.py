@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TINY_CLIP, shake
 from peft import get_peft_model
-from training_helpers import NAMES, adapter_of, make_trainer
+from training_helpers import NAMES, adapter_of, frozen_logits, make_trainer
 from transformers import CLIPModel
 
 from capt_peft import AdversarialCrossEntropy, CaptObjective, FapObjective, ZeroShotClassifier, load_task
@@ -45,7 +45,7 @@ def test_the_teacher_is_bitwise_the_base_before_and_after_a_run(peft, tmp_path, 
     trainer.train()
     moved = [name for name, p in adapter_of(trainer).items() if not torch.equal(p, before[name])]
     assert {"text_model" in name for name in moved} == {True, False}  # in both towers
-    assert torch.equal(trainer._frozen(pixels, places), pure(pixels).detach())
+    assert torch.equal(frozen_logits(trainer, pixels, places), pure(pixels).detach())
     with trainer.classifier.frozen():
         assert torch.equal(trainer.classifier.eval()(pixels).detach(), pure(pixels).detach())
 
