@@ -62,7 +62,7 @@ ADAPTER_CASES = [
     ("capt", {"peft": "lora", "coupling": "text_to_vision"}, "coupling='text_to_vision' is about prompts"),
     ("fap", {"peft": "lora", "weighting": "0.5"}, "weighting='0.5' has no effect on the method 'fap'"),
     ("adv-vp", {"peft": "lora"}, "'adv-vp' is what its prompts are"),
-    ("trades-maple", {"peft": "lora"}, "choose capt, fap, adv-vlp"),
+    ("trades-maple", {"peft": "lora"}, "choose capt, fap, pmg-aft, adv-vlp"),
     ("capt", {"peft": "magic"}, "Unknown peft 'magic'. Allowed: prompts, lora, ln, ia3, boft."),
 ]  # fmt: skip
 

@@ -9,7 +9,14 @@ from peft import get_peft_model
 from training_helpers import NAMES, adapter_of, frozen_logits, make_trainer
 from transformers import CLIPModel
 
-from capt_peft import AdversarialCrossEntropy, CaptObjective, FapObjective, ZeroShotClassifier, load_task
+from capt_peft import (
+    AdversarialCrossEntropy,
+    CaptObjective,
+    FapObjective,
+    PmgAftObjective,
+    ZeroShotClassifier,
+    load_task,
+)
 from capt_peft.clip.texts import normalize
 from capt_peft.methods import ADAPTERS, adapter_config
 from capt_peft.objectives import Views
@@ -19,7 +26,12 @@ from capt_peft.results.hub import save_run
 from capt_peft.results.run import RunResults
 from capt_peft.tuner.clip import image_features, text_features
 
-OBJECTIVES = [lambda: CaptObjective(1.5, "confidence"), lambda: FapObjective(1.5), AdversarialCrossEntropy]
+OBJECTIVES = [
+    lambda: CaptObjective(1.5, "confidence"),
+    lambda: FapObjective(1.5),
+    AdversarialCrossEntropy,
+    PmgAftObjective,
+]
 
 
 def base():
@@ -50,7 +62,7 @@ def test_the_teacher_is_bitwise_the_base_before_and_after_a_run(peft, tmp_path, 
         assert torch.equal(trainer.classifier.eval()(pixels).detach(), pure(pixels).detach())
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=["capt", "fap", "ce"])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["capt", "fap", "ce", "pmg-aft"])
 @pytest.mark.parametrize("peft", ADAPTERS)
 def test_a_step_has_the_gradients_of_an_independent_computation(peft, objective, tmp_path, processor):
     trainer = make_trainer(tmp_path, processor, model=adapted(peft), objective=objective(), max_steps=1, attack_steps=2)
@@ -86,7 +98,8 @@ def test_a_step_has_the_gradients_of_an_independent_computation(peft, objective,
     ).images
     adversarial = features(model, attacked)
     with torch.no_grad():
-        frozen = logits(features(plain, batch["pixels"]), normalize(text_features(plain, dict(inputs))))
+        plain_texts = normalize(text_features(plain, dict(inputs)))
+        frozen, guide = (logits(features(plain, pixels), plain_texts) for pixels in (batch["pixels"], attacked))
     views = Views(
         clean=logits(clean, texts),
         adversarial=logits(adversarial, texts),
@@ -95,6 +108,7 @@ def test_a_step_has_the_gradients_of_an_independent_computation(peft, objective,
         progress=0.0,
         clean_features=clean,
         adversarial_features=adversarial,
+        frozen_adversarial=guide,
     )
     expected_loss = trainer.objective(views)[0]
     expected = torch.autograd.grad(expected_loss, [p for p in model.parameters() if p.requires_grad])
