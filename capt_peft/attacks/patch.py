@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -81,6 +81,8 @@ class Patch(SearchAttack):
         def filled(pixels: Tensor) -> Tensor:
             return torch.where(inside, pixels, images)
 
+        if (report := batch.report) is not None:  # under the name of the patch
+            batch = replace(batch, report=lambda _, within, left: report(self.name, within, left))
         climb = PGD(_WHOLE, steps=self.steps, step_size=_STEP)
         found = climb.perturb(lambda pixels: logits_fn(filled(pixels)), batch)
         share = side**2 / (images.shape[2] * images.shape[3])

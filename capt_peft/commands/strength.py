@@ -72,7 +72,7 @@ class Arguments(TunedDataArguments):
         default=None,
         metadata={"help": "Comma-separated, the worst case counts; by default the one of results.json, or pgd-20."},
     )
-    norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf or l2."})
+    norm: str = field(default="linf", metadata={"help": "Norm of the threat model: linf, l2, l1 or patch."})
     epsilon: str = field(
         default="4/255",
         metadata={"help": "Radius in [0, 1] pixels, e.g. 4/255; by default that of the adapter's tuning."},

@@ -34,7 +34,7 @@ class CaptTrainingArguments(TrainingArguments):
 
     Args:
         epsilon: Radius of the perturbations, as a fraction of the [0, 1] range of the pixels; "4/255" is read exactly.
-        norm: Norm of the perturbations: "linf" or "l2".
+        norm: Norm of the perturbations: "linf", "l2" or "l1".
         attack_steps: PGD steps of the training attack, at least 1.
         attack_step_size: Length of its steps, same unit as `epsilon`; by default 2/3 of epsilon for 3 steps, as APT trains.
         attack_loss: What the training attack raises: "ce", "kl" (to the clean prediction) or "margin".

@@ -141,6 +141,17 @@ def test_epsilon_zero_changes_nothing() -> None:
     assert torch.equal(attack(model, images, model(images).argmax(1)), images)
 
 
+def test_every_step_is_reported_under_its_name_with_where_it_is() -> None:
+    model, images, calls = make_model(), some_images(4), []
+    attack = Patch(ThreatModel("patch", "1/8"), steps=2, places=2)
+    attack.run(model, images, model(images).argmax(1), report=lambda *call: calls.append(call))
+    assert [call[:2] for call in calls[:3]] == [
+        ("patch-2x2", "place 1 of 2, step 1 of 2"),
+        ("patch-2x2", "place 1 of 2, step 2 of 2"),
+        ("patch-2x2", "place 2 of 2, step 1 of 2"),
+    ]
+
+
 def test_only_gradients_inside_of_the_square_are_counted() -> None:
     model, images = make_model(), some_images(8)
     result = Patch(QUARTER, steps=2, places=1).run(model, images, model(images).argmax(1))

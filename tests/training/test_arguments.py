@@ -122,6 +122,7 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path, name, value):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1."),
         ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0 must be at least 1."),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1."),
+        ({"norm": "patch", "epsilon": "1/8"}, "PGD is built for linf, l2, l1, not for patch 0.125"),
         ({"seed": -1}, "seed=-1 must be a whole number from 0 to 4294967295."),
         ({"seed": 2**32}, "seed=4294967296 must be a whole number from 0 to 4294967295."),
         ({"data_seed": -1}, "data_seed=-1 must be a whole number from 0 to 4294967295."),
