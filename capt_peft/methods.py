@@ -139,7 +139,7 @@ class Adapter:
 
 
 PROMPTS = "prompts"
-# the learning rates are not tuned: one rate each was looked at on validation images of the digits
+# the learning rates are not tuned: one or two each were looked at on validation images of the digits
 ADAPTERS: dict[str, Adapter] = {
     "lora": Adapter(
         LoraConfig, {"target_modules": ["q_proj", "v_proj"]}, {"optim": "adamw_torch", "learning_rate": 5e-3}
