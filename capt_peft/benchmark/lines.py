@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..attacks import parse_attack
+from ..defences import adaptive, parse_defence
 from ..results.accuracy import Accuracy
 from ..utils.outputs import OutputLock
 from .plan import Cell, Target
@@ -35,6 +37,7 @@ class Result:
         worst_case: The share of images that no attack broke; None in lines of versions that did not count it.
         template: The text of a class, or several; None in such lines.
         by_protocol: The share of images that no attack of the published protocol broke; None without one.
+        undefended: Clean and worst-case accuracy of the same images without the defence; None if the cell has none.
     """
 
     task: str
@@ -44,6 +47,7 @@ class Result:
     worst_case: Accuracy | None = None
     template: str | tuple[str, ...] | None = None
     by_protocol: Accuracy | None = None
+    undefended: tuple[Accuracy, Accuracy] | None = None
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Result:
@@ -61,7 +65,9 @@ class Result:
         )
         template = row.get("template")
         template = tuple(template) if isinstance(template, list) else template
-        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, template, named)
+        without = row.get("undefended")
+        undefended = None if without is None else (_accuracy(without["clean"]), _accuracy(without["worst_case"]))
+        return cls(row["task"], row["classes"], _accuracy(row["clean"]), attacks, worst, template, named, undefended)
 
 
 @dataclass(frozen=True)
@@ -212,12 +218,22 @@ def is_whole(line: Mapping[str, Any], cell: Cell) -> bool:
             line["status"] == "finished"
             and line["cell"] == cell.to_dict()
             and [Target(result.task, result.classes) for result in results] == list(cell.targets)
-            and all(len(r.attacks) == len(set(cell.attacks)) and r.worst_case is not None for r in results)
+            and all(_has_all(result, cell) for result in results)
             and (cell.evaluation_protocol is None or all(r.by_protocol is not None for r in results))
             and (not cell.tuned or isinstance(line["training"], dict))
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
+
+
+def _has_all(result: Result, cell: Cell) -> bool:
+    """Returns whether a result has a figure for each attack of the cell and, with a defence, for each way to it."""
+    if result.worst_case is None or bool(cell.defence) != (result.undefended is not None):
+        return False
+    expected = [parse_attack(name, cell.threat) for name in dict.fromkeys(cell.attacks)]
+    if cell.defence:
+        expected = adaptive(expected, parse_defence(cell.defence))
+    return [attack.name for attack in expected] == list(result.attacks)
 
 
 def _is_json(text: bytes) -> bool:
@@ -235,10 +251,16 @@ def _contradiction(row: Mapping[str, Any]) -> str | None:
         attacks["the protocol"] = row["by_protocol"]
     counts = {"clean": clean, **attacks} | ({} if worst is None else {"the worst case": worst})
     for name, count in counts.items():
-        if count["n"] < 1 or not 0 <= count["correct"] <= count["n"]:
+        decisions = count.get("decisions", 1)
+        if count["n"] < 1 or decisions < 1 or not 0 <= count["correct"] <= count["n"] * decisions:
             return f"{name}: {_of(count)} is not an accuracy"
-        if count["n"] != clean["n"] or count["correct"] > clean["correct"]:
+        if (count["n"], decisions) != (clean["n"], clean.get("decisions", 1)) or count["correct"] > clean["correct"]:
             return f"{name}: {_of(count)} cannot be beside {_of(clean)} of clean images"
+    if (without := row.get("undefended")) is not None:
+        if why := _contradiction({"clean": without["clean"], "attacks": {"the worst case": without["worst_case"]}}):
+            return f"without the defence, {why}"
+        if without["clean"]["n"] != clean["n"]:
+            return f"without the defence, {_of(without['clean'])} cannot be beside {_of(clean)} of clean images"
     for name, count in attacks.items():
         if worst is not None and worst["correct"] > count["correct"]:
             return f"the worst case: {_of(worst)} cannot be beside {_of(count)} under {name}"
@@ -250,4 +272,5 @@ def _of(count: Mapping[str, Any]) -> str:
 
 
 def _accuracy(count: Mapping[str, Any]) -> Accuracy:
-    return Accuracy(operator.index(count["correct"]), operator.index(count["n"]))
+    correct, n = operator.index(count["correct"]), operator.index(count["n"])
+    return Accuracy(correct, n, operator.index(count.get("decisions", 1)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..attacks import Protocol, ThreatModel, get_protocol, known_protocols, parse_attack, parse_fraction
 from ..data.task import SPLITS
+from ..defences import parse_defence
 from ..methods import METHODS, PROMPT_FIELDS, conflicts, method_name, method_settings
 from ..randomness import check_seed
 from ..training import CaptTrainingArguments
@@ -56,6 +57,7 @@ class Cell:
         limit: Images of a split that are measured, drawn by seed 0; None: all.
         targets: What is measured.
         settings: Other fields of `CaptTrainingArguments`, and `teacher`.
+        defence: Name of the defence in front of the classifier when it is measured; "" for none.
         prompts: Fields of `CaptConfig`; with a `template`, it is the text of all tuned methods on all data sets, as in the
             published protocols; without, each data set has its own.
         evaluation_protocol: The published protocol that it is measured by (`capt_peft.attacks.known_protocols`), which also
@@ -80,13 +82,12 @@ class Cell:
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: Mapping[str, Any] = field(default_factory=dict)
     evaluation_protocol: str | None = None
+    defence: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields, in JSON types; without a published protocol as before there were any, so that keys are the same."""
+        """Returns all fields, in JSON types; without those of `_LATER` that are as before they were there."""
         content: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        if self.evaluation_protocol is None:
-            del content["evaluation_protocol"]
-        return content
+        return {name: value for name, value in content.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Cell:
@@ -116,6 +117,7 @@ class Cell:
         content = self.to_dict()
         measured = (
             "suite", "protocol", "variant", "split", "attacks", "eval_step_size", "limit", "targets", "evaluation_protocol",
+            "defence",
         )  # fmt: skip
         return _hash({k: v for k, v in content.items() if k not in measured} | {"classes": self.train_classes})
 
@@ -132,8 +134,9 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """The method, and the variant if it has one."""
-        return f"{self.method} ({self.variant})" if self.variant else self.method
+        """The method, with the variant and the defence if it has them: "capt (short) + ttc"."""
+        name = f"{self.method} ({self.variant})" if self.variant else self.method
+        return f"{name} + {self.defence}" if self.defence else name
 
     @property
     def tuned(self) -> bool:
@@ -179,6 +182,7 @@ class Plan:
         transfer_shots: Shots of base-to-new, cross-dataset and shift.
         evaluation_protocol: Name of a published protocol that is measured by: its attacks, step size, norm, epsilon and images
             in place of the suite's; what contradicts it is refused. The threat model is also that of the tuning. None: none.
+        defences: Names of defences that each adapter is measured with; "" is none.
     """
 
     suite: Suite
@@ -196,9 +200,10 @@ class Plan:
     split: str = "test"
     transfer_shots: Shots = 16
     evaluation_protocol: str | None = None
+    defences: Sequence[str] = ("",)
 
     def __post_init__(self) -> None:
-        for name in ("methods", "protocols", "shots", "seeds"):
+        for name in ("methods", "protocols", "shots", "seeds", "defences"):
             if not getattr(self, name):
                 raise ValueError(f"There are no {name}, so that nothing would run.")
         for name, values, allowed in (
@@ -224,8 +229,14 @@ class Plan:
             raise ValueError(f"limit={self.limit} must be at least 1, or 0 for all images.")
         for attack in self.attacks or ():
             parse_attack(attack, ThreatModel("linf", "0"))  # or it would be refused when the first adapter is tuned
+        for defence in filter(None, self.defences):
+            parse_defence(defence)
         if self.evaluation_protocol is not None:
             self._check_protocol(get_protocol(self.evaluation_protocol))
+            if any(self.defences):
+                raise ValueError(
+                    f"The protocol {self.evaluation_protocol} has attacks that know no defence: leave it out, or the defences."
+                )
 
     def _check_protocol(self, named: Protocol) -> None:
         """Raises a ValueError where something that was asked for contradicts the published protocol."""
@@ -266,9 +277,9 @@ class Plan:
             for variant, changed in self.variants.items():
                 name = "" if method == ZERO_SHOT else variant
                 common = self._common(method, changed)
-                for count, (task, targets) in product(shots, self._places(protocol)):
+                for count, (task, targets), defence in product(shots, self._places(protocol), self.defences):
                     cell = Cell(
-                        self.suite.name, protocol, method, name, task, count, seed, targets=targets, **common
+                        self.suite.name, protocol, method, name, task, count, seed, targets=targets, defence=defence, **common
                     )  # fmt: skip
                     found[cell.key] = cell
         return list(found.values())
@@ -351,6 +362,8 @@ def _agrees(protocol: Protocol, name: str, settings: Mapping[str, Any]) -> bool:
         return False
 
 
+# fields that came later, which do not change the keys of cells that have no use for them
+_LATER: dict[str, Any] = {"evaluation_protocol": None, "defence": ""}
 _PROMPTS = PROMPT_FIELDS - {"class_names", "class_texts", "template_token_ids"}
 _FLOATS = {f.name for kind in (CaptTrainingArguments, CaptConfig) for f in fields(kind) if f.type in (float, "float")}
 _OF_A_RUN = {"output_dir", "seed", "eval_attack", "hub_token"}

@@ -22,12 +22,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, set_seed
 
-from ..attacks import parse_attack
+from ..attacks import ThreatModel, parse_attack
 from ..attacks.pgd import with_step_size
 from ..clip.classifier import ZeroShotClassifier
+from ..defences import Defended, adaptive, parse_defence
 from ..evaluation import evaluate
 from ..methods import make_trainer
 from ..results.accuracy import Accuracy
+from ..results.defence import WithoutDefence
 from ..results.run import count_parameters
 from ..training import CaptTrainingArguments
 from ..tuner.fingerprint import adapter_fingerprint
@@ -178,8 +180,9 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     classifier = ZeroShotClassifier(model, processor, task.class_names, template, class_texts=task.class_texts)
     attacks = [with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
     data, named = drawn(task[cell.split], cell.images_in(target.task)), cell.evaluation_protocol
-    evaluation = evaluate(classifier, data, attacks, seed=cell.seed, signs=False, protocol=named, progress=False)
-    figure = evaluation.by_protocol(cell.threat)
+    measured = Defended(classifier, parse_defence(cell.defence)) if cell.defence else classifier
+    evaluation = evaluate(measured, data, attacks, seed=cell.seed, signs=False, protocol=named, progress=False)
+    figure, without = evaluation.by_protocol(cell.threat), evaluation.undefended
     return {
         "task": target.task,
         "classes": target.classes,
@@ -188,11 +191,21 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
         "attacks": {outcome.name: _count(outcome.accuracy) for outcome in evaluation.attacks},
         "worst_case": _count(evaluation.robust),
         **({} if figure is None else {"by_protocol": _count(figure)}),
+        **({} if without is None else {"undefended": _without(without, cell.threat)}),
+    }
+
+
+def _without(without: WithoutDefence, threat: ThreatModel) -> dict[str, Any]:
+    return {
+        "clean": _count(without.clean),
+        "worst_case": _count(without.worst_case[threat]),
+        "forwards": without.forwards,
     }
 
 
 def _count(accuracy: Accuracy) -> dict[str, int]:
-    return {"correct": accuracy.correct, "n": accuracy.n}
+    several = {} if accuracy.decisions == 1 else {"decisions": accuracy.decisions}
+    return {"correct": accuracy.correct, "n": accuracy.n, **several}
 
 
 # ------------------------------------------------------------------------------------------------------------ one plan
@@ -376,6 +389,8 @@ def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root
 def passes(cell: Cell) -> float:
     """Returns about how many images go through the image tower, forward or backward, when the cell is run."""
     attacks = [parse_attack(name, cell.threat) for name in cell.attacks]
+    if cell.defence:
+        attacks = adaptive(attacks, parse_defence(cell.defence))  # at a pass a decision, which is too little
     measured = (cell.limit or _TEST_IMAGES) * len(cell.targets) * (1 + sum(attack.passes for attack in attacks))
     if not cell.tuned:
         return measured

@@ -72,6 +72,11 @@ def build_parser() -> Parser:
     parser.add_argument("--transfer_shots", default="16", help="the same for the other protocols")
     parser.add_argument("--seeds", default="0,1,2", help="seeds, each a run of its own")
     parser.add_argument("--attacks", help="attacks that measure robust accuracy; the suite's by default")
+    parser.add_argument(
+        "--defences",
+        default="none",
+        help="defences that each adapter is measured with, e.g. none,ttc; attacked by all ways",
+    )
     parser.add_argument("--limit", type=int, help="test images per data set, drawn by seed 0; 0: all")
     parser.add_argument("--split", default="test", help="split that is measured; validation to choose settings")
     parser.add_argument(
@@ -87,7 +92,7 @@ def build_parser() -> Parser:
     return parser
 
 
-LISTS = ("methods", "protocols", "tasks", "shots", "seeds", "attacks")
+LISTS = ("methods", "protocols", "tasks", "shots", "seeds", "attacks", "defences")
 QUICK_SETS = ("tasks", "shots", "seeds", "limit", "transfer_shots", "attacks", "protocol")
 
 
@@ -193,6 +198,7 @@ def make_plan(args: Namespace) -> Plan:
         "seeds": [int(seed) if seed.isdecimal() else seed for seed in names(args.seeds)],
         "tasks": names(args.tasks) if args.tasks and args.suite != "own" else None,
         "attacks": names(args.attacks or attack or "") or None,
+        "defences": ["" if name == "none" else name for name in names(args.defences)],
         "limit": args.limit,
         "settings": settings,
         **changed,

@@ -38,11 +38,12 @@ from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
 from ..data.corruptions import parse_corruptions
 from ..data.texts import read_template
+from ..defences import Defended, parse_defence
 from ..evaluation import Evaluation, evaluate
-from ..evaluation.batch import OF_FLOAT32, TARGETS, describe
 from ..evaluation.curve import robustness_curves
 from ..evaluation.retrieval import QueryAttack, parse_query_attack
 from ..evaluation.scores import draw_scores
+from ..evaluation.subject import DECISIONS, OF_FLOAT32, TARGETS, check_decisions, describe
 from ..randomness import check_seed
 from ..results.card import is_adapter
 from ..results.hub import check_update, update_card
@@ -104,6 +105,17 @@ class Arguments(RetrievalArguments):
     )
     curve: bool = field(
         default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
+    )
+    defence: str | None = field(
+        default=None,
+        metadata={
+            "help": "A defence at test time in front of the classifier, e.g. ttc; attacked by every way that knows it. An "
+            "unknown name is answered with all that there are."
+        },
+    )
+    decisions: int = field(
+        default=DECISIONS,
+        metadata={"help": "How often an image is classified where the defence is random; an even number."},
     )
     out_of_class: str | None = field(
         default=None,
@@ -205,6 +217,7 @@ def parse_args(argv: list[str]) -> Arguments:
                 f"first with capt-peft strength {shlex.quote(args.adapter)} --set {args.strength!r}."
             )
         check_strength(args.strength)
+    check_defence(args, named)
     if args.adapter is None and args.attack_target == "frozen":
         raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
     if args.update_card:
@@ -212,6 +225,42 @@ def parse_args(argv: list[str]) -> Arguments:
             raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
         check_update(args.adapter)
     return args
+
+
+def check_defence(args: Arguments, named: set[str]) -> None:
+    """Refuses an unknown defence, and options that have no meaning with one or without."""
+    if args.defence is None:
+        if "decisions" in named:
+            raise ValueError("--decisions needs --defence: without one, the same image gets the same answer.")
+        return
+    defence = parse_defence(args.defence)
+    if "decisions" in named and not defence.random:
+        raise ValueError(f"--decisions has no effect on {args.defence}, which is not random.")
+    check_decisions(args.decisions)
+    idle = [
+        name
+        for name in (
+            "attack_target",
+            "attack_template",
+            "out_of_class",
+            "retrieval",
+            "curve",
+            "update_card",
+            "corruptions",
+        )
+        if name in named and getattr(args, name)
+    ]
+    if idle:
+        why = {
+            "out_of_class": 'the answer "none of these" is one of the classifier alone',
+            "retrieval": "defences are of classifiers",
+            "curve": "its attacks do not know the defence",
+            "corruptions": "they are measured without a defence",
+            "update_card": "a card shows what the adapter does by itself",
+        }.get(idle[0], "a defended classifier is attacked by ways of its own")
+        raise ValueError(f"--{idle[0]} cannot go with --defence: {why}. Leave one of them out.")
+    if args.dtype not in OF_FLOAT32:
+        raise ValueError(f"dtype={args.dtype!r}: --defence is measured in {' or '.join(OF_FLOAT32)}. Give one of them.")
 
 
 def parse_attacks(args: Arguments) -> list[Any]:
@@ -302,8 +351,10 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     own = {k: v for k, v in asdict(args).items() if k not in left_out}
     places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
     own |= places | {"versions": versions()}
+    if own["defence"] is None:
+        del own["decisions"]
     # as before they were options: results that are there are found again
-    for option in ("class_texts", "strength", "threats", "protocol", "corruptions"):
+    for option in ("class_texts", "strength", "threats", "protocol", "corruptions", "defence"):
         if own[option] is None:
             del own[option]
     own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
@@ -313,6 +364,7 @@ def default_output(args: Arguments, model: torch.nn.Module) -> Path:
     few = [] if args.limit is None else [str(args.limit)]
     few += [] if args.strength is None else [f"strength{args.strength:g}"]
     few += [] if args.protocol is None else [args.protocol]
+    few += [] if args.defence is None else [args.defence.replace("/", "of")]
     words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
     readable = "-".join(slug(word)[:40] for word in words)
     folder = Path("outputs", "evaluation", slug(name)[-80:])
@@ -368,7 +420,7 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     if args.update_card:
         check_update(args.model, {**details, "model": describe(classifier)})
     evaluation = evaluate(
-        classifier,
+        classifier if args.defence is None else Defended(classifier, parse_defence(args.defence)),
         data,
         attacks,
         attack_target=args.attack_target,
@@ -379,6 +431,7 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
         out_of_class=outside,
         protocol=args.protocol,
         corruptions=parse_corruptions(args.corruptions) if args.corruptions else (),
+        decisions=args.decisions,
         **common,
     )
     if state.is_main_process:

@@ -28,7 +28,7 @@ WORDS = {
     "norm": ("capt_peft.attacks.threat", "NORMS"),
     "coupling": ("capt_peft.tuner.config", "COUPLINGS"),
     "init": ("capt_peft.tuner.config", "INITS"),
-    "attack_target": ("capt_peft.evaluation.batch", "TARGETS"),
+    "attack_target": ("capt_peft.evaluation.subject", "TARGETS"),
 }
 FRACTIONS = ("epsilon", "attack_step_size", "eval_step_size")
 LISTS = ("methods", "protocols", "epsilon")  # with commas, where the command says so

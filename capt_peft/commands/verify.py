@@ -25,7 +25,7 @@ from peft import PeftModel
 from ..attacks import parse_attack
 from ..clip.classifier import ZeroShotClassifier
 from ..evaluation import Evaluation, Verification, verify
-from ..evaluation.batch import describe
+from ..evaluation.subject import describe
 from ..results.evaluation import EVALUATION
 from ..results.kept import images_path
 from ..tuner.config import DEFAULT_TEMPLATE

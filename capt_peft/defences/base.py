@@ -106,12 +106,14 @@ class Defence(ABC):
         pattern: Regular expression of its names; its named groups are settings.
         help: Its names, or their shapes, each with what it means.
         random: Whether the same image can get different logits.
+        samples: Draws of a random defence that one gradient is averaged over, where the way is "expectation".
         ways: Those of `straight_through` and `unrolled` whose gradients are not the same: what a white-box attack has to try.
     """
 
     pattern: ClassVar[str]
     help: ClassVar[dict[str, str]]
     random: ClassVar[bool] = False
+    samples: ClassVar[int] = 20  # as AutoAttack's version for random classifiers
     ways: ClassVar[tuple[str, ...]] = ("unrolled",)
 
     @property

@@ -18,7 +18,6 @@ WAYS = {
     "black-box": "answers of the defended classifier alone, without gradients",
 }
 QUERIES = 200  # of Square, where no black-box attack was asked for
-SAMPLES = 8  # draws of a random defence that one gradient is averaged over
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def adaptive(attacks: Sequence[Attack], defence: Defence) -> list[Attack]:
     found = []
     for attack in attacks:
         for way in ways if attack.uses_gradients else ("transfer", "black-box"):
-            found.append(Through(attack, way, samples=SAMPLES if way == "expectation" else 1))
+            found.append(Through(attack, way, samples=defence.samples if way == "expectation" else 1))
     for threat in dict.fromkeys(attack.threat_model for attack in attacks):
         if not any(a.way == "black-box" and a.threat_model == threat for a in found):
             found.append(Through(Square(threat, queries=QUERIES), "black-box"))

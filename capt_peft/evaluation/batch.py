@@ -1,8 +1,7 @@
-"""One batch: the classifier that is attacked, the one that decides, and the record of what became of each image."""
+"""One batch: attacked, decided, and the record of what became of each image."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,187 +9,19 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attacks import Attack, AttackResult, LogitsFn, ThreatModel
 from ..attacks.base import Guarded, Report
 from ..attacks.threat import check_images
 from ..clip.classifier import ZeroShotClassifier
-from ..data.texts import Template, read_template
+from ..defences import Through
 from ..randomness import example_generators
-from ..tuner import adapters_in_use
-from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint, tensors_fingerprint
-from ..tuner.others import settings_of
-from ..utils.embedded import embedded_name
-from ..utils.machine import tf32_in_use
-from ..utils.modules import arrays_in, modules_in
+from .subject import Decided, Subject
 
-TARGETS = ("tuned", "frozen")
-OF_FLOAT32 = ("float32", "tf32")  # precisions of float32 weights
 _ROUNDING = 1e-6
-_CLEAN = ("index", "label", "prediction", "confidence")  # what is recorded where nothing was attacked
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A classifier as an evaluation uses it; the text features are computed once for all of it.
-
-    Attributes:
-        attacked: What attacks differentiate through: pixels (B, 3, H, W) in [0, 1] -> logits (B, N).
-        scored: What decides whether an answer is right: the same in float32.
-        attacked_is_other: Whether attacks see another function than the one that decides: of other texts, weights or precision.
-        white_box: Whether attacks see the very model that is scored; robust accuracy is measured no other way.
-        precision: The lowest precision of the parameters and of autocast around attacks, such as "float32", "tf32" or "bfloat16".
-        device: Where the pixels go.
-        description: Base model, adapter, their fingerprints, classes and their texts, for results.
-        temperature: What logits are divided by before their softmax makes scores: an adapter's, where it is calibrated.
-    """
-
-    attacked: Guarded
-    scored: Guarded
-    attacked_is_other: bool
-    white_box: bool
-    precision: str
-    device: torch.device
-    description: dict[str, Any]
-    temperature: float = 1.0
-
-    def confidence(self, logits: Tensor) -> list[float]:
-        """Returns the score of the predicted class of each image, by its logits (B, N)."""
-        scores: list[float] = (logits.cpu().double() / self.temperature).softmax(1).amax(1).tolist()
-        return scores
-
-
-def subject_of(classifier: LogitsFn, attack_target: str = "tuned", attack_template: Template | None = None) -> Subject:
-    """Returns a classifier as an evaluation uses it; arguments as for `evaluate`.
-
-    Raises:
-        ValueError: An unknown target, or a target or template for a callable that has none.
-    """
-    if attack_target not in TARGETS:
-        raise ValueError(f"attack_target={attack_target!r} is unknown: it must be 'tuned' (white box) or 'frozen'.")
-    if isinstance(classifier, ZeroShotClassifier):
-        return _subject_of_clip(classifier, attack_target, attack_template)
-    if attack_target != "tuned" or attack_template is not None:
-        raise ValueError(
-            "attack_target and attack_template need a ZeroShotClassifier: only it has an adapter and texts."
-        )
-    if not callable(classifier):
-        raise ValueError(f"A classifier or a callable from pixels to logits is needed, got {classifier!r}.")
-    return _subject_of_callable(classifier)
-
-
-def _subject_of_clip(classifier: ZeroShotClassifier, target: str, template: Template | None) -> Subject:
-    precision = _precision(classifier)
-    precise = classifier if precision in OF_FLOAT32 else copy.deepcopy(classifier).float()
-    scored = precise.with_fixed_texts()
-    attacked = scored if precise is classifier else classifier.with_fixed_texts()
-    seen = classifier
-    if template is not None and (classifier.class_texts or read_template(template) != classifier.template):
-        seen = ZeroShotClassifier(classifier.model, classifier.processor, classifier.class_names, template).eval()
-        attacked = seen.with_fixed_texts()
-    if target == "frozen":
-        with classifier.frozen():
-            attacked = _frozen(classifier, seen.with_fixed_texts())
-    return Subject(
-        attacked=Guarded(attacked),
-        scored=Guarded(_in_float32(scored, classifier.device)),
-        attacked_is_other=attacked is not scored,
-        white_box=target == "tuned" and seen is classifier,
-        precision=precision,
-        device=classifier.device,
-        description=describe(classifier),
-        temperature=1.0 if (calibration := classifier.calibration) is None else calibration.temperature,
-    )
-
-
-def _subject_of_callable(function: LogitsFn) -> Subject:
-    modules = modules_in(function)
-    state = [(f"{i}.{name}", value) for i, each in enumerate(modules) for name, value in _tensors(each)]
-    state += [(f"array {i}", value) for i, value in enumerate(arrays_in(function))]
-    adapters = [adapter for module in modules for adapter in _adapters(module)]
-    device, precise, precision = torch.device("cpu"), function, "float32"
-    if isinstance(function, nn.Module):
-        device = next((value.device for _, value in _tensors(function)), device)
-        precision = _precision(function)
-        precise = function if precision in OF_FLOAT32 else copy.deepcopy(function).float()
-    return Subject(
-        attacked=Guarded(function),
-        scored=Guarded(_in_float32(precise, device)),
-        attacked_is_other=precise is not function,
-        white_box=True,
-        precision=precision,
-        device=device,
-        description={
-            "callable": getattr(function, "__qualname__", type(function).__qualname__),
-            **({"fingerprint": tensors_fingerprint(state)} if state else {}),
-            **({"adapters": adapters} if adapters else {}),
-        },
-    )
-
-
-def describe(classifier: ZeroShotClassifier) -> dict[str, Any]:
-    """Returns what a classifier is made of: base model, adapter, fingerprints, classes, texts, precision and pixels."""
-    model: Any = classifier.model
-    adapters = _adapters(model)
-    adapter = None
-    if adapters:
-        adapter = {**adapters[0], "config": settings_of(model.peft_config[adapters[0]["name"]])}
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = base.config._name_or_path
-    return {
-        "base": {"name": embedded_name(name) or name, "fingerprint": base_fingerprint(base)},
-        "adapter": adapter,
-        **({"adapters": adapters} if len(adapters) > 1 else {}),
-        "class_names": list(classifier.class_names),
-        "template": classifier.template,
-        **({"class_texts": classifier.class_texts} if classifier.class_texts else {}),
-        "precision": _precision(classifier),
-        "pixels": classifier.transform.to_dict(),
-    }
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
-
-
-def _adapters(model: nn.Module) -> list[dict[str, Any]]:
-    """Returns names and fingerprints of the adapters that act, of whatever PEFT method."""
-    if not hasattr(model, "peft_config"):
-        return []
-    return [{"name": name, "fingerprint": adapter_fingerprint(model, name)} for name in adapters_in_use(model)]
-
-
-def _frozen(classifier: ZeroShotClassifier, function: LogitsFn) -> LogitsFn:
-    def logits(pixels: Tensor) -> Tensor:
-        with classifier.frozen():
-            return function(pixels)
-
-    return logits
-
-
-def _in_float32(function: LogitsFn, device: torch.device) -> LogitsFn:
-    def logits(pixels: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return function(pixels).float()
-
-    return logits
-
-
-def _precision(model: nn.Module) -> str:
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
-    found = lowest(dtypes)
-    return "tf32" if found == "float32" and tf32_in_use(device) else found
-
-
-def lowest(dtypes: Iterable[torch.dtype]) -> str:
-    """Returns the name of the type of the fewest bits, such as "bfloat16"; "float32" where none has fewer."""
-    least = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
-    return "float32" if torch.finfo(least).bits >= 32 else str(least).removeprefix("torch.")
+# what is recorded where nothing was attacked
+_CLEAN = ("index", "label", "prediction", "confidence", "decided", "undefended", "forwards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +36,8 @@ class BatchRecord:
     norm: list[float] = field(default_factory=list)  # the length of the perturbation
     broken_by: list[str | None] = field(default_factory=list)  # the attack, or part of one, that turned a right answer
     zero_gradients: list[float] = field(default_factory=list)  # shares at the first step, of images that had gradients
+    decided: list[int] = field(default_factory=list)  # of a random defence, which decisions are right, as bits
+    undefended: list[int] = field(default_factory=list)  # the prediction without the defence on the same image
     parts: list[dict[str, Any]] = field(
         default_factory=list
     )  # how many images each attack of an ensemble got and broke
@@ -215,7 +48,9 @@ class BatchRecord:
     changed: int = 0  # images on which the attack's precision and float32 disagree about right or wrong
 
     def right(self) -> int:
-        """Returns the number of images whose prediction is right."""
+        """Returns the number of images whose prediction is right or, of several decisions on each, of right decisions."""
+        if self.decided:
+            return sum(bits.bit_count() for bits in self.decided)
         return sum(a == b for a, b in zip(self.prediction, self.label, strict=True))
 
     def wrong(self) -> set[int]:
@@ -229,7 +64,8 @@ class BatchRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record in JSON types; without an attack, only what there is."""
-        return {name: value for name, value in vars(self).items() if self.clean or name in _CLEAN}
+        given = {name: value for name, value in vars(self).items() if self.clean or (name in _CLEAN and value)}
+        return {name: value for name, value in given.items() if value or name not in ("decided", "undefended")}
 
     @classmethod
     def joined(cls, records: Iterable[Mapping[str, Any]]) -> BatchRecord:
@@ -259,15 +95,19 @@ class _Counted(Guarded):
         return super().__call__(images)
 
 
-def score_batch(subject: Subject, pixels: Tensor, labels: Tensor, indices: list[int]) -> BatchRecord:
+def score_batch(subject: Subject, pixels: Tensor, labels: Tensor, indices: list[int], seed: int) -> BatchRecord:
     """Records the predictions on a batch without an attack; arguments as for `attack_batch`."""
     check_images(pixels, labels)
-    logits = subject.scored(pixels)
+    before = 0 if subject.counts is None else subject.counts[1].forwards
+    found = subject.decide(pixels, labels, indices, seed)
     return BatchRecord(
         index=indices,
         label=labels.tolist(),
-        prediction=logits.argmax(1).tolist(),
-        confidence=subject.confidence(logits),
+        prediction=found.prediction.tolist(),
+        confidence=found.confidence,
+        decided=found.bits(),
+        undefended=[] if subject.undefended is None else subject.undefended(pixels).argmax(1).tolist(),
+        forwards=0 if subject.counts is None else subject.counts[1].forwards - before,
     )
 
 
@@ -279,10 +119,12 @@ def attack_batch(
     indices: list[int],
     seed: int,
     report: Report | None = None,
+    clean: BatchRecord | None = None,
 ) -> tuple[BatchRecord, Tensor]:
     """Attacks the images of a batch that are classified correctly; returns what became of all, and the adversarial images.
 
-    Leaving out the others changes no accuracy: an image counts as robust only if it is right before and after the attack.
+    Leaving out the others changes no accuracy: an image counts as robust only if it is right before and after the attack. One
+    that goes by transfer gets those that are right without the defence, too.
 
     Args:
         subject: What is attacked and what decides.
@@ -292,51 +134,109 @@ def attack_batch(
         indices: The B places of the images in their dataset.
         seed: Seed of the attack.
         report: Called as the attack goes on.
+        clean: What `score_batch` recorded of these images; by default they are classified again.
     """
-    logits = subject.scored(pixels)  # (B, N)
-    clean = logits.argmax(1)  # (B,)
-    right = (clean == labels).nonzero().squeeze(1)  # (A,)
-    counted = _Counted(subject.attacked.logits_fn)
-    adversarial, prediction = pixels.clone(), clean.clone()
+    if clean is None:
+        clean = score_batch(subject, pixels, labels, indices, seed)
+    before = _as_before(clean, labels, subject.decisions)
+    transfers = subject.undefended is not None and isinstance(attack, Through) and attack.way == "transfer"
+    undefended = torch.tensor(clean.undefended, device=labels.device) if transfers else None
+    given = before.right.any(0) if undefended is None else before.right.any(0) | (undefended == labels)  # (B,)
+    right = given.nonzero().squeeze(1)  # (A,)
+    seen = subject.surface(attack)
+    counted = _Counted(seen.logits_fn)
+    counts: Any = counted if subject.counts is None else subject.counts[0]
+    forwards, gradients = counts.forwards, counts.gradients
+    adversarial, after = pixels.clone(), before
     result, rows = AttackResult(pixels[right], pixels.new_empty(0)), right.tolist()
     if len(right):
         generators = example_generators(seed, [indices[i] for i in rows], stream="evaluation", device=pixels.device)
         result = attack.run(counted, pixels[right], labels[right], generators, report=report)
         check_inside(attack.name, attack.threat_model, result.images, pixels[right])
         adversarial[right] = result.images
-        logits[right] = subject.scored(result.images)
-        prediction[right] = logits[right].argmax(1)
-    before, after = clean.tolist(), prediction.tolist()
+    forwards, gradients = counts.forwards - forwards, counts.gradients - gradients
+    if len(right):
+        after = _decide_again(subject, before, adversarial, labels, indices, seed, right)
+        if undefended is not None:
+            assert subject.undefended is not None
+            found = subject.undefended(adversarial).argmax(1)
+            undefended = torch.where(undefended == labels, found, undefended)
+    answers, answered = before.prediction.tolist(), after.prediction.tolist()
     broken = [(part.name, part.broken.tolist()) for part in result.parts]
     broken_by: list[str | None] = [None] * len(pixels)
     for place, row in enumerate(rows):
-        if before[row] != after[row]:
+        if answers[row] == clean.label[row] != answered[row]:
             broken_by[row] = next((name for name, by_part in broken if by_part[place]), attack.name)
     changed = 0
-    if subject.precision != "float32":
+    if subject.precision != "float32" and subject.undefended is None:
         with torch.no_grad():
-            answers = subject.attacked(adversarial).argmax(1)
-        changed = int(((answers == labels) != (prediction == labels)).sum())
+            in_low = subject.attacked(adversarial).argmax(1)
+        changed = int(((in_low == labels) != (after.prediction == labels)).sum())
     record = BatchRecord(
         index=indices,
         label=labels.tolist(),
-        clean=before,
-        prediction=after,
-        confidence=subject.confidence(logits),
+        clean=answers,
+        prediction=answered,
+        confidence=after.confidence,
         norm=attack.threat_model.norm_of(adversarial - pixels).tolist(),
         broken_by=broken_by,
         zero_gradients=[share for share in result.zero_gradient_share.tolist() if not math.isnan(share)],
+        decided=after.bits(),
+        undefended=[] if undefended is None else undefended.tolist(),
         parts=[
             {"name": part.name, "attacked": part.attacked, "broken": sum(by_part)}
             for part, (_, by_part) in zip(result.parts, broken, strict=True)
         ],
         notes=list(result.notes),
         attacked=len(right),
-        forwards=counted.forwards,
-        gradients=counted.gradients,
+        forwards=forwards,
+        gradients=gradients,
         changed=changed,
     )
     return record, adversarial
+
+
+def _as_before(record: BatchRecord, labels: Tensor, decisions: int) -> Decided:
+    """Returns what a record without an attack says that a classifier answered."""
+    prediction = torch.tensor(record.prediction, device=labels.device)
+    if decisions == 1:
+        return Decided(prediction, record.confidence, (prediction == labels)[None])
+    bits = torch.tensor(record.decided, device=labels.device)
+    right = torch.stack([(bits >> number) & 1 for number in range(decisions)]).bool()
+    return Decided(prediction, [], right)
+
+
+def _decide_again(
+    subject: Subject,
+    before: Decided,
+    adversarial: Tensor,
+    labels: Tensor,
+    indices: list[int],
+    seed: int,
+    attacked: Tensor,
+) -> Decided:
+    """Returns what a classifier answers after an attack; what was wrong before stays so.
+
+    Args:
+        subject: What decides.
+        before: Its answers before the attack.
+        adversarial: (B, 3, H, W) images, of which those at `attacked` (A,) are others than before.
+        labels: (B,) class indices.
+        indices: The places of the images in their dataset.
+        seed: Seed of the evaluation.
+        attacked: (A,) the rows that were attacked.
+    """
+    if subject.decisions > 1:  # all rows, so that what is drawn for an image is what was drawn before
+        found = subject.decide(adversarial, labels, indices, seed)
+        return Decided(found.prediction, [], before.right & found.right)
+    found = subject.decide(adversarial[attacked], labels[attacked], indices, seed)
+    prediction, confidence, right = before.prediction.clone(), list(before.confidence), before.right.clone()
+    for row, new, score, stands in zip(
+        attacked.tolist(), found.prediction.tolist(), found.confidence, found.right[0].tolist(), strict=True
+    ):
+        if right[0, row]:
+            prediction[row], confidence[row], right[0, row] = new, score, stands
+    return Decided(prediction, confidence, right)
 
 
 def check_inside(name: str, threat_model: ThreatModel, adversarial: Tensor, pixels: Tensor) -> None:

@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from ..data.corruptions import corrupt
 from ..results.corrupted import CorruptedAccuracy
-from .batch import BatchRecord, Subject, score_batch
+from .batch import BatchRecord, score_batch
 from .images import Examples
 from .resume import Jobs
+from .subject import Subject
 
 _PIECES = "corrupted-"
 
@@ -46,7 +47,8 @@ def measure_corrupted(
     for name, piece, indices in tqdm(own, "corruptions", disable=not (progress and state.is_main_process)):
         if piece not in jobs.done:
             pixels, labels = examples.batch(indices, subject.device)
-            jobs.keep(piece, score_batch(subject, corrupt_pixels(pixels, name, seed), labels, indices).to_dict())
+            corrupted = corrupt_pixels(pixels, name, seed)
+            jobs.keep(piece, score_batch(subject, corrupted, labels, indices, seed).to_dict())
     done = {name: result for part in gather_object([jobs.done]) for name, result in part.items()}
     right = {}
     for name in corruptions:

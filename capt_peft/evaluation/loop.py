@@ -23,6 +23,7 @@ from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data.corruptions import parse_corruptions
 from ..data.texts import Template, read_template
+from ..defences import Defended, adaptive
 from ..randomness import check_seed
 from ..results.evaluation import Evaluation, changes, examples_path
 from ..results.kept import images_path
@@ -31,13 +32,14 @@ from ..utils.machine import versions
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.text import some
-from .batch import Attacked, BatchRecord, Subject, attack_batch, score_batch, subject_of
+from .batch import Attacked, BatchRecord, attack_batch, score_batch
 from .corruption import measure_corrupted
 from .images import Examples
 from .merge import merge
 from .rejection import Rejecting
 from .resume import Jobs, finished, sample_logits
 from .signs import probe
+from .subject import DECISIONS, Subject, subject_of
 from .worst import keep_piece, keep_worst, piece_path
 
 SIGNS = "signs"
@@ -59,18 +61,20 @@ def evaluate(
     out_of_class: datasets.Dataset | Tensor | None = None,
     protocol: str | None = None,
     corruptions: Sequence[str] = (),
+    decisions: int = DECISIONS,
     details: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measures clean accuracy, and accuracy under each attack and in the worst case over them.
 
-    White box through the prompts, unless `attack_target` or `attack_template` say otherwise; only then is it robust accuracy. The
+    White box through the prompts, unless `attack_target` or `attack_template` say otherwise; only then is it robust accuracy. A
+    `Defended` classifier is attacked by every way that knows its defence (`defences.adaptive`), and the worst of them counts. The
     processes of `accelerate launch` or `torchrun` share the work. With `output`, a killed evaluation resumes where it stopped
     when it is called again, and ends in the same file.
 
     Args:
-        classifier: A `ZeroShotClassifier`, or any callable from pixels (B, 3, H, W) in [0, 1] to logits (B, N); measured in
-            eval mode and given back in the mode it had.
+        classifier: A `ZeroShotClassifier`, one with a defence (`Defended`), or any callable from pixels (B, 3, H, W) in [0, 1] to
+            logits (B, N); measured in eval mode and given back in the mode it had.
         data: A split of a task (columns `image` and `label`), or, for any classifier, pixels (n, 3, H, W) and labels (n,).
         attacks: Attacks, each with its threat model; none measures clean accuracy alone.
         batch_size: Images per piece of work. It changes no random number.
@@ -92,6 +96,8 @@ def evaluate(
             own, with its settings. How many images it measures, of which split and with which text is for the caller to keep to.
         corruptions: Common corruptions under which accuracy is measured too, such as "fog-3" (`data.parse_corruptions`); they
             change the images as the model sees them, drawn by the same seed, and are no adversary.
+        decisions: How often each image is classified where a defence is random, an even number from 2 to 62: accuracy is then the
+            mean probability of a right answer.
         details: What else the figures depend on, for the record (JSON types).
         progress: Show a progress bar, in the main process.
 
@@ -120,11 +126,15 @@ def evaluate(
             )
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
     with mode, buffers_kept(modules_in(classifier)):
-        subject = subject_of(classifier, attack_target, attack_template)
-        examples = Examples(data, classifier)
+        subject = subject_of(classifier, attack_target, attack_template, decisions)
+        if isinstance(classifier, Defended):
+            attacks = adaptive(attacks, classifier.defence)
+        examples = Examples(data, classifier.classifier if isinstance(classifier, Defended) else classifier)
         logits, classes = sample_logits(subject, examples, batch_size)
         examples.check_labels(classes)
         examples.warn_of_units(attacks)
+        if corruptions and isinstance(classifier, Defended):
+            raise ValueError("corruptions are measured without a defence: leave one of the two out.")
         outside, threshold = _rejecting(classifier, out_of_class, classes, subject)
         configuration = agreed(
             {
@@ -138,6 +148,8 @@ def evaluate(
                 "seed": seed,
                 "batch_size": batch_size,
                 "signs": signs and subject.white_box,
+                **({"defence": classifier.defence.to_dict()} if isinstance(classifier, Defended) else {}),
+                **({} if subject.decisions == 1 else {"decisions": subject.decisions}),
                 "save_images": save_images,
                 **({} if subject.temperature == 1 else {"temperature": subject.temperature}),
                 **({} if outside is None else {"rejection": {"threshold": threshold, "data": outside.to_dict()}}),
@@ -159,7 +171,7 @@ def evaluate(
         jobs = Jobs(folder, configuration, overwrite=overwrite)
         pieces = folder / "images" if folder is not None and save_images else None
         work = _Work(subject, examples, attacks, seed, batch_size, jobs, pieces, progress)
-        measured, rejection = work.measure(signs=configuration["signs"]), None
+        measured, rejection = work.measure(signs=configuration["signs"] and subject.undefended is None), None
         if outside is not None:
             rejection = Rejecting(
                 subject, examples, outside, threshold, attacks, seed, batch_size, jobs, progress
@@ -279,14 +291,14 @@ class _Work:
         total, hidden = sum(len(indices) for _, indices in batches), not (self.progress and state.is_main_process)
         # shown again at any step of an attack, at most once a second, with the rate since the start: images fall in bursts
         with tqdm(total=total, desc=title, unit="image", disable=hidden, miniters=0, mininterval=1, smoothing=0) as bar:
-            robust = seen = 0
+            robust, seen = 0.0, 0
             for piece, indices in batches:
                 kept = None
                 if self.pieces is not None and attack is not None:
                     kept = piece_path(self.pieces, number, indices[0] // self.batch_size)
                 if piece not in self.jobs.done or not (kept is None or kept.is_file()):
                     self.jobs.keep(piece, self._record(indices, attack, bar, kept).to_dict())
-                robust += BatchRecord(**self.jobs.done[piece]).right()
+                robust += BatchRecord(**self.jobs.done[piece]).right() / self.subject.decisions
                 seen += len(indices)
                 bar.update(seen - bar.n)
                 bar.set_postfix_str(f"{'right' if attack is None else 'robust'} so far {100 * robust / seen:.1f}%")
@@ -294,7 +306,7 @@ class _Work:
     def _record(self, indices: list[int], attack: Attack | None, bar: tqdm[Any], kept: Path | None) -> BatchRecord:
         pixels, labels = self.examples.batch(indices, self.subject.device)
         if attack is None:
-            return score_batch(self.subject, pixels, labels, indices)
+            return score_batch(self.subject, pixels, labels, indices, self.seed)
 
         done = bar.n + len(indices)
 
@@ -303,7 +315,8 @@ class _Work:
             bar.set_postfix_str(part + joined(stage, f"{left} image{'s' * (left != 1)} left"), refresh=False)
             bar.update(max(done - left - bar.n, 0))  # broken by a rounding error, an image may stand again
 
-        record, adversarial = attack_batch(self.subject, attack, pixels, labels, indices, self.seed, report)
+        clean = BatchRecord(**self.jobs.done[f"clean-{indices[0] // self.batch_size:06d}"])
+        record, adversarial = attack_batch(self.subject, attack, pixels, labels, indices, self.seed, report, clean)
         if kept is not None:
             keep_piece(kept, adversarial)
         return record

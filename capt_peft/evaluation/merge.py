@@ -7,14 +7,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..attacks import Attack
+from ..attacks import Attack, ThreatModel
 from ..results.accuracy import Accuracy
+from ..results.defence import WithoutDefence, worst_of_decisions
 from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation, has_union
 from ..results.rejection import Rejection
 from ..results.reliability import Reliability
 from ..utils.machine import describe_machine
-from .batch import Attacked, BatchRecord, Subject
-from .signs import read_signs
+from .batch import Attacked, BatchRecord
+from .signs import read_signs, signs_of_defence
+from .subject import Subject
 
 
 def merge(
@@ -29,22 +31,52 @@ def merge(
     n = len(clean.index)
     worst_case, broken = {}, set[int]()
     for threat in dict.fromkeys(attack.threat_model for attack, _ in attacked if subject.white_box):
-        wrong = set().union(*(record.wrong() for attack, record in attacked if attack.threat_model == threat))
-        worst_case[threat] = Accuracy(n - len(wrong), n)
-        broken |= wrong
+        within = [record for attack, record in attacked if attack.threat_model == threat]
+        if subject.decisions > 1:
+            worst_case[threat] = worst_of_decisions([record.decided for record in within], n, subject.decisions)
+        else:
+            wrong = set[int]().union(*(record.wrong() for record in within))
+            worst_case[threat] = Accuracy(n - len(wrong), n)
+            broken |= wrong
+    union = Accuracy(n - len(broken), n)
+    if subject.decisions > 1 and worst_case:
+        everything = worst_of_decisions([record.decided for _, record in attacked], n, subject.decisions)
+        union = min(everything, *worst_case.values(), key=lambda accuracy: accuracy.correct)
+    undefended = _without_defence(clean, attacked, subject)
+    signs = read_signs(probed, subject, attacked)
+    if configuration["signs"] and undefended is not None:
+        signs = signs_of_defence(attacked, undefended, worst_case)
     tables = [EXAMPLE_SCHEMA.empty_table(), *(_rows(attack, record) for attack, record in attacked)]
     return Evaluation(
-        clean=Accuracy(clean.right(), n),
+        clean=Accuracy(clean.right(), n, subject.decisions),
         attacks=tuple(_outcome(attack, record, subject) for attack, record in attacked),
         worst_case=worst_case,
-        signs=read_signs(probed, subject, attacked),
+        signs=signs,
         configuration=configuration,
         machine=describe_machine(),
         examples=pa.concat_tables(tables).combine_chunks(),
         reliability=_reliability(clean),
         rejection=rejection,
-        union=Accuracy(n - len(broken), n) if has_union(worst_case) else None,
+        union=union if has_union(worst_case) else None,
+        undefended=undefended,
     )
+
+
+def _without_defence(clean: BatchRecord, attacked: Attacked, subject: Subject) -> WithoutDefence | None:
+    """Returns the figures of the classifier without its defence; None if it has none."""
+    if subject.undefended is None:
+        return None
+    n = len(clean.index)
+    standing: dict[ThreatModel, Any] = {}
+    for attack, record in attacked:
+        if record.undefended:
+            right = [answer == label for answer, label in zip(record.undefended, record.label, strict=True)]
+            before = standing.get(attack.threat_model, [True] * n)
+            standing[attack.threat_model] = [a and b for a, b in zip(before, right, strict=True)]
+    answers = zip(clean.undefended, clean.label, strict=True)
+    count = sum(answer == label for answer, label in answers)
+    worst = {threat: Accuracy(sum(left), n) for threat, left in standing.items()}
+    return WithoutDefence(Accuracy(count, n), worst, clean.forwards / (n * subject.decisions))
 
 
 def _outcome(attack: Attack, record: BatchRecord, subject: Subject) -> AttackOutcome:
@@ -55,8 +87,8 @@ def _outcome(attack: Attack, record: BatchRecord, subject: Subject) -> AttackOut
         total["broken"] += part["broken"]
     return AttackOutcome(
         attack=attack.to_dict(),
-        accuracy=Accuracy(record.right(), len(record.index)),
-        kind=ROBUST if subject.white_box else TRANSFER,
+        accuracy=Accuracy(record.right(), len(record.index), subject.decisions),
+        kind=ROBUST if subject.white_box and attack.to_dict().get("way") != "transfer" else TRANSFER,
         broken=sum(by is not None for by in record.broken_by),
         forwards=record.forwards,
         gradients=record.gradients,
@@ -68,7 +100,7 @@ def _outcome(attack: Attack, record: BatchRecord, subject: Subject) -> AttackOut
 
 
 def _reliability(record: BatchRecord) -> Reliability | None:
-    """Returns how reliable the scores are; None where an unfinished evaluation of an earlier version left some out."""
+    """Returns how reliable the scores are; None where there are none: of random answers, and of earlier versions."""
     if len(record.confidence) != len(record.index):
         return None
     right = [a == b for a, b in zip(record.prediction, record.label, strict=True)]
@@ -77,7 +109,7 @@ def _reliability(record: BatchRecord) -> Reliability | None:
 
 def _rows(attack: Attack, record: BatchRecord) -> pa.Table:
     n = len(record.index)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "index": record.index,
         "label": record.label,
         "clean_prediction": record.clean,
@@ -88,5 +120,7 @@ def _rows(attack: Attack, record: BatchRecord) -> pa.Table:
         "broken_by": record.broken_by,
         "perturbation": record.norm,
         "score": record.confidence if len(record.confidence) == n else [None] * n,
+        "decided": record.decided or [None] * n,
+        "undefended": record.undefended or [None] * n,
     }
     return pa.table(columns, schema=EXAMPLE_SCHEMA)

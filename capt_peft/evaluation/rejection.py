@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 from ..attacks import Attack, LogitsFn
 from ..attacks.base import Guarded
 from ..results.rejection import Rejection, RejectionOutcome
-from .batch import Subject, attack_batch
+from .batch import attack_batch
 from .images import Examples
 from .resume import Jobs
+from .subject import Subject
 
 INSIDE, OUTSIDE = "inside", "outside"  # begin the names of pieces of work, each of images of one label
 

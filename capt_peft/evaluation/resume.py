@@ -20,8 +20,8 @@ from ..results.evaluation import RANDOM, SUFFIXES, TOLERANCE, Evaluation, change
 from ..results.retrieval import Retrieval
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
-from .batch import Subject
 from .images import Examples, spread
+from .subject import Subject
 
 SAMPLED = 16  # images
 KEPT = 32  # numbers per image

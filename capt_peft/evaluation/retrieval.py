@@ -28,10 +28,11 @@ from ..utils.machine import describe_machine, moved, versions
 from ..utils.modules import buffers_kept, eval_mode, modules_in
 from ..utils.outputs import main_process_says
 from ..utils.text import shown
-from .batch import OF_FLOAT32, check_inside, describe
+from .batch import check_inside
 from .images import spread
 from .loop import agreed, check_call
 from .resume import SAMPLED, Jobs, compared_logits, finished, logits_twice
+from .subject import OF_FLOAT32, describe
 
 GOALS = {
     "feature": "FARE's: moves the image's feature away from its clean one",

@@ -17,10 +17,13 @@ from ..attacks.base import pixel_gradient
 from ..attacks.losses import cross_entropy
 from ..attacks.threat import BALLS
 from ..randomness import example_generators
+from ..results.accuracy import Accuracy
+from ..results.defence import WithoutDefence
 from ..results.evaluation import Sign
 from ..utils.machine import tf32_in_use
-from .batch import Attacked, Subject, lowest
+from .batch import Attacked, BatchRecord
 from .images import Examples, spread
+from .subject import Subject, lowest
 
 PROBES = 100  # images that the probes are run on
 REPEATS = 5  # forwards that must agree
@@ -80,6 +83,14 @@ _RULES = {
         "Not checked: the model computes where PyTorch does not see it, as in NumPy.",
     ),
 }
+_TRANSFER_ONLY = _Rule(
+    0.9,
+    "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; images "
+    "made with knowledge of it leave {worst:.1f}%: what the defence gains, it gains in transfer only.",
+    "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; images "
+    "made with knowledge of it leave {worst:.1f}%.",
+    "Not checked: that needs an attack.",
+)
 _FEW_QUERIES = _Rule(
     0.02,
     "{queries} queries of Square, which sees no gradients, break {percent:.1f}% {what}, where {many} steps of PGD fail: "
@@ -215,6 +226,40 @@ def read_signs(probed: Mapping[str, Any], subject: Subject, attacked: Attacked) 
         _sign("random_outputs", probed["output_spread"]),
         _sign("probabilities_instead_of_logits", float(probed["probabilities"])),
         _sign("low_precision", None if precision is None else float(precision != "float32"), low=precision, how=how),
+    )
+
+
+def signs_of_defence(
+    attacked: Attacked, undefended: WithoutDefence, worst_case: Mapping[ThreatModel, Accuracy]
+) -> tuple[Sign, ...]:
+    """Returns the signs of a defended classifier, by its attacks alone: a gain in transfer only, and masked gradients.
+
+    The value of the first is the share of the gain under transfer that is gone in the worst case: more than 1 where the defence
+    harms.
+    """
+    shares = [share for _, record in attacked if (share := record.zero_gradient_share()) is not None]
+    lost: list[tuple[float, dict[str, Any]]] = []
+    gains = []
+    for threat, worst in worst_case.items():
+        within = [(attack, record) for attack, record in attacked if attack.threat_model == threat]
+        n = len(within[0][1].index)
+        by_way: dict[str, list[BatchRecord]] = {}
+        for attack, record in within:
+            by_way.setdefault(getattr(attack, "way", ""), []).append(record)
+        # the answers of the worst of the transferred attacks, image by image
+        transfer = min(Accuracy(r.right(), n, worst.decisions).value for r in by_way["transfer"])
+        without = undefended.worst_case[threat].value
+        gone = (transfer - worst.value) / (transfer - without) if transfer > without else 0.0
+        lost.append(
+            (gone, {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value})
+        )
+        black_box = set[int]().union(*(record.wrong() for record in by_way.pop("black-box", [])))
+        gains.append(len(black_box - set[int]().union(*(r.wrong() for rs in by_way.values() for r in rs))) / n)
+    value, words = max(lost, key=lambda found: found[0]) if lost else (None, {})
+    return (
+        _sign("gains_in_transfer_only", value, _TRANSFER_ONLY, **words),
+        _sign("square_beats_white_box", max(gains, default=None)),
+        _sign("zero_gradients", max(shares, default=None)),
     )
 
 

@@ -19,9 +19,10 @@ from ..results.kept import KeptImages, read_images
 from ..utils.machine import moved
 from ..utils.markup import plain
 from ..utils.text import some
-from .batch import OF_FLOAT32, Subject, attack_batch, subject_of
+from .batch import attack_batch
 from .images import Examples
 from .resume import sample_logits
+from .subject import OF_FLOAT32, Subject, subject_of
 
 _ROUNDING = 1e-6  # by which an attack may leave its ball
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..attacks import parse_attack
 from ..attacks.protocols import AUTOATTACK
 from ..benchmark.lines import Line, read_lines
 from ..benchmark.plan import PROTOCOLS, QUICK_LIMIT, TRANSFERS, Cell, Shots, shots_name
@@ -21,7 +22,7 @@ BY_PROTOCOL = "the protocol "  # the share of images that none of a published pr
 WORST = "worst of "  # the share of images that none of several attacks broke
 COLUMNS = [
     "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "autoattack", "n_clean", "n", "limit",
-    "collapsed", "failure",
+    "collapsed", "failure", "defence",
 ]  # fmt: skip
 Place = tuple[str, str, str, str, str, str, str]  # of a section: suite to source, and the published protocol
 Figures = dict[tuple[str, str], dict[str, Accuracy]]  # by task and classes, and by attack; "" for clean images
@@ -38,8 +39,9 @@ class Section:
         attack: The attack that robust accuracy is of.
         runs: A row for each run and target, of `COLUMNS`: `label` is method and variant, `shots` 0 where nothing was trained,
             `clean` and `robust` are percent of `n_clean` and `n` images; `limit` is the most that it would have taken. A run
-            without a figure has a row without a target; `failure` says why, if it failed. `autoattack` is beside the figure of a
-            published protocol, in percent of the same images.
+            without a figure has a row without a target; `failure` says why, if it failed. With a `defence`, `robust` is the worst
+            case over every way to attack it. `autoattack` is beside the figure of a published protocol, in percent of the same
+            images.
         evaluation_protocol: The published protocol that they are measured by; "" for none.
     """
 
@@ -139,12 +141,16 @@ def _name(cell: Cell) -> str:
 def _figures(lines: Iterable[Line]) -> Figures:
     """Returns the accuracies of a run: of several under one attack the one of most images, of equally many the last."""
     figures: Figures = {}
-    for line, result in ((one, result) for one in lines for result in one.results):
+    for cell, result in ((line.cell, result) for line in lines for result in line.results):
         measured = {"": result.clean, **result.attacks}
+        names = list(result.attacks)
+        if cell.defence:  # no way to it stands for its robust accuracy, and the worst case stands beside that of others
+            names = list(dict.fromkeys(parse_attack(name, cell.threat).name for name in cell.attacks))
+            measured = {"": result.clean}
         if result.by_protocol is not None:
-            measured[f"{BY_PROTOCOL}{line.cell.evaluation_protocol}"] = result.by_protocol
-        if len(result.attacks) > 1 and result.worst_case is not None:
-            measured[WORST + ", ".join(result.attacks)] = result.worst_case
+            measured[f"{BY_PROTOCOL}{cell.evaluation_protocol}"] = result.by_protocol
+        if result.worst_case is not None and (cell.defence or len(names) > 1):
+            measured[WORST + ", ".join(names) if len(names) > 1 else names[0]] = result.worst_case
         target = figures.setdefault((result.task, result.classes), {})
         target |= {a: of for a, of in measured.items() if a not in target or of.n >= target[a].n}
     return figures
@@ -165,7 +171,7 @@ def _rows(lines: Sequence[Line], figures: Figures, attack: str) -> list[dict[str
     """Returns what a data frame says of a run."""
     cell = lines[0].cell
     collapsed = next((line.collapsed for line in lines if line.collapsed), None)
-    run = {name: getattr(cell, name) for name in ("label", "method", "shots", "seed")}
+    run = {name: getattr(cell, name) for name in ("label", "method", "shots", "seed", "defence")}
     limits = [math.inf if line.cell.limit is None else line.cell.limit for line in lines if line.results]
     run |= {"name": _name(cell), "collapsed": collapsed, "limit": max(limits, default=math.inf)}
     measured = [

@@ -210,7 +210,8 @@ def _described(section: Section, measured: pd.DataFrame, harmonic: bool) -> str:
     parts = ["Accuracy in percent"]
     if measured.seed[measured.shots != 0].nunique() > 1:
         parts.append("mean ± sample standard deviation over seeds")
-    parts.append(f"robust: under {_in_words(section)}, {section.threat}")
+    ways = "; with a defence, the worst of every way to it" if measured.defence.astype(bool).any() else ""
+    parts.append(f"robust: under {_in_words(section)}, {section.threat}{ways}")
     if section.has_gap:
         parts.append(f"{GAP}: points that robust accuracy is above that under AutoAttack, of the same images")
     if harmonic:

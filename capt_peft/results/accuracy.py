@@ -22,29 +22,36 @@ _Record = TypeVar("_Record")
 class Accuracy:
     """A share of n images, with its 95% Wilson interval.
 
+    Of a classifier that answers at random it is the mean probability of a right answer, by several decisions on each image. Its
+    interval is that of n images all the same: it is never too narrow, as probabilities vary less than answers do.
+
     Args:
-        correct: How many of the images.
+        correct: How many of the images or, with several decisions, how many of all decisions.
         n: How many images.
+        decisions: Decisions on each image.
 
     Raises:
-        ValueError: `correct` or `n` out of range.
+        ValueError: A number out of range.
     """
 
     correct: int
     n: int
+    decisions: int = 1
 
     def __post_init__(self) -> None:
-        wilson_interval(self.correct, self.n)
+        if self.decisions < 1:
+            raise ValueError(f"decisions={self.decisions} must be at least 1.")
+        wilson_interval(self.correct / self.decisions, self.n)
 
     @property
     def value(self) -> float:
         """The accuracy, in [0, 1]."""
-        return self.correct / self.n
+        return self.correct / (self.n * self.decisions)
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95% Wilson score interval (Wilson 1927), in [0, 1]."""
-        return wilson_interval(self.correct, self.n)
+        return wilson_interval(self.correct / self.decisions, self.n)
 
     @property
     def percent(self) -> str:
@@ -58,7 +65,9 @@ class Accuracy:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns accuracy, number of images and interval, for results."""
-        return {"accuracy": self.value, "correct": self.correct, "n": self.n, "interval_95": list(self.interval)}
+        several = {} if self.decisions == 1 else {"decisions": self.decisions}
+        figures = {"accuracy": self.value, "correct": self.correct, "n": self.n, "interval_95": list(self.interval)}
+        return figures | several
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Accuracy:
@@ -68,10 +77,11 @@ class Accuracy:
             FigureError: The numbers are not those of one share.
             KeyError: Something else is missing.
         """
-        value, n, interval = row["accuracy"], row["n"], row["interval_95"]
+        value, n, interval, decisions = row["accuracy"], row["n"], row["interval_95"], row.get("decisions", 1)
         correct = row.get("correct", round(value * n))
-        if type(n) is int and type(correct) is int and 0 <= correct <= n and n:
-            accuracy = cls(correct, n)
+        whole = all(type(count) is int for count in (n, correct, decisions))
+        if whole and n > 0 and decisions > 0 and 0 <= correct <= n * decisions:
+            accuracy = cls(correct, n, decisions)
             told, true = (value, *interval), (accuracy.value, *accuracy.interval)
             if len(told) == 3 and all(abs(a - b) <= _ROUNDING for a, b in zip(told, true, strict=True)):
                 return accuracy
@@ -82,7 +92,7 @@ class Accuracy:
 
     def check_at_most(self, other: Accuracy, what: str) -> None:
         """Raises a FigureError that begins with `what` unless this is at most another accuracy, of as many images."""
-        if self.n != other.n or self.correct > other.correct:
+        if (self.n, self.decisions) != (other.n, other.decisions) or self.correct > other.correct:
             raise FigureError(
                 f"{plain(what, 200)} {self.correct} of {self.n} and {other.correct} of {other.n} images; the first cannot be "
                 "more, and both must be of the same images."

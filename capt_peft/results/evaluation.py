@@ -24,6 +24,7 @@ from ..utils.markup import escape
 from ..utils.text import cut, differences, some
 from .accuracy import Accuracy, FigureError, known_fields, readable
 from .corrupted import CorruptedAccuracy
+from .defence import WithoutDefence, defended_rows, on_decisions, worst_of_decisions
 from .kept import KeptImages, images_path
 from .rejection import Rejection
 from .reliability import BINS, Reliability
@@ -96,6 +97,11 @@ class AttackOutcome:
         return str(self.attack["name"])
 
     @property
+    def way(self) -> str:
+        """The way to a defended classifier, such as "unrolled" (`defences.WAYS`); "" without a defence."""
+        return str(self.attack.get("way", ""))
+
+    @property
     def threat_model(self) -> ThreatModel:
         """The ball that the attack stayed in."""
         return ThreatModel(**self.attack["threat_model"])
@@ -131,18 +137,22 @@ class Evaluation:
     Attributes:
         clean: Accuracy without an attack.
         attacks: One outcome per attack, in the order they were given.
-        worst_case: For each threat model, the share of images that no white-box attack broke.
+        worst_case: For each threat model, the share of images that no white-box attack broke; of a defended classifier, that no
+            attack broke, by whatever way.
         signs: Signs of masked gradients; empty where they were not looked for.
         configuration: All that the figures depend on.
         machine: What they were computed on.
         examples: One row per image and attack: index, label, clean_prediction, attack, threat_model, prediction, broken,
-            broken_by, perturbation (its length in the threat model's norm) and score (of the prediction; null in older results);
-            None where they were not kept beside the figures.
+            broken_by, perturbation (its length in the threat model's norm), score (of the prediction; null in older results and
+            of random answers), decided (of a random defence, which decisions are right, as bits; else null) and undefended (the
+            prediction without the defence on images made without it; else null); None where they were not kept beside the
+            figures.
         reliability: How far the scores without an attack are from accuracy; None in older results.
         rejection: What the answer "none of these" does; None where it was not measured.
         images: Which file beside the figures has the worst-case images; None where they were not kept.
         corruptions: Accuracy under common corruptions, which are no adversary; None where it was not measured.
         union: The share of images that no white-box attack of any threat model broke; None where these have one norm.
+        undefended: What the classifier does without its defence; None if it has none.
     """
 
     clean: Accuracy
@@ -157,6 +167,7 @@ class Evaluation:
     images: KeptImages | None = None
     union: Accuracy | None = None
     corruptions: CorruptedAccuracy | None = None
+    undefended: WithoutDefence | None = None
 
     @property
     def robust(self) -> Accuracy:
@@ -227,8 +238,14 @@ class Evaluation:
         named = f"Measured by the protocol {self.protocol.name} ({escape(self.protocol.title)}; {escape(self.protocol.paper)})"
         return f"{named}. {'; '.join(said)}." if said else f"{named}."
 
+    def of_worst_case(self, threat: ThreatModel) -> list[AttackOutcome]:
+        """Returns the outcomes that the worst case of a threat model is taken over."""
+        return [o for o in self.attacks if threat == o.threat_model and (o.kind == ROBUST or o.way)]
+
     def table(self) -> str:
         """Returns a Markdown table: which accuracy, under which attack, with the 95% interval, and of which images."""
+        if self.undefended is not None:
+            return "\n".join([*defended_rows(self), "", self._counted_on()])
         lines = ["| accuracy | threat model | attack | % (95% interval) |", "|---|---|---|---|"]
         lines.append(f"| clean | | | {self.clean.percent} |")
         for outcome in self.attacks:
@@ -239,14 +256,17 @@ class Evaluation:
                 lines.append(f"| **robust** | {threat} | worst case | **{accuracy.percent}** |")
         if self.union is not None:
             lines.append(f"| **robust** | {self.threats} | union | **{self.union.percent}** |")
+        lines += ["", self._counted_on()]
+        below = [] if self.corruptions is None else [self.corruptions.text()]
+        texts = [*filter(None, [self.on_protocol()]), *self.on_scores(), *below]
+        return "\n".join([*lines, *(line for text in texts for line in ("", text))])
+
+    def _counted_on(self) -> str:
         task = self.configuration.get("task")
         known = task if isinstance(task, Mapping) else {}
         split = f" of the {escape(known['split'])} split" if known.get("split") else ""
         name = f" of {escape(known['name'])}" if known.get("name") else ""
-        lines += ["", f"n = {self.clean.n} images{split}{name}."]
-        below = [] if self.corruptions is None else [self.corruptions.text()]
-        texts = [*filter(None, [self.on_protocol()]), *self.on_scores(), *below]
-        return "\n".join([*lines, *(line for text in texts for line in ("", text))])
+        return f"n = {self.clean.n} images{split}{name}. {on_decisions(self)}".rstrip()
 
     def on_scores(self) -> list[str]:
         """Returns what is known of the scores, as Markdown: how reliable they are, and what the answer "none of these" does."""
@@ -299,8 +319,14 @@ class Evaluation:
             "signs": [sign.to_dict() for sign in self.signs],
             "configuration": self.configuration,
             "machine": self.machine,
-            **_given(reliability=self.reliability, rejection=self.rejection, images=self.images, union=self.union),
-            **_given(corruptions=self.corruptions),
+            **_given(
+                reliability=self.reliability,
+                rejection=self.rejection,
+                images=self.images,
+                union=self.union,
+                corruptions=self.corruptions,
+                undefended=self.undefended,
+            ),
         }
 
     @classmethod
@@ -323,6 +349,7 @@ class Evaluation:
             images=_read(KeptImages, content.get("images")),
             union=_read(Accuracy, content.get("union")),
             corruptions=_read(CorruptedAccuracy, content.get("corruptions")),
+            undefended=_read(WithoutDefence, content.get("undefended")),
         )
         evaluation._check_union()
         corrupted = {} if evaluation.corruptions is None else evaluation.corruptions.accuracies
@@ -332,7 +359,7 @@ class Evaluation:
             outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")
         for threat, worst in evaluation.worst_case.items():
             worst.check_at_most(evaluation.clean, "has a worst case and clean accuracy of")
-            for outcome in evaluation.white_box(threat):
+            for outcome in evaluation.of_worst_case(threat):
                 worst.check_at_most(outcome.accuracy, f"has a worst case and {outcome.name} of")
         _check_reliability(evaluation.reliability, evaluation.clean)
         for outcome in evaluation.attacks:
@@ -391,7 +418,7 @@ class Evaluation:
         for worst in self.worst_case.values():
             self.union.check_at_most(worst, "has a union of threat models and a worst case of")
         lost = sum(self.clean.correct - worst.correct for worst in self.worst_case.values())
-        if self.union.correct < self.clean.correct - lost:
+        if self.union.decisions == 1 and self.union.correct < self.clean.correct - lost:
             raise FigureError(
                 f"says that a union of threat models leaves {self.union.correct} of {self.clean.correct} images, but their worst "
                 f"cases break no more than {lost}."
@@ -406,15 +433,21 @@ class Evaluation:
         """
         if clean not in (None, self.clean.correct):
             raise ValueError(f"{clean} clean images are right, not {self.clean.correct}")
-        n, rows = self.clean.n, [(outcome, self._examples_of(outcome)) for outcome in self.attacks]
+        n, decisions = self.clean.n, self.clean.decisions
+        rows = [(outcome, self._examples_of(outcome)) for outcome in self.attacks]
         if sum(len(of_attack) for _, of_attack in rows) != len(self.examples):
             raise ValueError("there are examples of other attacks")
         wrong: dict[ThreatModel, set[int]] = {}
+        bits: dict[ThreatModel, list[list[int]]] = {}
+        undefended: dict[ThreatModel, list[bool]] = {}
         for outcome, of_attack in rows:
             right = pc.equal(of_attack["prediction"], of_attack["label"])
             right_before = pc.equal(of_attack["clean_prediction"], of_attack["label"])
-            found = len(of_attack), _count(right_before), _count(right), _count(of_attack["broken"])
-            before = self.clean.correct if clean is None else found[1]
+            count = (
+                _count(right) if decisions == 1 else sum(row.bit_count() for row in of_attack["decided"].to_pylist())
+            )
+            found = len(of_attack), _count(right_before), count, _count(of_attack["broken"])
+            before = self.clean.correct if clean is None and decisions == 1 else found[1]
             if found != (n, before, outcome.accuracy.correct, outcome.broken) or outcome.accuracy.n != n:
                 raise ValueError(
                     f"the {found[0]} examples of {outcome.name} are {found[1]} right before it, {found[2]} after it and "
@@ -423,18 +456,31 @@ class Evaluation:
             scores = of_attack["score"]
             if scores.null_count == 0 and outcome.reliability != Reliability.of(scores.to_pylist(), right.to_pylist()):
                 raise ValueError(f"the scores under {outcome.name} are not those of its bins")
-            if outcome.kind == ROBUST:
+            if outcome.kind == ROBUST or outcome.way:
                 turned = of_attack["index"].filter(pc.invert(right)).to_pylist()
                 wrong.setdefault(outcome.threat_model, set()).update(turned)
+                bits.setdefault(outcome.threat_model, []).append(of_attack["decided"].to_pylist())
+            if outcome.way == "transfer":
+                other = pc.equal(of_attack["undefended"], of_attack["label"]).to_pylist()
+                before_it = undefended.get(outcome.threat_model, [True] * n)
+                undefended[outcome.threat_model] = [a and b for a, b in zip(before_it, other, strict=True)]
         worst = {threat: Accuracy(n - len(indices), n) for threat, indices in wrong.items()}
+        if decisions > 1:
+            worst = {threat: worst_of_decisions(rows, n, decisions) for threat, rows in bits.items()}
+        told = {} if self.undefended is None else self.undefended.worst_case
+        if told != {threat: Accuracy(sum(left), n) for threat, left in undefended.items()}:
+            raise ValueError("what the examples say of the classifier without its defence is something else")
         if worst != self.worst_case:
             raise ValueError(
                 f"the worst cases of the examples are {', '.join(map(str, worst.values())) or 'none'}, not "
                 f"{', '.join(map(str, self.worst_case.values())) or 'none'}"
             )
-        left = n - len(set[int]().union(*wrong.values()))
-        if self.union is not None and self.union.correct != left:
-            raise ValueError(f"the union of the threat models leaves {left} of the examples, not {self.union.correct}")
+        left = Accuracy(n - len(set[int]().union(*wrong.values())), n)
+        if decisions > 1 and bits:
+            everything = worst_of_decisions([row for of_threat in bits.values() for row in of_threat], n, decisions)
+            left = min(everything, *worst.values(), key=lambda accuracy: accuracy.correct)
+        if self.union not in (None, left):
+            raise ValueError(f"the union of the threat models leaves {left} of the examples, not {self.union}")
 
     def _broken(self, outcomes: Sequence[AttackOutcome]) -> set[int]:
         """Returns the places of the images that are wrong under one of several attacks."""
@@ -462,7 +508,8 @@ def examples_path(path: Path) -> Path:
 _INT, _TEXT = pa.int64(), pa.string()
 EXAMPLE_SCHEMA = pa.schema({
     "index": _INT, "label": _INT, "clean_prediction": _INT, "attack": _TEXT, "threat_model": _TEXT, "prediction": _INT,
-    "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(), "score": pa.float64(),
+    "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(), "score": pa.float64(), "decided": _INT,
+    "undefended": _INT,
 })  # fmt: skip
 
 

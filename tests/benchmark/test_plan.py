@@ -22,9 +22,11 @@ OTHER = {
     "suite": "paper", "protocol": "shift", "method": "fap", "variant": "x", "task": "shapes", "shots": "all", "seed": 1,
     "split": "validation", "model": "elsewhere", "epsilon": "8/255", "norm": "l2", "attacks": ("pgd-20",),
     "eval_step_size": "1/255", "limit": None, "targets": (Target("digits", "new"),), "settings": {"learning_rate": 0.1},
-    "prompts": {"text_depth": 1, "coupling": "text_to_vision"}, "evaluation_protocol": "fap",
+    "prompts": {"text_depth": 1, "coupling": "text_to_vision"}, "evaluation_protocol": "fap", "defence": "identity",
 }  # fmt: skip
-MEASURED = {"suite", "variant", "split", "attacks", "eval_step_size", "limit", "targets", "evaluation_protocol"}
+MEASURED = {
+    "suite", "variant", "split", "attacks", "eval_step_size", "limit", "targets", "evaluation_protocol", "defence",
+}  # fmt: skip
 
 
 def plan(*methods, suite=TOY, protocols=("few-shot",), shots=(1,), seeds=(0,), tasks=("digits",), **changes):
@@ -233,10 +235,11 @@ def test_a_cell_is_written_in_json_types_and_read_by_people():
     assert content["attacks"] == ["pgd-20", "square-10"] and content["targets"] == [
         {"task": "digits", "classes": "all"}
     ]
-    assert set(content) == set(OTHER) - {"evaluation_protocol"}  # as in lines from before there were any
-    named = replace(CELL, evaluation_protocol="fap")
-    assert set(named.to_dict()) == set(OTHER) and Cell.from_dict(named.to_dict()) == named
-    assert str(named) == "few-shot: capt on digits, 4 shots, seed 0, protocol fap"
+    assert set(content) == set(OTHER) - {"defence", "evaluation_protocol"}  # as in lines from before there were any
+    named = replace(CELL, evaluation_protocol="fap", defence="identity")
+    assert set(named.to_dict()) == set(OTHER)
+    assert [Cell.from_dict(each.to_dict()) for each in (CELL, named)] == [CELL, named]
+    assert str(replace(CELL, evaluation_protocol="fap")) == "few-shot: capt on digits, 4 shots, seed 0, protocol fap"
     assert str(CELL) == "few-shot: capt on digits, 4 shots, seed 0"
     assert str(replace(CELL, shots=1, variant="deep")) == "few-shot: capt (deep) on digits, 1 shot, seed 0"
     assert str(replace(CELL, method="zero-shot", shots=0)) == "few-shot: zero-shot on digits, seed 0"

@@ -224,7 +224,7 @@ def test_text_features_are_computed_once(tuned, digits, monkeypatch):
     assert len(runs) == 1
 
 
-def test_an_image_costs_an_attack_of_k_steps_k_gradients_and_two_forwards(clip, digits, monkeypatch):
+def test_an_image_costs_an_attack_of_k_steps_k_gradients_and_a_forward(clip, digits, monkeypatch):
     images = []
     features = ZeroShotClassifier.image_features
     monkeypatch.setattr(
@@ -235,8 +235,8 @@ def test_an_image_costs_an_attack_of_k_steps_k_gradients_and_two_forwards(clip, 
     quiet(clip, digits["validation"].select(range(8)), PGD(THREAT, steps=5), signs=False)
     right = quiet(clip, digits["validation"].select(range(8)), signs=False).clean.correct
     assert sum(n for n, gradient in images if gradient) == 5 * right
-    # the sample twice, 8 for clean accuracy, 8 and the attacked ones to score; then the second call
-    assert sum(n for n, gradient in images if not gradient) == (2 * 8 + 8 + 8 + right) + (2 * 8 + 8)
+    # the sample twice, 8 for clean accuracy, and the attacked ones to score; then the second call
+    assert sum(n for n, gradient in images if not gradient) == (2 * 8 + 8 + right) + (2 * 8 + 8)
 
 
 # ------------------------------------------------------------------------------------------------------ on disk

@@ -9,7 +9,7 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import CLIPModel
 
 from capt_peft import CaptConfig, ZeroShotClassifier
-from capt_peft.evaluation.batch import subject_of
+from capt_peft.evaluation.subject import subject_of
 from capt_peft.tuner import adapters_in_use, adapters_off
 
 NAMES = ("red circle", "green square", "seven")
