@@ -155,7 +155,7 @@ ADAPTERS: dict[str, Adapter] = {
         {"optim": "adamw_torch", "learning_rate": 5e-2},
     ),
     "boft": Adapter(
-        BOFTConfig, {"target_modules": ["q_proj", "v_proj"]}, {"optim": "adamw_torch", "learning_rate": 5e-3}
+        BOFTConfig, {"target_modules": ["q_proj", "v_proj"]}, {"optim": "adamw_torch", "learning_rate": 2e-2}
     ),
 }
 # what a run itself says about texts, and any adapter keeps

@@ -246,7 +246,7 @@ def push_adapter(
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Upload a CAPT adapter",
+    commit_message: str = "Upload an adapter",
     strict: bool = True,
     **card: Any,
 ) -> CommitInfo:
