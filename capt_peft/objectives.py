@@ -248,24 +248,22 @@ class FeatureDistance:
 
 
 class SiameseCosine:
-    r"""Sim-CLIP's objective (Hossain and Imteaj 2024, arXiv 2407.14971).
+    r"""Sim-CLIP's objective (Hossain and Imteaj 2024, arXiv 2407.14971), as its released code has it.
 
     `L = -½ · mean_i [cos(f_adv_i, sg(f_clean_i)) + cos(f_clean_i, sg(f_adv_i))]`
 
-    with f the image features of the one tower that is tuned, and sg the stopped gradient: each view is drawn towards the other
-    as it is. The released code takes the original model's clean features for `f_clean_i`, which makes it half of the first term.
-    Nothing but the start of training ties it to the original's features, and so to the text tower.
+    with f_adv the image features of the tuned tower, f_clean those of the original, and sg the stopped gradient: the second term
+    has the value of the first and no gradient. With the tuned tower's own f_clean, as the paper's formula can be read, nothing
+    holds the features in place: tiny CLIP became constant within 25 steps.
     """
 
-    needs_frozen = True  # by the attack of `FareTrainer`, as in the released code
+    needs_frozen = True
 
     def __call__(self, views: Views) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss, in [-1, 1], and its part `cosine`, the mean cosine of the two views."""
-        assert views.clean_features is not None and views.adversarial_features is not None  # the trainer gives both
-        clean, adversarial = views.clean_features.float(), views.adversarial_features.float()
-        there = F.cosine_similarity(adversarial, clean.detach()).mean()
-        back = F.cosine_similarity(clean, adversarial.detach()).mean()
-        return -(there + back) / 2, {"cosine": there.detach()}
+        assert views.adversarial_features is not None and views.frozen is not None  # the trainer gives both
+        cosine = F.cosine_similarity(views.adversarial_features.float(), views.frozen.detach().float()).mean()
+        return -(cosine + cosine.detach()) / 2, {"cosine": cosine.detach()}
 
 
 def _checked(consistency: float) -> float:

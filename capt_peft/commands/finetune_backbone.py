@@ -7,7 +7,7 @@ accelerate launch -m capt_peft finetune-backbone --objective fare --model_name_o
 TeCoA (Mao et al. 2023, arXiv 2212.07016): the cross-entropy of adversarial images over the class texts.
 FARE (Schlarmann et al. 2024, arXiv 2402.12336): adversarial images keep the features of the clean ones; without labels.
 PMG-AFT (Wang et al. 2024, arXiv 2401.04350): TeCoA, held to the original's predictions and its own of clean images.
-Sim-CLIP (Hossain and Imteaj 2024, arXiv 2407.14971): clean and adversarial features are drawn together; without labels.
+Sim-CLIP (Hossain and Imteaj 2024, arXiv 2407.14971): FARE with the cosine; without labels.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ def test_the_loss_of_pmg_aft_holds_the_attacked_images_to_what_the_original_says
     assert all(p.grad is None for p in trainer.teacher.parameters())
 
 
-def test_the_loss_of_sim_clip_is_the_cosine_of_the_two_views_and_its_attack_that_of_fare(
+def test_the_loss_of_sim_clip_is_the_cosine_to_the_originals_features_and_its_attack_that_of_fare(
     tmp_path, task, tiny, processor
 ):
     trainer = make_trainer("sim-clip", tiny, arguments(tmp_path), task, processor)
@@ -281,10 +281,10 @@ def test_the_loss_of_sim_clip_is_the_cosine_of_the_two_views_and_its_attack_that
     loss = trainer.compute_loss(tiny, batch)
     attacked = run_attack(trainer, batch)
     with torch.no_grad():
-        views = [embed(trainer.classifier, pixels) for pixels in (attacked, batch["pixels"])]
+        views = [embed(trainer.classifier, attacked), embed(trainer.teacher, batch["pixels"])]
         by_hand = -sum((a / a.norm()) @ (b / b.norm()) for a, b in zip(*views, strict=True)) / 6
         far = squared_distance(views[0], embed(trainer.teacher, batch["pixels"]))
-        near = squared_distance(views[1], embed(trainer.teacher, batch["pixels"]))
+        near = squared_distance(embed(trainer.classifier, batch["pixels"]), embed(trainer.teacher, batch["pixels"]))
     torch.testing.assert_close(loss, by_hand)
     assert (far > near).all()
     loss.backward()
