@@ -5,7 +5,7 @@ FLOOR ?= .venv-floor
 # for the floor, another build of torch than the one on PyPI can be named here
 TORCH ?= 2.6.0
 
-.PHONY: help demo app test test-all test-floor tables bench docs lint clean
+.PHONY: help demo app test test-all test-floor tables leaderboard bench docs lint clean
 
 help:
 	@echo "make demo   train a CAPT adapter on handwritten digits, measure it, load it back (about 5 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-floor  with the oldest packages that it runs with, on Python 3.11 (TESTS=... for some of them)"
 	@echo "make app    a page to try the demo's adapter on"
 	@echo "make tables rebuild docs/results from the lines of the benchmarks"
+	@echo "make leaderboard  rebuild docs/leaderboard from the same lines"
 	@echo "make bench  what a training step costs, beside the published one (10 minutes on 2 cores, 13 GB of memory)"
 	@echo "make docs   build the documentation into build/"
 	@echo "make lint   ruff and mypy"
@@ -38,6 +39,9 @@ test-floor: $(FLOOR)/ready
 tables: $(VENV)/ready
 	for lines in docs/results/*/lines.jsonl; do \
 		$(BIN)/capt-peft report $$lines --output $$(dirname $$lines) > /dev/null || exit 1; done
+
+leaderboard: $(VENV)/ready
+	$(BIN)/capt-peft leaderboard docs/results/*/lines.jsonl --output docs/leaderboard
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/step.py

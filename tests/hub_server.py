@@ -15,7 +15,7 @@ import struct
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 JSON = "application/json"
 
@@ -141,6 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/repos/create", "create_repo"),
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("GET", r"/api/models", "list_models"),
         ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
         ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/[^/]+)?", "tree"),
         ("POST", r"/api/models/([^/]+/[^/]+)/branch/([^/]+)", "create_branch"),
@@ -324,6 +325,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.user is None:
             raise Refused(401, "Invalid username or password.")
         self.answer_json({"type": "user", "name": self.user})
+
+    def list_models(self):
+        """Lists the public repositories whose card has a tag in its metadata."""
+        (tag,) = parse_qs(urlsplit(self.path).query)["filter"]
+        tagged = re.compile(rf"^- {re.escape(tag)}$".encode(), re.MULTILINE)
+        names = [
+            n for n, r in self.hub.repos.items() if not r.private and tagged.search(r.files().get("README.md", b""))
+        ]
+        self.answer_json([{"id": name, "modelId": name} for name in names])
 
     def info(self, name, revision):
         repo, sha = self.hub.repo(name, self.user, revision or "main")

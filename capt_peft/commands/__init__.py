@@ -50,6 +50,7 @@ COMMANDS = {
     "strength": Command("measures an adapter over its strength from 0 to 1, and sets one", "strength", ("adapter",), TUNED_DATA),
     "benchmark": Command("compares methods by the paper's protocols", "benchmark"),
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),
+    "leaderboard": Command("builds a static page that ranks adapters and defences", "leaderboard", ("sources", "...")),
     "card": Command("writes an adapter's model card again", "card", ("adapter",)),
     "push": Command("uploads an adapter with its card and results to the Hub", "push", ("adapter", "repo_id")),
     "export": Command("writes an adapter, or a bare CLIP, as one ONNX file or torch program", "export", ("adapter",), TEXTS),

@@ -24,6 +24,7 @@ from peft import PeftModel
 
 from ..attacks import parse_attack
 from ..clip.classifier import ZeroShotClassifier
+from ..defences import Defended, parse_defence
 from ..evaluation import Evaluation, Verification, verify
 from ..evaluation.subject import describe
 from ..results.evaluation import EVALUATION
@@ -82,8 +83,6 @@ def verified(args: Arguments, named: set[str] = frozenset()) -> Verification:  #
         raise ValueError(f"{path} names no worst-case images. They are kept by capt-peft evaluate --save_images.")
     if not images_path(path).is_file():
         raise ValueError(f"{images_path(path).name}, the worst-case images of {path}, is missing.")
-    if "defence" in evaluation.configuration:
-        raise ValueError(f"{path} is of a defended model, which cannot be verified.")
     state = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available())
     attacks = [
         parse_attack(name.strip(), threat)
@@ -92,8 +91,10 @@ def verified(args: Arguments, named: set[str] = frozenset()) -> Verification:  #
         if name.strip()
     ]
     classifier = load_recorded(args, evaluation.configuration.get("model") or {}).to(state.device)
+    told = (evaluation.configuration.get("defence") or {}).get("name")
+    defended = classifier if told is None else Defended(classifier, parse_defence(told)).eval()
     data, why = load_data(args, named, evaluation.configuration.get("task") or {})
-    result = verify(classifier, evaluation, images_path(path), data, attacks=attacks, batch_size=args.batch_size)
+    result = verify(defended, evaluation, images_path(path), data, attacks=attacks, batch_size=args.batch_size)
     own, told = (
         (model.get("base") or {}).get("name")
         for model in (describe(classifier), evaluation.configuration.get("model") or {})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attacks import Attack, LogitsFn, ThreatModel
+from ..defences import Defence, Defended, adaptive
 from ..results.accuracy import Accuracy
 from ..results.evaluation import RANDOM, TOLERANCE, Evaluation, changes, logit_distance
 from ..results.kept import KeptImages, read_images
@@ -85,12 +86,14 @@ def verify(
     and nothing more: images that a weak attack left unbroken say nothing. `attacks` try those.
 
     Args:
-        classifier: The classifier with the classes and texts of the evaluation, loaded from its weights.
+        classifier: The classifier with the classes and texts of the evaluation, loaded from its weights, and with its defence
+            (`Defended`), if it has one. A random defence cannot be verified by one image per example.
         evaluation: The record.
         images: The file of its worst-case images.
         data: The images that it was measured on, as for `evaluate`; None: labels and distances are not checked, and nothing is
             verified.
-        attacks: Attacks on the images that count as robust, of the record's threat models; the bound falls by what they break.
+        attacks: Attacks on the images that count as robust, of the record's threat models, by every way that knows the defence;
+            the bound falls by what they break.
         batch_size: Images that the model is run on at once.
 
     Returns:
@@ -106,6 +109,11 @@ def verify(
         raise ValueError("The evaluation kept no images: measure it again with save_images=True (--save_images).")
     if not evaluation.worst_case:
         raise ValueError("The evaluation has no white-box attack, so it says nothing of robust accuracy.")
+    defence = classifier.defence if isinstance(classifier, Defended) else None
+    if defence is not None and defence.random:
+        return Verification(
+            unchecked=(f"the defence {defence.name} is random: one answer per image says little about it.",)
+        )
     path = Path(images)
     if KeptImages.of(path) != evaluation.images:
         return Verification(
@@ -115,6 +123,7 @@ def verify(
         tensors, labels = read_images(path)
         subject = subject_of(classifier)
         problems = list(_model_problems(subject, evaluation.configuration))
+        problems += _defence_problems(defence, evaluation.configuration.get("defence"))
         kept = [
             _scored(subject, threat, tensors.pop(str(threat)), labels, batch_size) for threat in evaluation.worst_case
         ]
@@ -131,6 +140,8 @@ def verify(
     checked = _Against(subject, evaluation, labels, kept, problems, batch_size)
     if data is None:
         return checked.without_data()
+    if isinstance(classifier, Defended):
+        return checked.with_data(Examples(data, classifier.classifier), adaptive(attacks, classifier.defence))
     return checked.with_data(Examples(data, classifier), attacks)
 
 
@@ -139,6 +150,13 @@ def _model_problems(subject: Subject, configuration: Mapping[str, Any]) -> Itera
     own, told = (_identity(description) for description in (subject.description, configuration.get("model") or {}))
     if found := changes({"model": own}, {"model": told}):
         yield f"the record is of another model: {some(found, 5, separator='; ')}."
+
+
+def _defence_problems(defence: Defence | None, told: Any) -> Iterator[str]:
+    own = None if defence is None else json.loads(json.dumps(defence.to_dict()))
+    if own != told:
+        names = [given["name"] if isinstance(given, dict) and "name" in given else "none" for given in (told, own)]
+        yield f"the record is of the defence {plain(names[0], 80)}, with other settings or another one than {names[1]}."
 
 
 def _identity(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,14 +259,19 @@ class _Against:
             )
 
     def _compare(self, right: Mapping[ThreatModel, Tensor]) -> None:
-        """Notes worst cases that are not those of the record, but by images that rounding decides."""
-        for of in self.kept:
-            found, told = int(right[of.threat].sum()), self.evaluation.worst_case[of.threat]
-            certain, possible = int((right[of.threat] & ~of.close).sum()), int((right[of.threat] | of.close).sum())
-            if not (certain <= told.correct <= possible and told.n == len(of.right)):
+        """Notes worst cases, and a union of them, that are not those of the record, but by images that rounding decides."""
+        told, union = self.evaluation.worst_case, self.evaluation.union
+        certain = {of.threat: right[of.threat] & ~of.close for of in self.kept}
+        possible = {of.threat: right[of.threat] | of.close for of in self.kept}
+        rows = [(f"in the worst case under {t}", told[t], right[t], certain[t], possible[t]) for t in told]
+        if union is not None:
+            first, second, third = (torch.stack(list(of.values())).all(0) for of in (right, certain, possible))
+            rows.append(("under every threat model", union, first, second, third))
+        for where, accuracy, found, least, most in rows:
+            if not (int(least.sum()) <= accuracy.correct <= int(most.sum()) and accuracy.n == len(found)):
                 self.problems.append(
-                    f"{found} of {len(of.right)} images are right in the worst case under {of.threat}; the record says "
-                    f"{told.correct} of {told.n}."
+                    f"{int(found.sum())} of {len(found)} images are right {where}; the record says {accuracy.correct} of "
+                    f"{accuracy.n}."
                 )
 
     def _check_logits(self, examples: Examples) -> list[str]:

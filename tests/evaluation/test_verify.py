@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import TINY_CLIP
 from safetensors.torch import load_file, save_file
 from toy_models import make_model, some_images
 
-from capt_peft import PGD, ThreatModel, evaluate, parse_attack
+from capt_peft import PGD, ThreatModel, ZeroShotClassifier, evaluate, load_task, parse_attack
+from capt_peft.defences import Defended, parse_defence
 from capt_peft.evaluation import Accuracy, Evaluation, verify
 from capt_peft.evaluation import loop as loop_module
 from capt_peft.results.kept import KeptImages
@@ -157,6 +159,12 @@ def test_a_forged_file_with_its_own_hash_is_not_verified(model, labels, evaluati
     assert_refused(verify(model, record, path, (PIXELS, labels)), why)
 
 
+def test_the_union_of_threat_models_is_compared(model, labels, folder, evaluation):
+    record = replace(evaluation, union=Accuracy(evaluation.union.correct - 1, 40))
+    told = f"{evaluation.union.correct} of 40 images are right under every threat model; the record says"
+    assert_refused(verify(model, record, folder / "r.safetensors", (PIXELS, labels)), told)
+
+
 @pytest.mark.parametrize("change", [-3, 3])
 def test_a_worst_case_other_than_the_images_show_is_not_verified(model, labels, folder, evaluation, change):
     told = {threat: Accuracy(of.correct + change, of.n) for threat, of in evaluation.worst_case.items()}
@@ -206,6 +214,25 @@ def test_a_model_that_answers_at_random_is_not_verified(model, labels, folder, e
         evaluation, configuration={**evaluation.configuration, "model": {"callable": at_random.__qualname__}}
     )
     assert_refused(verify(at_random, record, folder / "r.safetensors", (PIXELS, labels)), "answers at random")
+
+
+@pytest.mark.parametrize(("defence", "verified"), [("lowpass-0.5", True), ("noise-0.1", False)])
+def test_a_defended_model_is_verified_with_its_own_defence_unless_that_is_random(tmp_path, defence, verified):
+    digits = [str(digit) for digit in range(10)]
+    bare = ZeroShotClassifier.from_pretrained(TINY_CLIP, class_names=digits, template="a photo of the digit {}.")
+    data, path = load_task("digits")["test"].select(range(8)), tmp_path / "r.safetensors"
+    model = Defended(bare, parse_defence(defence)).eval()
+    record = evaluate(
+        model, data, PGD(THREATS[0], steps=1), output=tmp_path / "r.json", save_images=True, signs=False, progress=False
+    )
+    result = verify(model, record, path, data)
+    if verified:
+        assert result.verified and result.bounds == record.worst_case, result
+    else:
+        assert_refused(result, "the defence noise-0.1 is random")
+    assert_refused(verify(bare, record, path, data), f"the record is of the defence {defence}")
+    other = Defended(bare, parse_defence("lowpass-0.4")).eval()
+    assert_refused(verify(other, record, path, data), f"the record is of the defence {defence}")
 
 
 def test_an_attack_finds_what_the_records_own_was_too_weak_for(model, labels, tmp_path):

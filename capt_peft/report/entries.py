@@ -1,0 +1,386 @@
+"""What a leaderboard ranks: one entry for each method, base and defence, on boards of entries that may be compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from peft.utils import CONFIG_NAME
+
+from ..attacks import ThreatModel
+from ..benchmark.lines import Line, Result, read_lines
+from ..benchmark.plan import TRANSFERS, Cell, shots_name
+from ..results.accuracy import Accuracy, wilson_interval
+from ..results.card import saved_config
+from ..results.evaluation import EVALUATION, ROBUST, Evaluation
+from ..results.run import RESULTS, Records, RunResults
+from ..tuner.fingerprint import adapter_fingerprint
+from ..utils.embedded import embedded_name
+from ..utils.files import read_json
+from ..utils.markup import plain
+
+logger = logging.getLogger(__name__)
+
+TRANSFER = "transfer"  # the way of an attack that does not know the defence
+NO_IMAGES, UNCHECKED, VERIFIED = "no images", "not checked", "verified"
+ONLY_TRANSFER = "attacked by transfer alone, which says nothing of a defence"
+_WAY = re.compile(r"(?P<attack>.*) \((?P<way>[\w-]+)\)")
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy on a leaderboard.
+
+    Args:
+        value: The share of images, in [0, 1]; the mean over data sets and then over seeds, where there are several.
+        n: Images that it is a share of, of all data sets together.
+        spread: Sample standard deviation over seeds; None with one.
+    """
+
+    value: float
+    n: int
+    spread: float | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% Wilson interval of the share of n images. It knows the images, not the seeds."""
+        return wilson_interval(self.value * self.n, self.n)
+
+    @classmethod
+    def of(cls, accuracy: Accuracy) -> Score:
+        """Returns the score of one measurement."""
+        return cls(accuracy.value, accuracy.n)
+
+    @classmethod
+    def over(cls, seeds: Sequence[Sequence[Accuracy]]) -> Score:
+        """Returns the score of several seeds, each with the accuracies on the same data sets."""
+        values = [mean(accuracy.value for accuracy in of_seed) for of_seed in seeds]
+        n = sum(accuracy.n for accuracy in seeds[0])
+        return cls(mean(values), n, stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class BoardEntry:
+    """One row.
+
+    Attributes:
+        method: Method, and variant or shots where these tell it from others.
+        base: The CLIP.
+        defence: The defence at test time; "" for none.
+        clean: Clean accuracy.
+        robust: Worst case over all attacks; None where a defence was attacked by transfer alone.
+        attacks: The attacks of the worst case, as they are called.
+        transfer: Accuracy under the attack that does not know the defence; None without one.
+        undefended: Worst case of the same images without the defence; None where it is not known.
+        seeds: How many runs.
+        signs: Raised signs of masked gradients, as words; None where none was looked for.
+        verified: `VERIFIED`, `UNCHECKED`, `NO_IMAGES`, or a sentence that says what does not agree.
+        link: Where its card is; "" for nowhere.
+        place: The file that it was read from.
+        unranked: Why it has no rank; "" if it has one.
+    """
+
+    method: str
+    base: str
+    defence: str
+    clean: Score
+    robust: Score | None
+    attacks: tuple[str, ...]
+    transfer: Score | None = None
+    undefended: Score | None = None
+    seeds: int = 1
+    signs: tuple[str, ...] | None = None
+    verified: str = NO_IMAGES
+    link: str = ""
+    place: str = ""
+    unranked: str = ""
+
+
+@dataclass(frozen=True)
+class Board:
+    """Entries that may be compared: of the same protocol, images and threat model, under the same attacks.
+
+    Attributes:
+        protocol: The protocol.
+        data: The data sets, and which of their images and classes.
+        threat: The threat model.
+        attacks: Names of the attacks that every entry withstood or not.
+        entries: The entries: those with a rank first, by robust accuracy, the best first.
+    """
+
+    protocol: str
+    data: str
+    threat: ThreatModel
+    attacks: tuple[str, ...]
+    entries: tuple[BoardEntry, ...] = field(repr=False)
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """The rank of each entry, the same for equal figures; None for those without."""
+        values = [None if entry.unranked or entry.robust is None else entry.robust.value for entry in self.entries]
+        return [None if v is None else 1 + sum(o is not None and o > v for o in values) for v in values]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for a leaderboard.
+
+    Attributes:
+        boards: The boards.
+        left_out: Places that are not shown, each with the reason.
+    """
+
+    boards: tuple[Board, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """An evaluation to show.
+
+    Attributes:
+        path: Its JSON file; beside it may be an adapter and the record of its run.
+        name: What it is called: a repository, or a folder.
+        link: Where its card is.
+        verified: As for `BoardEntry`.
+    """
+
+    path: Path
+    name: str
+    link: str = ""
+    verified: str = UNCHECKED
+
+
+def collect(lines: Sequence[Path], sources: Iterable[Source], left_out: Iterable[tuple[str, str]] = ()) -> Found:
+    """Returns the boards of benchmark lines and evaluations; what cannot be read or shown is listed with the reason.
+
+    Args:
+        lines: Files of lines.
+        sources: Evaluations.
+        left_out: Places that are known not to be shown.
+    """
+    boards: dict[tuple[Any, ...], list[BoardEntry]] = {}
+    missing, shown = list(left_out), dict[str, Line]()
+    for path in lines:
+        name = path.name if path.is_absolute() else str(path)  # the page names no folders of this machine
+        try:
+            read = read_lines(path)
+        except (OSError, ValueError) as error:
+            missing.append((name, plain(str(error).replace(str(path), name))))
+            continue
+        hidden = [line for line in read if line.cell.split != "test"]
+        shown.update((line.key, line) for line in read if line.cell.split == "test")
+        if hidden:
+            verb = "line is" if len(hidden) == 1 else "lines are"
+            missing.append((name, f"{len(hidden)} {verb} of the split on which settings are chosen"))
+    for key, entries in _of_lines(shown.values()).items():
+        boards.setdefault(key, []).extend(entries)
+    for source in sources:
+        try:
+            for key, entry in _of_evaluation(source):
+                boards.setdefault(key, []).append(entry)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            missing.append((source.name, plain(str(error).replace(str(source.path.parent), source.name))))
+    made = []
+    for (protocol, data, norm, epsilon, attacks), of in boards.items():
+        made.append(Board(protocol, data, ThreatModel(norm, epsilon), attacks, tuple(sorted(of, key=_order))))
+    return Found(tuple(made), tuple(missing))
+
+
+def _order(entry: BoardEntry) -> tuple[Any, ...]:
+    value = -1.0 if entry.robust is None else entry.robust.value
+    return bool(entry.unranked), -value, entry.method, entry.base, entry.defence
+
+
+# ------------------------------------------------------------------------------------------------------------------ lines
+
+
+def _of_lines(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[BoardEntry]]:
+    """Returns the entries of benchmark lines by their boards."""
+    runs: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[int, dict[str, Result]]]] = {}
+    first: dict[tuple[Any, ...], str] = {}  # the digest of the images of a data set
+    others: set[tuple[Any, ...]] = set()  # rows of other images
+    for line in lines:
+        cell = line.cell
+        row = f"{cell.method} ({cell.variant})" if cell.variant else cell.method, cell.model, cell.defence
+        digests = line.digests.get("measured_images") or [None] * len(line.results)
+        for result, digest in zip(line.results, digests, strict=False):
+            if cell.protocol in TRANSFERS and result.task == cell.task:
+                continue
+            images = cell.suite, result.task, result.classes, cell.limit
+            if digest and first.setdefault(images, digest) != digest:
+                others.add((_board(cell, result), row))
+            by_seed = runs.setdefault(_board(cell, result), {}).setdefault(row, {})
+            by_seed.setdefault(cell.seed, {})[result.task] = result
+    for key, rows in runs.items():  # what was not tuned belongs beside every number of shots
+        if key[2] == 0:
+            continue
+        rows.update(runs.get((*key[:2], 0, *key[3:]), {}))
+    found = {}
+    for key, rows in runs.items():
+        if key[2] == 0 and any(other[2] != 0 and (*other[:2], 0, *other[3:]) == key for other in runs):
+            continue
+        suite, protocol, shots, classes, norm, epsilon, limit, attacks, published = key
+        tasks = sorted({task for of in rows.values() for results in of.values() for task in results})
+        data = f"{suite}, {f'mean of {len(tasks)} data sets' if len(tasks) > 1 else tasks[0]}"
+        data += "" if classes == "all" else f", {classes} classes"
+        data += "" if limit is None else f", up to {limit} images each"
+        name = f"{protocol}, {shots_name(shots)}" if shots != 0 else protocol
+        name += f", by {published}" if published else ""
+        board = name, data, norm, epsilon, attacks
+        entries = {row: _of_runs(row, of, tasks) for row, of in rows.items()}
+        found[board] = [
+            replace(entry, unranked="measured on other images") if (key, row) in others else entry
+            for row, entry in entries.items()
+        ]
+    return found
+
+
+def _board(cell: Cell, result: Result) -> tuple[Any, ...]:
+    threat = cell.threat
+    attacks = tuple(sorted({_base_name(name) for name in cell.attacks}))
+    of_images = result.classes, threat.norm, threat.epsilon, cell.limit, attacks
+    return cell.suite, cell.protocol, cell.shots, *of_images, cell.evaluation_protocol or ""
+
+
+def _base_name(attack: str) -> str:
+    """Returns an attack's name without the way in which it attacks a defence."""
+    found = _WAY.fullmatch(attack)
+    return found["attack"] if found else attack
+
+
+def _way(attack: str) -> str | None:
+    found = _WAY.fullmatch(attack)
+    return found["way"] if found else None
+
+
+def _of_runs(row: tuple[str, str, str], runs: Mapping[int, Mapping[str, Result]], tasks: Sequence[str]) -> BoardEntry:
+    """Returns the entry of a method from its results by seed and data set."""
+    method, base, defence = row
+    whole = [[results[task] for task in tasks] for results in runs.values() if len(results) == len(tasks)]
+    unranked = "" if whole else "not measured on all of the data sets"
+    seeds = whole or [list(results.values()) for results in list(runs.values())[:1]]
+    results = [result for of_seed in seeds for result in of_seed]
+    names = tuple(dict.fromkeys(name for result in results for name in result.attacks))
+    adaptive = [name for name in names if not defence or _way(name) != TRANSFER]
+    robust = _over(seeds, _worst) if adaptive else None
+    transfer = _over(seeds, _transfer) if defence and adaptive else None
+    undefended = _over(seeds, lambda result: result.undefended and result.undefended[1]) if defence else None
+    if robust is None:
+        unranked = ONLY_TRANSFER if defence else "not measured under an attack"
+    clean = Score.over([[result.clean for result in of_seed] for of_seed in seeds])
+    return BoardEntry(
+        method, base, defence, clean, robust, tuple(adaptive), transfer, undefended,
+        seeds=len(seeds), signs=_signs(robust, transfer, undefended), unranked=unranked,
+    )  # fmt: skip
+
+
+def _over(seeds: Sequence[Sequence[Result]], figure: Callable[[Result], Accuracy | None]) -> Score | None:
+    """Returns the score of one figure of results; None where one of them lacks it."""
+    found = [[of for of in map(figure, of_seed) if of is not None] for of_seed in seeds]
+    return Score.over(found) if [len(of) for of in found] == [len(of) for of in seeds] else None
+
+
+def _worst(result: Result) -> Accuracy | None:
+    if result.worst_case is not None:
+        return result.worst_case
+    return next(iter(result.attacks.values())) if len(result.attacks) == 1 else None
+
+
+def _transfer(result: Result) -> Accuracy | None:
+    found = [accuracy for name, accuracy in result.attacks.items() if _way(name) == TRANSFER]
+    return min(found, key=lambda accuracy: accuracy.correct, default=None)
+
+
+def _signs(robust: Score | None, transfer: Score | None, undefended: Score | None) -> tuple[str, ...] | None:
+    """Returns whether a defence helps against the attack that does not know it, and against no other."""
+    if robust is None or transfer is None or undefended is None:
+        return None
+    return ("gains in transfer only",) if transfer.value > undefended.value >= robust.value else ()
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluations
+
+
+def _of_evaluation(source: Source) -> list[tuple[tuple[Any, ...], BoardEntry]]:
+    """Returns the entries of an evaluation, one for each threat model, with their boards."""
+    folder = source.path.parent
+    if source.path.name == EVALUATION and (folder / CONFIG_NAME).is_file():
+        base = saved_config(folder).base_model_fingerprint
+        records = Records.read(folder, adapter_fingerprint(folder), base, names=(RESULTS, EVALUATION))  # or it raises
+        evaluation, run = records.evaluation, records.run
+        if evaluation is None:
+            raise ValueError("; ".join(records.unshown) or f"{EVALUATION} is not shown.")
+    else:
+        evaluation, run = Evaluation.load(source.path, with_examples=False), None
+    configuration = evaluation.configuration
+    task = dict(configuration.get("task") or {})
+    data, model = dict(configuration.get("data") or {}), dict(configuration.get("model") or {})
+    if task.get("split") not in (None, "test"):
+        raise ValueError(f"it is of the {plain(task['split'], 40)} split, on which settings are chosen.")
+    if not evaluation.worst_case:
+        raise ValueError("it has no attack that knows the model.")
+    defence = str((configuration.get("defence") or {}).get("name") or "")
+    of_data = f"{task.get('source') or 'unnamed data'}, {evaluation.clean.n} images ({data.get('fingerprint', '?')})"
+    protocol = str(configuration.get("protocol") or "as evaluated")
+    verified = source.verified if evaluation.images is not None else NO_IMAGES
+    base = (model.get("base") or {}).get("name") or model.get("callable") or "unknown"
+    found = []
+    for threat, worst in evaluation.worst_case.items():
+        rows = [outcome for outcome in evaluation.attacks if outcome.threat_model == threat]
+        adaptive = [o for o in rows if (o.way not in ("", TRANSFER) if defence else o.kind == ROBUST)]
+        transfer = [o for o in rows if o.way == TRANSFER]
+        # a defended model is attacked by more ways than were asked for, but by transfer with each attack that was
+        asked = {_base_name(outcome.name) for outcome in (transfer if defence else adaptive)}
+        before = None if evaluation.undefended is None else evaluation.undefended.worst_case.get(threat)
+        raised = tuple(sign.name.replace("_", " ") for sign in evaluation.signs if sign.raised)
+        signs = raised if evaluation.signs else None
+        shown = bool(adaptive)
+        unranked = "" if shown else ONLY_TRANSFER
+        if verified not in (VERIFIED, UNCHECKED, NO_IMAGES):
+            unranked = "its images, weights and figures do not agree"
+        entry = BoardEntry(
+            _method(run, model, source.name), _name(str(base)), defence, Score.of(evaluation.clean),
+            Score.of(worst) if shown else None, tuple(o.name for o in adaptive),
+            Score.of(min((o.accuracy for o in transfer), key=lambda a: a.correct)) if shown and transfer else None,
+            None if before is None else Score.of(before), signs=signs, verified=verified, link=source.link, place=source.name,
+            unranked=unranked,
+        )  # fmt: skip
+        found.append(((protocol, of_data, threat.norm, threat.epsilon, tuple(sorted(asked))), entry))
+    return found
+
+
+def _method(run: RunResults | None, model: Mapping[str, Any], name: str) -> str:
+    if run is not None:
+        return f"{run.method}, {shots_name(run.task.shots)}" if run.task.shots else run.method
+    return Path(name).name if model.get("adapter") else "zero-shot"
+
+
+def _name(base: str) -> str:
+    """Returns the name of a base: of an embedded model its own, of a folder the last part."""
+    return embedded_name(base) or (Path(base).name if base.startswith((".", "/", "~")) else base)
+
+
+def is_evaluation(path: Path) -> bool:
+    """Tells whether a JSON file holds an evaluation; a damaged one may."""
+    try:
+        return read_json(path).get("kind") == "evaluation"
+    except (OSError, ValueError):
+        return path.name == EVALUATION
+
+
+def same_evaluation(path: Path) -> str:
+    """Returns a text that is the same for copies of an evaluation, by which they are shown once."""
+    content = read_json(path)
+    return json.dumps([content.get("configuration"), content.get("attacks")], sort_keys=True)
+
+
+def with_verification(source: Source, verified: str) -> Source:
+    """Returns a source with what verifying it has found."""
+    return replace(source, verified=verified)
