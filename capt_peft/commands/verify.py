@@ -51,7 +51,7 @@ class Arguments(TunedDataArguments):
         metadata={"help": "Folder or Hub id of a CLIP: that of a zero-shot evaluation, or the adapter's base."},
     )
     evaluation: str | None = field(
-        default=None, metadata={"help": f"JSON file of the evaluation; by default the adapter's {EVALUATION}."}
+        default=None, metadata={"help": "JSON file of the evaluation; by default the adapter's evaluation.json."}
     )
     attacks: str = field(
         default="", metadata={"help": "Comma-separated attacks on the images that count as robust, such as pgd-20."}
