@@ -18,7 +18,7 @@ from ..attacks.losses import cross_entropy
 from ..attacks.threat import BALLS
 from ..randomness import example_generators
 from ..results.accuracy import Accuracy
-from ..results.defence import WithoutDefence
+from ..results.defence import TRANSFER_ONLY, WithoutDefence, gone
 from ..results.evaluation import Sign
 from ..utils.machine import tf32_in_use
 from .batch import Attacked, BatchRecord
@@ -84,7 +84,7 @@ _RULES = {
     ),
 }
 _TRANSFER_ONLY = _Rule(
-    0.9,
+    TRANSFER_ONLY,
     "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; images "
     "made with knowledge of it leave {worst:.1f}%: what the defence gains, it gains in transfer only.",
     "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; images "
@@ -249,9 +249,12 @@ def signs_of_defence(
         # the answers of the worst of the transferred attacks, image by image
         transfer = min(Accuracy(r.right(), n, worst.decisions).value for r in by_way["transfer"])
         without = undefended.worst_case[threat].value
-        gone = (transfer - worst.value) / (transfer - without) if transfer > without else 0.0
+        share = gone(transfer, without, worst.value)
         lost.append(
-            (gone, {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value})
+            (
+                share,
+                {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value},
+            )
         )
         black_box = set[int]().union(*(record.wrong() for record in by_way.pop("black-box", [])))
         gains.append(len(black_box - set[int]().union(*(r.wrong() for rs in by_way.values() for r in rs))) / n)

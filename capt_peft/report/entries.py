@@ -18,6 +18,7 @@ from ..benchmark.lines import Line, Result, read_lines
 from ..benchmark.plan import TRANSFERS, Cell, shots_name
 from ..results.accuracy import Accuracy, wilson_interval
 from ..results.card import saved_config
+from ..results.defence import TRANSFER_ONLY, gone
 from ..results.evaluation import EVALUATION, ROBUST, Evaluation
 from ..results.run import RESULTS, Records, RunResults
 from ..tuner.fingerprint import adapter_fingerprint
@@ -302,7 +303,8 @@ def _signs(robust: Score | None, transfer: Score | None, undefended: Score | Non
     """Returns whether a defence helps against the attack that does not know it, and against no other."""
     if robust is None or transfer is None or undefended is None:
         return None
-    return ("gains in transfer only",) if transfer.value > undefended.value >= robust.value else ()
+    lost = gone(transfer.value, undefended.value, robust.value)
+    return ("gains in transfer only",) if lost > TRANSFER_ONLY else ()
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluations

@@ -43,6 +43,21 @@ class WithoutDefence:
         return found
 
 
+# the share of the gain under transfer that is gone in the worst case, above which a defence "gains in transfer only"
+TRANSFER_ONLY = 0.9
+
+
+def gone(transfer: float, without: float, worst: float) -> float:
+    """Returns the share of what a defence gains under transfer that is gone in the worst case; 0 where it gains nothing.
+
+    Args:
+        transfer: Accuracy with the defence on images made without it.
+        without: Robust accuracy without the defence.
+        worst: Robust accuracy with it, by every way to attack it. The share is more than 1 where it is below `without`.
+    """
+    return (transfer - worst) / (transfer - without) if transfer > without else 0.0
+
+
 def worst_of_decisions(rows: Sequence[Sequence[int]], n: int, decisions: int) -> Accuracy:
     """Returns the worst case over attacks of a classifier that answers at random.
 
