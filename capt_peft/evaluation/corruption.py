@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -49,7 +48,7 @@ def measure_corrupted(
             pixels, labels = examples.batch(indices, subject.device)
             corrupted = corrupt_pixels(pixels, name, seed)
             jobs.keep(piece, score_batch(subject, corrupted, labels, indices, seed).to_dict())
-    done = {name: result for part in gather_object([jobs.done]) for name, result in part.items()}
+    done = jobs.of_all()
     right = {}
     for name in corruptions:
         whole = BatchRecord.joined(done[piece] for each, piece, _ in pieces if each == name)

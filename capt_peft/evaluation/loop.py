@@ -25,7 +25,8 @@ from ..data.corruptions import parse_corruptions
 from ..data.texts import Template, read_template
 from ..defences import Defended, adaptive
 from ..randomness import check_seed
-from ..results.evaluation import Evaluation, changes, examples_path
+from ..results.earlier import changes
+from ..results.evaluation import Evaluation, examples_path
 from ..results.kept import images_path
 from ..utils.files import make_writable
 from ..utils.machine import versions
@@ -267,7 +268,7 @@ class _Work:
         names = ["clean", *(f"{i:02d}" for i in range(len(self.attacks)))]
         for number, (name, attack) in enumerate(zip(names, [None, *self.attacks], strict=True)):
             self._measure(name, attack, number - 1)
-        done = {name: result for part in gather_object([self.jobs.done]) for name, result in part.items()}
+        done = self.jobs.of_all()
         pieces = [[done[piece] for piece in sorted(done) if piece.startswith(f"{name}-")] for name in names]
         clean, *records = map(BatchRecord.joined, pieces)
         attacked = list(zip(self.attacks, records, strict=True))

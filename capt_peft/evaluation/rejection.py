@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -64,7 +63,7 @@ class Rejecting:
         for name, attack in names:
             for kind, examples in ((INSIDE, self.inside), (OUTSIDE, self.outside)):
                 self._run(f"{kind}-{name}", examples, attack)
-        done = {name: result for part in gather_object([self.jobs.done]) for name, result in part.items()}
+        done = self.jobs.of_all()
         clean, _ = self._joined(done, f"{INSIDE}-clean")
         outcomes = []
         for name, attack in names:

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..attacks import LogitsFn
 from ..randomness import own_random_state
-from ..results.evaluation import RANDOM, SUFFIXES, TOLERANCE, Evaluation, changes, logit_distance, set_aside
+from ..results.earlier import RANDOM, TOLERANCE, changes, logit_distance, set_aside
+from ..results.evaluation import SUFFIXES, Evaluation
 from ..results.retrieval import Retrieval
 from ..utils.files import DamagedFileError, make_writable, read_json, write_json
 from ..utils.outputs import OutputLock, main_process_says
@@ -123,6 +125,10 @@ class Jobs:
         self.done[name] = result
         if self.folder is not None:
             write_json(self.folder / "jobs" / f"{name}.json", {"result": result, "hash": _hash(result)})
+
+    def of_all(self) -> dict[str, Any]:
+        """Returns the results of all processes, by name; every process calls it."""
+        return {name: result for done in gather_object([self.done]) for name, result in done.items()}
 
     def remove(self) -> None:
         """Removes the folder, once its results are elsewhere."""

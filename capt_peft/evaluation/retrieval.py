@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -327,7 +326,7 @@ def _measure(
             if piece not in jobs.done:
                 jobs.keep(piece, _attacked(gallery, attack, places, seed))
             bar.update(len(places))
-    done = {name: result for part in gather_object([jobs.done]) for name, result in part.items()}
+    done = jobs.of_all()
     return [done[name] for name, _ in pieces]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..attacks import Attack, LogitsFn, ThreatModel
 from ..defences import Defence, Defended, adaptive
 from ..results.accuracy import Accuracy
-from ..results.evaluation import RANDOM, TOLERANCE, Evaluation, changes, logit_distance
+from ..results.earlier import RANDOM, TOLERANCE, changes, logit_distance
+from ..results.evaluation import Evaluation
 from ..results.kept import KeptImages, read_images
 from ..utils.machine import moved
 from ..utils.markup import plain

@@ -42,7 +42,8 @@ from .card import (
     write_cards_for,
     write_saved_card,
 )
-from .evaluation import EVALUATION, SUFFIXES, Evaluation, changes, examples_path, set_aside
+from .earlier import changes, set_aside
+from .evaluation import EVALUATION, SUFFIXES, Evaluation, examples_path
 from .kept import KeptImages, images_path
 from .run import RESULTS, RecordError, Records, RunResults, why_unshown
 from .strength import STRENGTH, StrengthFront

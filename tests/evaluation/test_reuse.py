@@ -18,7 +18,7 @@ from capt_peft import PGD, CaptConfig, ThreatModel, ZeroShotClassifier, evaluate
 from capt_peft.evaluation import Accuracy, Evaluation
 from capt_peft.evaluation import loop as loop_module
 from capt_peft.evaluation.resume import compared_logits
-from capt_peft.results.evaluation import TOLERANCE, logit_changes
+from capt_peft.results.earlier import TOLERANCE, logit_changes
 from capt_peft.tuner.fingerprint import adapter_fingerprint
 from capt_peft.utils.files import DamagedFileError
 
