@@ -26,7 +26,8 @@ from ..data.texts import Template, read_template
 from ..defences import Defended, adaptive
 from ..randomness import check_seed
 from ..results.earlier import changes
-from ..results.evaluation import Evaluation, examples_path
+from ..results.evaluation import Evaluation
+from ..results.examples import examples_path
 from ..results.kept import images_path
 from ..utils.files import make_writable
 from ..utils.machine import versions

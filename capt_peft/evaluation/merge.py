@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +10,8 @@ import pyarrow as pa
 from ..attacks import Attack, ThreatModel
 from ..results.accuracy import Accuracy
 from ..results.defence import WithoutDefence, worst_of_decisions
-from ..results.evaluation import EXAMPLE_SCHEMA, ROBUST, TRANSFER, AttackOutcome, Evaluation, has_union
+from ..results.evaluation import ROBUST, TRANSFER, AttackOutcome, Evaluation, has_union
+from ..results.examples import EXAMPLE_SCHEMA
 from ..results.rejection import Rejection
 from ..results.reliability import Reliability
 from ..utils.machine import describe_machine
@@ -29,18 +30,13 @@ def merge(
 ) -> Evaluation:
     """Returns the figures of an evaluation by the records of all images, without an attack and under each."""
     n = len(clean.index)
-    worst_case, broken = {}, set[int]()
+    worst_case, union = {}, None
     for threat in dict.fromkeys(attack.threat_model for attack, _ in attacked if subject.white_box):
         within = [record for attack, record in attacked if attack.threat_model == threat]
-        if subject.decisions > 1:
-            worst_case[threat] = worst_of_decisions([record.decided for record in within], n, subject.decisions)
-        else:
-            wrong = set[int]().union(*(record.wrong() for record in within))
-            worst_case[threat] = Accuracy(n - len(wrong), n)
-            broken |= wrong
-    union = Accuracy(n - len(broken), n)
-    if subject.decisions > 1 and worst_case:
-        everything = worst_of_decisions([record.decided for _, record in attacked], n, subject.decisions)
+        worst_case[threat] = _worst(within, n, subject.decisions)
+    if has_union(worst_case):
+        everything = _worst([record for _, record in attacked], n, subject.decisions)
+        # of random answers, one threat model's adversary may by chance be the stronger
         union = min(everything, *worst_case.values(), key=lambda accuracy: accuracy.correct)
     undefended = _without_defence(clean, attacked, subject)
     signs = read_signs(probed, subject, attacked)
@@ -57,9 +53,16 @@ def merge(
         examples=pa.concat_tables(tables).combine_chunks(),
         reliability=_reliability(clean),
         rejection=rejection,
-        union=union if has_union(worst_case) else None,
+        union=union,
         undefended=undefended,
     )
+
+
+def _worst(records: Sequence[BatchRecord], n: int, decisions: int) -> Accuracy:
+    """Returns the worst case over attacks of n images."""
+    if decisions > 1:
+        return worst_of_decisions([record.decided for record in records], n, decisions)
+    return Accuracy(n - len(set[int]().union(*(record.wrong() for record in records))), n)
 
 
 def _without_defence(clean: BatchRecord, attacked: Attacked, subject: Subject) -> WithoutDefence | None:

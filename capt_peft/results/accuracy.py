@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
 
+from ..attacks import ThreatModel
 from ..utils.files import DamagedFileError
 from ..utils.markup import plain
 from ..utils.text import cut
@@ -97,6 +98,16 @@ class Accuracy:
                 f"{plain(what, 200)} {self.correct} of {self.n} and {other.correct} of {other.n} images; the first cannot be "
                 "more, and both must be of the same images."
             )
+
+
+def rows_by_threat(accuracies: Mapping[ThreatModel, Accuracy]) -> list[dict[str, Any]]:
+    """Returns accuracies of threat models in JSON types."""
+    return [{"threat_model": threat.to_dict(), **accuracy.to_dict()} for threat, accuracy in accuracies.items()]
+
+
+def by_threat(rows: Iterable[Mapping[str, Any]]) -> dict[ThreatModel, Accuracy]:
+    """Reads what `rows_by_threat` returned; a FigureError if it cannot be true."""
+    return {ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in rows}
 
 
 class FigureError(ValueError):

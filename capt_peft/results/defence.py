@@ -10,7 +10,7 @@ import numpy as np
 
 from ..attacks import ThreatModel
 from ..utils.markup import escape
-from .accuracy import Accuracy
+from .accuracy import Accuracy, by_threat, rows_by_threat
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class WithoutDefence:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything, in JSON types."""
-        worst = [{"threat_model": t.to_dict(), **a.to_dict()} for t, a in self.worst_case.items()]
+        worst = rows_by_threat(self.worst_case)
         return {"clean": self.clean.to_dict(), "worst_case": worst, "forwards": self.forwards}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> WithoutDefence:
         """Reads what `to_dict` returned; a FigureError if it cannot be true."""
-        worst = {ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]}
+        worst = by_threat(content["worst_case"])
         found = cls(Accuracy.from_dict(content["clean"]), worst, float(content["forwards"]))
         for accuracy in worst.values():
             accuracy.check_at_most(found.clean, "has, without the defence, a worst case and clean accuracy of")

@@ -22,7 +22,6 @@ TOLERANCE = 1e-4
 logger = logging.getLogger(__name__)
 
 
-
 def changes(new: Mapping[str, Any], old: Any) -> list[str]:
     """Returns sentences that say where the configurations of two evaluations differ; logits may differ by rounding.
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..attacks import Protocol, ThreatModel, known_protocols
 from ..attacks.protocols import AUTOATTACK
-from ..utils.files import DamagedFileError, read_json, write_json, written_whole
+from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.markup import escape
-from .accuracy import Accuracy, FigureError, known_fields, readable
+from .accuracy import Accuracy, FigureError, by_threat, known_fields, readable, rows_by_threat
 from .corrupted import CorruptedAccuracy
-from .defence import WithoutDefence, defended_rows, on_decisions, worst_of_decisions
+from .defence import WithoutDefence, defended_rows, on_decisions
+from .examples import check_counts, examples_path, read_examples, write_examples, wrong_under
 from .kept import KeptImages, images_path
 from .rejection import Rejection
 from .reliability import BINS, Reliability
@@ -25,7 +24,6 @@ from .reliability import BINS, Reliability
 EVALUATION = "evaluation.json"  # in an adapter's folder
 SUFFIXES = (".json", ".parquet", ".safetensors")  # of the figures, the examples and the worst-case images
 ROBUST, TRANSFER = "robust", "transfer"
-CLEAN = b"clean_correct"  # in the metadata of the examples
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,11 @@ class AttackOutcome:
     def way(self) -> str:
         """The way to a defended classifier, such as "unrolled" (`defences.WAYS`); "" without a defence."""
         return str(self.attack.get("way", ""))
+
+    @property
+    def counts(self) -> bool:
+        """Whether the worst case is taken over it: a white-box attack, or any way to a defended classifier."""
+        return self.kind == ROBUST or bool(self.way)
 
     @property
     def threat_model(self) -> ThreatModel:
@@ -204,7 +207,9 @@ class Evaluation:
             return outcomes[0].accuracy
         if len(outcomes) == len(white_box):
             return self.worst_case[threat]
-        return None if self.examples is None else Accuracy(self.clean.n - len(self._broken(outcomes)), self.clean.n)
+        if self.examples is None:
+            return None
+        return Accuracy(self.clean.n - len(wrong_under(self.examples, outcomes)), self.clean.n)
 
     def gap_to_autoattack(self, threat: ThreatModel) -> float | None:
         """Returns how many points the protocol's robust accuracy is above AutoAttack's, on the same images; None without both."""
@@ -228,7 +233,7 @@ class Evaluation:
 
     def of_worst_case(self, threat: ThreatModel) -> list[AttackOutcome]:
         """Returns the outcomes that the worst case of a threat model is taken over."""
-        return [o for o in self.attacks if threat == o.threat_model and (o.kind == ROBUST or o.way)]
+        return [o for o in self.attacks if threat == o.threat_model and o.counts]
 
     def table(self) -> str:
         """Returns a Markdown table: which accuracy, under which attack, with the 95% interval, and of which images."""
@@ -303,7 +308,7 @@ class Evaluation:
             "kind": "evaluation",
             "clean": self.clean.to_dict(),
             "attacks": [outcome.to_dict() for outcome in self.attacks],
-            "worst_case": [{"threat_model": t.to_dict(), **a.to_dict()} for t, a in self.worst_case.items()],
+            "worst_case": rows_by_threat(self.worst_case),
             "signs": [sign.to_dict() for sign in self.signs],
             "configuration": self.configuration,
             "machine": self.machine,
@@ -327,7 +332,7 @@ class Evaluation:
         evaluation = cls(
             clean=Accuracy.from_dict(content["clean"]),
             attacks=tuple(map(AttackOutcome.from_dict, content["attacks"])),
-            worst_case={ThreatModel(**row["threat_model"]): Accuracy.from_dict(row) for row in content["worst_case"]},
+            worst_case=by_threat(content["worst_case"]),
             signs=tuple(known_fields(Sign, sign) for sign in content["signs"]),
             configuration=dict(content["configuration"]),
             machine=str(content.get("machine", "unknown")),
@@ -356,14 +361,8 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Writes the figures to a JSON file and the examples to a parquet file beside it, each whole or not at all."""
-        path = Path(path)
-        name = examples_path(path).name
-        with (
-            written_whole(path.parent) as folder,
-            (folder / name).open("wb") as file,
-        ):  # pyarrow takes UTF-8 paths alone
-            pq.write_table(self.examples.replace_schema_metadata({CLEAN: str(self.clean.correct)}), file)
-        write_json(path, self.to_dict())
+        write_examples(examples_path(Path(path)), self.examples, self.clean.correct)
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, *, with_examples: bool = True) -> Evaluation:
@@ -386,11 +385,9 @@ class Evaluation:
             with readable(path):
                 return cls.from_dict(content)
         try:
-            with examples_path(path).open("rb") as file:
-                clean = (pq.read_schema(file).metadata or {}).get(CLEAN)
-                examples = pq.read_table(file, schema=EXAMPLE_SCHEMA)
+            examples, clean = read_examples(examples_path(path))
             evaluation = cls.from_dict(content, examples)
-            evaluation._check_counts(None if clean is None else int(clean))
+            check_counts(evaluation, clean)
         except (KeyError, TypeError, ValueError, AttributeError, OSError, pa.ArrowException) as error:
             raise DamagedFileError(
                 f"{path}, or the examples in {examples_path(path).name} beside it, are damaged ({str(error)[:200]})."
@@ -412,93 +409,10 @@ class Evaluation:
                 f"cases break no more than {lost}."
             )
 
-    def _check_counts(self, clean: int | None) -> None:
-        """Raises a ValueError unless the figures are those of the examples; clean accuracy alone has no examples.
-
-        Args:
-            clean: How many clean images are right, as the file of the examples says; None: it does not, and they are counted. A
-                model that answers at random is right on other images each time.
-        """
-        if clean not in (None, self.clean.correct):
-            raise ValueError(f"{clean} clean images are right, not {self.clean.correct}")
-        n, decisions = self.clean.n, self.clean.decisions
-        rows = [(outcome, self._examples_of(outcome)) for outcome in self.attacks]
-        if sum(len(of_attack) for _, of_attack in rows) != len(self.examples):
-            raise ValueError("there are examples of other attacks")
-        wrong: dict[ThreatModel, set[int]] = {}
-        bits: dict[ThreatModel, list[list[int]]] = {}
-        undefended: dict[ThreatModel, list[bool]] = {}
-        for outcome, of_attack in rows:
-            right = pc.equal(of_attack["prediction"], of_attack["label"])
-            right_before = pc.equal(of_attack["clean_prediction"], of_attack["label"])
-            count = (
-                _count(right) if decisions == 1 else sum(row.bit_count() for row in of_attack["decided"].to_pylist())
-            )
-            found = len(of_attack), _count(right_before), count, _count(of_attack["broken"])
-            before = self.clean.correct if clean is None and decisions == 1 else found[1]
-            if found != (n, before, outcome.accuracy.correct, outcome.broken) or outcome.accuracy.n != n:
-                raise ValueError(
-                    f"the {found[0]} examples of {outcome.name} are {found[1]} right before it, {found[2]} after it and "
-                    f"{found[3]} broken, not {self.clean.correct}, {outcome.accuracy.correct} and {outcome.broken} of {n}"
-                )
-            scores = of_attack["score"]
-            if scores.null_count == 0 and outcome.reliability != Reliability.of(scores.to_pylist(), right.to_pylist()):
-                raise ValueError(f"the scores under {outcome.name} are not those of its bins")
-            if outcome.kind == ROBUST or outcome.way:
-                turned = of_attack["index"].filter(pc.invert(right)).to_pylist()
-                wrong.setdefault(outcome.threat_model, set()).update(turned)
-                bits.setdefault(outcome.threat_model, []).append(of_attack["decided"].to_pylist())
-            if outcome.way == "transfer":
-                other = pc.equal(of_attack["undefended"], of_attack["label"]).to_pylist()
-                before_it = undefended.get(outcome.threat_model, [True] * n)
-                undefended[outcome.threat_model] = [a and b for a, b in zip(before_it, other, strict=True)]
-        worst = {threat: Accuracy(n - len(indices), n) for threat, indices in wrong.items()}
-        if decisions > 1:
-            worst = {threat: worst_of_decisions(rows, n, decisions) for threat, rows in bits.items()}
-        told = {} if self.undefended is None else self.undefended.worst_case
-        if told != {threat: Accuracy(sum(left), n) for threat, left in undefended.items()}:
-            raise ValueError("what the examples say of the classifier without its defence is something else")
-        if worst != self.worst_case:
-            raise ValueError(
-                f"the worst cases of the examples are {', '.join(map(str, worst.values())) or 'none'}, not "
-                f"{', '.join(map(str, self.worst_case.values())) or 'none'}"
-            )
-        left = Accuracy(n - len(set[int]().union(*wrong.values())), n)
-        if decisions > 1 and bits:
-            everything = worst_of_decisions([row for of_threat in bits.values() for row in of_threat], n, decisions)
-            left = min(everything, *worst.values(), key=lambda accuracy: accuracy.correct)
-        if self.union not in (None, left):
-            raise ValueError(f"the union of the threat models leaves {left} of the examples, not {self.union}")
-
-    def _broken(self, outcomes: Sequence[AttackOutcome]) -> set[int]:
-        """Returns the places of the images that are wrong under one of several attacks."""
-        found: set[int] = set()
-        for of_attack in map(self._examples_of, outcomes):
-            wrong = pc.not_equal(of_attack["prediction"], of_attack["label"])
-            found.update(of_attack["index"].filter(wrong).to_pylist())
-        return found
-
-    def _examples_of(self, outcome: AttackOutcome) -> pa.Table:
-        threat = pc.equal(self.examples["threat_model"], str(outcome.threat_model))
-        return self.examples.filter(pc.and_(pc.equal(self.examples["attack"], outcome.name), threat))
-
 
 def has_union(threats: Iterable[ThreatModel]) -> bool:
     """Returns whether threat models have more than one norm, so that no ball of them is in another."""
     return len({threat.norm for threat in threats}) > 1
-
-
-def examples_path(path: Path) -> Path:
-    """Returns where the examples of an evaluation lie."""
-    return path.with_suffix(".parquet")
-
-
-_INT, _TEXT = pa.int64(), pa.string()
-EXAMPLE_SCHEMA = pa.schema({
-    "index": _INT, "label": _INT, "clean_prediction": _INT, "attack": _TEXT, "threat_model": _TEXT, "prediction": _INT,
-    "broken": pa.bool_(), "broken_by": _TEXT, "perturbation": pa.float32(), "score": pa.float64(), "decided": _INT,
-    "undefended": _INT,
-})  # fmt: skip
 
 
 def _check_reliability(reliability: Reliability | None, accuracy: Accuracy) -> None:
@@ -517,7 +431,3 @@ def _given(**records: Any) -> dict[str, Any]:
 
 def _read(kind: Any, content: Any) -> Any:
     return None if content is None else kind.from_dict(content)
-
-
-def _count(true: pa.ChunkedArray) -> int:
-    return pc.sum(true).as_py() or 0

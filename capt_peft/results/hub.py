@@ -43,7 +43,8 @@ from .card import (
     write_saved_card,
 )
 from .earlier import changes, set_aside
-from .evaluation import EVALUATION, SUFFIXES, Evaluation, examples_path
+from .evaluation import EVALUATION, SUFFIXES, Evaluation
+from .examples import examples_path
 from .kept import KeptImages, images_path
 from .run import RESULTS, RecordError, Records, RunResults, why_unshown
 from .strength import STRENGTH, StrengthFront
