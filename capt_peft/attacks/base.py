@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..randomness import Generators, Seeds, own_random_state, resolve_generator, select_generators
 from ..utils.modules import buffers_kept, modules_in
+from ..utils.patterns import named_settings
 from .losses import margin
 from .threat import BALLS, LogitsFn, ThreatModel, check_images, check_label_range, wide_dtype
 
@@ -274,12 +275,6 @@ def size_name(count: int, restarts: int, default: int) -> str:
     if restarts > 1:
         return f"-{count}x{restarts}"
     return "" if count == default else f"-{count}"
-
-
-def named_settings(match: re.Match[str]) -> dict[str, Any]:
-    """Returns the settings that a name gives: the named groups of its pattern, digits as a whole number."""
-    found = {name: text for name, text in match.groupdict().items() if text is not None}
-    return {name: int(text) if text.isdecimal() else text for name, text in found.items()}
 
 
 def check_settings(attack: Attack, **least: int) -> None:

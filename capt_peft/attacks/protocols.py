@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
 
-import yaml
-
+from ..utils.files import read_entries
 from ..utils.fractions import parse_fraction
 from .base import Attack
 from .pgd import with_step_size
@@ -128,8 +126,8 @@ class Protocol:
 @lru_cache(maxsize=1)
 def known_protocols() -> dict[str, Protocol]:
     """Returns all protocols by name, as `protocols.yaml` has them."""
-    content = yaml.safe_load((files(__package__) / "protocols.yaml").read_text(encoding="utf-8"))
-    return {name: Protocol(name=name, **_tuples(entry)) for name, entry in content.items()}
+    entries = read_entries(files(__package__) / "protocols.yaml")
+    return {name: Protocol(name=name, **entry) for name, entry in entries.items()}
 
 
 def get_protocol(name: str) -> Protocol:
@@ -145,7 +143,3 @@ def get_protocol(name: str) -> Protocol:
     if name not in known:
         raise ValueError(f"Unknown protocol {name!r}. Allowed: {', '.join(known)}.")
     return known[name]
-
-
-def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}

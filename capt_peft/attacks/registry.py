@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from ..utils.patterns import from_name, shapes_of
 from .base import Attack
 from .threat import NORMS, ThreatModel
 
@@ -40,7 +40,7 @@ def register_attack(kind: _Kind) -> _Kind:
 
 def attack_names() -> dict[str, str]:
     """Returns the names of all attacks, or their shapes such as "pgd-STEPS", each with what it means."""
-    return {shape: meaning for kind in _KINDS.values() for shape, meaning in kind.help.items()}
+    return shapes_of(_KINDS.values())
 
 
 def norms_of(name: str) -> tuple[str, ...]:
@@ -60,22 +60,12 @@ def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str
     Raises:
         ValueError: any other name, a setting out of range (0 steps), or a step size for an attack that takes none.
     """
-    text = name if isinstance(name, str) else ""
-    for pattern, kind in _KINDS.items():
-        if match := re.fullmatch(pattern, text):
-            try:
-                attack = kind.from_name(match, threat_model)
-            except ValueError as error:
-                raise ValueError(f"attack {name!r}: {error}") from None
-            if step_size is None:
-                return attack
-            if not hasattr(attack, "step_size"):
-                raise ValueError(f"attack {name!r} sets its own step size: leave step_size={step_size!r} out")
-            return replace(attack, step_size=step_size)  # type: ignore[type-var]
-    known = "; ".join(f"{shape} ({meaning})" for shape, meaning in attack_names().items())
-    listed = [word for word in re.findall(r"\w[\w-]*", known) if any(re.fullmatch(pattern, word) for pattern in _KINDS)]
-    near = difflib.get_close_matches(text.lower(), listed, 1, 0.65)
-    raise ValueError(f"unknown attack {name!r}.{f' Did you mean {near[0]}?' if near else ''} Known: {known}")
+    attack: Any = from_name("attack", name, _KINDS.values(), threat_model)
+    if step_size is None:
+        return attack
+    if not hasattr(attack, "step_size"):
+        raise ValueError(f"attack {name!r} sets its own step size: leave step_size={step_size!r} out")
+    return replace(attack, step_size=step_size)
 
 
 def known_attack(settings: Mapping[str, Any]) -> Attack | None:

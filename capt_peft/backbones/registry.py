@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..utils.embedded import REGISTRY
+from ..utils.files import read_entries
 
 LAYOUTS = {
     "transformers": "a folder of transformers, both towers",
@@ -100,12 +99,9 @@ def read_registry(path: Path = REGISTRY) -> dict[str, Backbone]:
             field that does not exist.
     """
     found = {}
-    for name, values in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        listed: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+    for name, values in read_entries(path).items():
         try:
-            entry = found[name] = Backbone(name=name, **listed)
+            entry = found[name] = Backbone(name=name, **values)
         except TypeError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
         unknown = set(entry.unverified) - {f.name for f in fields(Backbone)}

@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import yaml
 from datasets import Dataset
 
 from ..tuner.config import DEFAULT_TEMPLATE
+from ..utils.files import read_entries
 from ..utils.text import some
 from .task import relabelled
 
@@ -158,16 +158,10 @@ def _words(name: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"[a-z0-9]+", spaced)))
 
 
-def _read() -> dict[str, Entry]:
-    content = yaml.safe_load((files(__package__) / "catalog.yaml").read_text(encoding="utf-8"))
-    entries = {}
-    for name, values in content.items():
-        values |= {key: tuple(values[key]) for key in ("sources", "left_out") if key in values}
-        entries[name] = Entry(name=name, **{"classes": name, **values})
-    return entries
-
-
-CATALOG: dict[str, Entry] = _read()
+CATALOG: dict[str, Entry] = {
+    name: Entry(name=name, **{"classes": name, **values})
+    for name, values in read_entries(files(__package__) / "catalog.yaml").items()
+}
 
 
 def recognize(path: Path) -> Entry | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-
+from ..utils.patterns import from_name, shapes_of
 from .base import Defence, Defended, Purifier, Undefended, gradient_of
 from .clipure import CLIPure
 from .ensemble import Ensemble
@@ -53,7 +51,7 @@ __all__ = [
 
 def defence_names() -> dict[str, str]:
     """Returns the names of all defences, or their shapes such as "tte-VIEWS", each with what it means."""
-    return {shape: meaning for kind in DEFENCES for shape, meaning in kind.help.items()}
+    return shapes_of(DEFENCES)
 
 
 def parse_defence(name: str) -> Defence:
@@ -65,13 +63,5 @@ def parse_defence(name: str) -> Defence:
     Raises:
         ValueError: Any other name, or a setting out of range.
     """
-    text = name if isinstance(name, str) else ""
-    for kind in DEFENCES:
-        if match := re.fullmatch(kind.pattern, text):
-            try:
-                return kind.from_name(match)
-            except ValueError as error:
-                raise ValueError(f"defence {name!r}: {error}") from None
-    known = "; ".join(f"{shape} ({meaning})" for shape, meaning in defence_names().items())
-    near = difflib.get_close_matches(text.lower(), [shape.lower() for shape in defence_names()], 1, 0.65)
-    raise ValueError(f"unknown defence {name!r}.{f' Did you mean {near[0]}?' if near else ''} Known: {known}")
+    defence: Defence = from_name("defence", name, DEFENCES)
+    return defence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from ..attacks.base import named_settings
 from ..attacks.threat import LogitsFn
 from ..clip.classifier import ZeroShotClassifier
 from ..clip.texts import normalize
 from ..tuner import clip
+from ..utils.patterns import named_settings
 
 NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"  # in a name, as `number` writes it
 
@@ -111,7 +111,7 @@ class Defence(ABC):
     """
 
     pattern: ClassVar[str]
-    help: ClassVar[dict[str, str]]
+    help: ClassVar[Mapping[str, str]]
     random: ClassVar[bool] = False
     samples: ClassVar[int] = 20  # as AutoAttack's version for random classifiers
     ways: ClassVar[tuple[str, ...]] = ("unrolled",)

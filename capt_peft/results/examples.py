@@ -77,10 +77,8 @@ def _check_outcome(before: Accuracy, clean: int | None, outcome: AttackOutcome, 
     n = before.n
     right = pc.equal(of_attack["prediction"], of_attack["label"])
     right_before = _count(pc.equal(of_attack["clean_prediction"], of_attack["label"]))
-    if before.decisions == 1:
-        after = _count(right)
-    else:
-        after = sum(row.bit_count() for row in of_attack["decided"].to_pylist())
+    decided = of_attack["decided"].to_pylist()
+    after = _count(right) if before.decisions == 1 else sum(bits.bit_count() for bits in decided)
     found = len(of_attack), right_before, after, _count(of_attack["broken"])
     told = before.correct if clean is None and before.decisions == 1 else right_before
     if found != (n, told, outcome.accuracy.correct, outcome.broken) or outcome.accuracy.n != n:

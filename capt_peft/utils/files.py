@@ -15,9 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.resources.abc import Traversable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .text import short
 
@@ -212,6 +215,15 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 class DamagedFileError(ValueError):
     """A file that holds something else than what was written to it; the message names it."""
+
+
+def read_entries(path: Traversable) -> dict[str, dict[str, Any]]:
+    """Returns the entries of a YAML file of the package by name, in the order of the file, with tuples in place of lists."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {
+        name: {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        for name, entry in content.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
