@@ -320,12 +320,10 @@ def make_trainer(
         config: PeftConfig = CaptConfig(**{**prompts, **texts})
     else:
         config = adapter_config(peft, peft_kwargs or {})
-    with (
-        warnings.catch_warnings()
-    ):  # of layers that other tuners do not know, and of a CUDA extension that is not needed
-        warnings.filterwarnings(
-            "ignore", "Unsupported layer type|Failed to load the CUDA extension|Setting boft_n_butterfly"
-        )
+    with warnings.catch_warnings():
+        # of layers that other tuners do not know, and of a CUDA extension that is not needed
+        expected = "Unsupported layer type|Failed to load the CUDA extension|Setting boft_n_butterfly"
+        warnings.filterwarnings("ignore", expected)
         model: Any = get_peft_model(base, config)
     objective = method.objective(args)
     return CaptTrainer(model, args, task=task, processor=processor, objective=objective, teacher=teacher)

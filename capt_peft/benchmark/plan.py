@@ -128,9 +128,9 @@ class Cell:
 
     def images_in(self, task: str) -> int | None:
         """Returns how many images of a data set are measured, drawn by seed 0; None: all."""
-        return (
-            self.limit if self.evaluation_protocol is None else get_protocol(self.evaluation_protocol).images_in(task)
-        )
+        if self.evaluation_protocol is None:
+            return self.limit
+        return get_protocol(self.evaluation_protocol).images_in(task)
 
     @property
     def label(self) -> str:
@@ -214,10 +214,8 @@ class Plan:
             unknown = [value for value in values if value not in allowed]
             if unknown:
                 of_papers = [value for value in unknown if name == "protocols" and value in known_protocols()]
-                meant = (
-                    f" {of_papers[0]} is a published evaluation protocol: --protocol {of_papers[0]}."
-                    if of_papers
-                    else ""
+                meant = "".join(
+                    f" {each} is a published evaluation protocol: --protocol {each}." for each in of_papers[:1]
                 )
                 raise ValueError(f"Unknown {name} {', '.join(unknown)}. Allowed: {', '.join(allowed)}.{meant}")
         for shots in (*self.shots, self.transfer_shots):
@@ -317,10 +315,8 @@ class Plan:
         }
         # YAML reads 1e-3 as a word
         values |= {name: float(value) for name, value in values.items() if name in _FLOATS and isinstance(value, str)}
-        attacks, limit = (
-            self.attacks or self.suite.attacks,
-            self.suite.limit if self.limit is None else self.limit or None,
-        )
+        attacks = self.attacks or self.suite.attacks
+        limit = self.suite.limit if self.limit is None else self.limit or None
         if self.evaluation_protocol is not None:
             named = get_protocol(self.evaluation_protocol)
             asked = {**self.settings, **own.get(method, {}), **changed}  # the suite's own are not asked for

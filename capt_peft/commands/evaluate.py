@@ -13,11 +13,7 @@ A killed evaluation resumes where it stopped when the same command is given agai
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +32,7 @@ from ..attacks.registry import norms_of
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
+from ..data.captions import CaptionedImages
 from ..data.corruptions import parse_corruptions
 from ..data.texts import read_template
 from ..defences import Defended, parse_defence
@@ -51,19 +48,29 @@ from ..results.kept import images_path
 from ..results.retrieval import Retrieval
 from ..tuner import adapters_in_use
 from ..tuner.config import check_strength
-from ..tuner.fingerprint import adapter_fingerprint, base_fingerprint
-from ..utils.machine import use_tf32, versions
+from ..utils.machine import use_tf32
 from ..utils.text import cut, shown
 from .data import measured
 from .ending import loading
+from .naming import default_output
 from .options import values_in
 from .parser import Parser
 from .places import check_places
 from .protocols import settle, settle_data
-from .retrieval import ANY_CLASSES, OPTIONS, RetrievalArguments, measure
+from .retrieval import ANY_CLASSES, RetrievalArguments, measure
 from .tuned import take_over
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
+# options that cannot go with --defence, and why
+WITHOUT_DEFENCE = {
+    "attack_target": "a defended classifier is attacked by ways of its own",
+    "attack_template": "a defended classifier is attacked by ways of its own",
+    "out_of_class": 'the answer "none of these" is one of the classifier alone',
+    "retrieval": "defences are of classifiers",
+    "curve": "its attacks do not know the defence",
+    "update_card": "a card shows what the adapter does by itself",
+    "corruptions": "they are measured without a defence",
+}
 
 
 @dataclass
@@ -182,7 +189,8 @@ def parse_args(argv: list[str]) -> Arguments:
     if args.protocol is not None:
         named = settle(args, named)
     if args.adapter is not None:
-        take_over(args, args.model, {*named, *(("norm", "epsilon") if args.threats is not None else ())})
+        of_threats = {"norm", "epsilon"} if args.threats is not None else set()
+        take_over(args, args.model, {*named, *of_threats})
         check_places(asdict(args))
     if args.protocol is not None:
         settle_data(args, given)
@@ -208,6 +216,19 @@ def parse_args(argv: list[str]) -> Arguments:
     idle = [name for name in ("attack_target", "attack_template", "save_images") if name in named and not attacks]
     if idle:
         raise ValueError(f"--{idle[0]} has no effect on clean accuracy, and --attacks names no attack.")
+    check_strength_option(args)
+    check_defence(args, named)
+    if args.adapter is None and args.attack_target == "frozen":
+        raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
+    if args.update_card:
+        if not (args.adapter and is_adapter(Path(args.adapter))):
+            raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
+        check_update(args.adapter)
+    return args
+
+
+def check_strength_option(args: Arguments) -> None:
+    """Refuses a strength out of range, of no adapter, or other than the one that a card shows."""
     if args.strength is not None:
         if args.adapter is None:
             raise ValueError("--strength needs --adapter: it says how much of an adapter acts.")
@@ -217,14 +238,6 @@ def parse_args(argv: list[str]) -> Arguments:
                 f"first with capt-peft strength {shlex.quote(args.adapter)} --set {args.strength!r}."
             )
         check_strength(args.strength)
-    check_defence(args, named)
-    if args.adapter is None and args.attack_target == "frozen":
-        raise ValueError("--attack_target frozen needs --adapter: a bare --base is the frozen model itself.")
-    if args.update_card:
-        if not (args.adapter and is_adapter(Path(args.adapter))):
-            raise ValueError("--update_card needs a local --adapter: the folder of one, with its weights.")
-        check_update(args.adapter)
-    return args
 
 
 def check_defence(args: Arguments, named: set[str]) -> None:
@@ -237,28 +250,9 @@ def check_defence(args: Arguments, named: set[str]) -> None:
     if "decisions" in named and not defence.random:
         raise ValueError(f"--decisions has no effect on {args.defence}, which is not random.")
     check_decisions(args.decisions)
-    idle = [
-        name
-        for name in (
-            "attack_target",
-            "attack_template",
-            "out_of_class",
-            "retrieval",
-            "curve",
-            "update_card",
-            "corruptions",
-        )
-        if name in named and getattr(args, name)
-    ]
-    if idle:
-        why = {
-            "out_of_class": 'the answer "none of these" is one of the classifier alone',
-            "retrieval": "defences are of classifiers",
-            "curve": "its attacks do not know the defence",
-            "corruptions": "they are measured without a defence",
-            "update_card": "a card shows what the adapter does by itself",
-        }.get(idle[0], "a defended classifier is attacked by ways of its own")
-        raise ValueError(f"--{idle[0]} cannot go with --defence: {why}. Leave one of them out.")
+    for name, why in WITHOUT_DEFENCE.items():
+        if name in named and getattr(args, name):
+            raise ValueError(f"--{name} cannot go with --defence: {why}. Leave one of them out.")
     if args.dtype not in OF_FLOAT32:
         raise ValueError(f"dtype={args.dtype!r}: --defence is measured in {' or '.join(OF_FLOAT32)}. Give one of them.")
 
@@ -343,41 +337,6 @@ def warn_of_calibration(classifier: ZeroShotClassifier, task: Task, split: str) 
         )
 
 
-def default_output(args: Arguments, model: torch.nn.Module) -> Path:
-    """Returns a file of its own for these settings and weights, beside the adapter where that is a folder here."""
-    name = args.model
-    left_out = {"adapter", "output", "overwrite", "update_card", "curve"}
-    left_out |= set() if args.retrieval else {"retrieval", *OPTIONS}
-    own = {k: v for k, v in asdict(args).items() if k not in left_out}
-    places = {k: os.path.abspath(own[k]) for k in ("dataset_name", "root", "base") if own[k] and os.path.exists(own[k])}
-    own |= places | {"versions": versions()}
-    if own["defence"] is None:
-        del own["decisions"]
-    # as before they were options: results that are there are found again
-    for option in ("class_texts", "strength", "threats", "protocol", "corruptions", "defence"):
-        if own[option] is None:
-            del own[option]
-    own["weights"] = adapter_fingerprint(model) if args.adapter else base_fingerprint(model)
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:8]
-    radii = [args.norm, args.epsilon] if args.threats is None else [args.threats.replace(":", "")]
-    epsilons = [] if args.attacks == "clean" else [each.replace("/", "of") for each in radii]
-    few = [] if args.limit is None else [str(args.limit)]
-    few += [] if args.strength is None else [f"strength{args.strength:g}"]
-    few += [] if args.protocol is None else [args.protocol]
-    few += [] if args.defence is None else [args.defence.replace("/", "of")]
-    words = [Path(args.dataset_name).name, args.split, *few, *epsilons, args.attacks]
-    readable = "-".join(slug(word)[:40] for word in words)
-    folder = Path("outputs", "evaluation", slug(name)[-80:])
-    if args.adapter and os.path.isdir(args.adapter) and os.access(args.adapter, os.W_OK):
-        folder = Path(args.adapter, "evaluations")
-    return folder / f"{readable}-{digest}.json"
-
-
-def slug(text: str) -> str:
-    """Returns a text with nothing in it that a file's name could not have."""
-    return re.sub(r"[^\w.+-]+", "_", text.replace(",", "+").replace(" ", ""), flags=re.ASCII).strip("._")
-
-
 def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     """Measures, saves and shows."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -392,29 +351,16 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     common: dict[str, Any] = {"batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite}
     if args.retrieval:
         return search(args, attacks, state.device, common)
-    try:
-        task = args.load()
-    except FileNotFoundError as error:
-        if args.adapter is None or "dataset_name" in values_in(argv):
-            raise
-        raise ValueError(
-            f"{args.model} was tuned on {cut(args.dataset_name)}, which is not here: give --dataset_name."
-        ) from error
+    task = load_data(args, argv)
     data = measured(task, args.split, args.limit)
     of_task = {"template": task.template, "class_texts": task.class_texts}
     classifier = load_classifier(args, task.class_names, of_task, state.device)
     output = Path(args.output or default_output(args, classifier.model))
-    details = {"task": {"name": task.name, "source": task.source, "split": args.split, "limit": args.limit}}
-    outside = None
+    details, outside = {"task": record_of(task, args)}, None
     if args.out_of_class is not None:
         others = load_task(args.out_of_class)
         outside = measured(others, args.split, args.limit)
-        details["out_of_class"] = {
-            "name": others.name,
-            "source": others.source,
-            "split": args.split,
-            "limit": args.limit,
-        }
+        details["out_of_class"] = record_of(others, args)
     warn_of_calibration(classifier, task, args.split)
     common["details"] = details
     if args.update_card:
@@ -450,6 +396,23 @@ def main(argv: list[str]) -> Evaluation | dict[str, Retrieval]:
     return evaluation
 
 
+def load_data(args: Arguments, argv: list[str]) -> Task:
+    """Returns the data, by default those that the adapter was tuned on; if these are not here, the error says so."""
+    try:
+        return args.load()
+    except FileNotFoundError as error:
+        if args.adapter is None or "dataset_name" in values_in(argv):
+            raise
+        raise ValueError(
+            f"{args.model} was tuned on {cut(args.dataset_name)}, which is not here: give --dataset_name."
+        ) from error
+
+
+def record_of(data: Task | CaptionedImages, args: Arguments) -> dict[str, Any]:
+    """Returns which images are measured, for the record."""
+    return {"name": data.name, "source": data.source, "split": args.split, "limit": args.limit}
+
+
 def search(
     args: Arguments, attacks: list[QueryAttack], device: torch.device, common: dict[str, Any]
 ) -> dict[str, Retrieval]:
@@ -457,8 +420,7 @@ def search(
     data = args.load_captions(args.split, args.limit)
     classifier = load_classifier(args, None if args.adapter else ANY_CLASSES, {}, device)
     output = Path(args.output or default_output(args, classifier.model))
-    details = {"task": {"name": data.name, "source": data.source, "split": args.split, "limit": args.limit}}
-    common |= {"caption_template": args.caption_template, "details": details}
+    common |= {"caption_template": args.caption_template, "details": {"task": record_of(data, args)}}
     print(f"\n{args.model} on {args.dataset_name}: {len(data):,} images, {len(data.texts):,} captions")
     return measure(classifier, data, attacks, output, curve=args.curve, **common)
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME
 
-from ..report.entries import UNCHECKED, VERIFIED, Source, collect, is_evaluation, same_evaluation, with_verification
+from ..report.entries import UNCHECKED, VERIFIED, Source, collect, is_evaluation, same_evaluation
 from ..report.leaderboard import write_leaderboard
 from ..results.card import CARD
 from ..results.evaluation import EVALUATION, Evaluation
@@ -148,11 +148,8 @@ def _verified(source: Source) -> Source:
             hf_hub_download(source.name, images_path(source.path).name)
         found = verified(Verifying(adapter=str(local), evaluation=str(source.path)), set())
     except Exception as error:  # of whatever loads a stranger's weights and data
-        return with_verification(
-            source, f"not verified: {plain(str(error).replace(str(source.path.parent), source.name), 160)}"
-        )
-    if found.verified:
-        return with_verification(source, VERIFIED)
+        reason = plain(str(error).replace(str(source.path.parent), source.name), 160)
+        return replace(source, verified=f"not verified: {reason}")
     if found.problems:
-        return with_verification(source, f"not verified: {plain(found.problems[0], 200)}")
-    return with_verification(source, UNCHECKED)
+        return replace(source, verified=f"not verified: {plain(found.problems[0], 200)}")
+    return replace(source, verified=VERIFIED if found.verified else UNCHECKED)

@@ -210,7 +210,7 @@ def check_options(argv: Iterable[str], options: Mapping[str, Option]) -> None:
 def check_value(name: str, value: str) -> None:
     """Raises a ValueError for a word that an option does not take, or for a fraction that is none."""
     if name in WORDS and value:
-        allowed = [word for variable in WORDS[name][1:] for word in words_of(WORDS[name][0], variable)]
+        allowed = _allowed(name)
         if value not in allowed:
             what = {"methods": "method", "protocols": "experiment"}.get(name, name)
             raise ValueError(
@@ -223,12 +223,15 @@ def check_value(name: str, value: str) -> None:
             raise ValueError(f"--{name}: {error}.") from error
 
 
+def _allowed(name: str) -> list[str]:
+    module, *variables = WORDS[name]
+    return [word for variable in variables for word in words_of(module, variable)]
+
+
 def _other_option(name: str, value: str) -> str:
     """Returns that a word is one of the option of nearly the same name, or "" where it is not."""
-    other = {"protocol": "protocols", "protocols": "protocol"}.get(name, name)
-    if other == name or value not in [
-        word for variable in WORDS[other][1:] for word in words_of(WORDS[other][0], variable)
-    ]:
+    other = {"protocol": "protocols", "protocols": "protocol"}.get(name)
+    if other is None or value not in _allowed(other):
         return ""
     does = "an experiment of the paper" if other == "protocols" else "a published evaluation protocol"
     return f" {value} is {does}: --{other} {value}."

@@ -75,8 +75,13 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def verified(args: Arguments, named: set[str] = frozenset()) -> Verification:  # type: ignore[assignment]
-    """Returns what `verify` finds, of an adapter or a bare CLIP and the data of its record, if these can be had."""
+def verified(args: Arguments, named: set[str]) -> Verification:
+    """Returns what `verify` finds, of an adapter or a bare CLIP and the data of its record, if these can be had.
+
+    Args:
+        args: What is verified.
+        named: Options that the command line gives.
+    """
     path = find_evaluation(args)
     evaluation = Evaluation.load(path, with_examples=False)
     if evaluation.images is None:
@@ -90,15 +95,13 @@ def verified(args: Arguments, named: set[str] = frozenset()) -> Verification:  #
         for name in args.attacks.split(",")
         if name.strip()
     ]
-    classifier = load_recorded(args, evaluation.configuration.get("model") or {}).to(state.device)
-    told = (evaluation.configuration.get("defence") or {}).get("name")
-    defended = classifier if told is None else Defended(classifier, parse_defence(told)).eval()
+    recorded = evaluation.configuration.get("model") or {}
+    classifier = load_recorded(args, recorded).to(state.device)
+    defence = (evaluation.configuration.get("defence") or {}).get("name")
+    defended = classifier if defence is None else Defended(classifier, parse_defence(defence)).eval()
     data, why = load_data(args, named, evaluation.configuration.get("task") or {})
     result = verify(defended, evaluation, images_path(path), data, attacks=attacks, batch_size=args.batch_size)
-    own, told = (
-        (model.get("base") or {}).get("name")
-        for model in (describe(classifier), evaluation.configuration.get("model") or {})
-    )
+    own, told = ((model.get("base") or {}).get("name") for model in (describe(classifier), recorded))
     if args.base is None and own != told:
         problem = f"the record names the base {plain(told, 80)}; the adapter's is {plain(own, 80)}."
         result = replace(result, problems=(*result.problems, problem))

@@ -161,39 +161,54 @@ def attack_batch(
             assert subject.undefended is not None
             found = subject.undefended(adversarial).argmax(1)
             undefended = torch.where(undefended == labels, found, undefended)
-    answers, answered = before.prediction.tolist(), after.prediction.tolist()
-    broken = [(part.name, part.broken.tolist()) for part in result.parts]
-    broken_by: list[str | None] = [None] * len(pixels)
-    for place, row in enumerate(rows):
-        if answers[row] == clean.label[row] != answered[row]:
-            broken_by[row] = next((name for name, by_part in broken if by_part[place]), attack.name)
-    changed = 0
-    if subject.precision != "float32" and subject.undefended is None:
-        with torch.no_grad():
-            in_low = subject.attacked(adversarial).argmax(1)
-        changed = int(((in_low == labels) != (after.prediction == labels)).sum())
     record = BatchRecord(
         index=indices,
         label=labels.tolist(),
-        clean=answers,
-        prediction=answered,
+        clean=before.prediction.tolist(),
+        prediction=after.prediction.tolist(),
         confidence=after.confidence,
         norm=attack.threat_model.norm_of(adversarial - pixels).tolist(),
-        broken_by=broken_by,
+        broken_by=_broken_by(attack.name, result, rows, (before.prediction == labels) & (after.prediction != labels)),
         zero_gradients=[share for share in result.zero_gradient_share.tolist() if not math.isnan(share)],
         decided=after.bits(),
         undefended=[] if undefended is None else undefended.tolist(),
         parts=[
-            {"name": part.name, "attacked": part.attacked, "broken": sum(by_part)}
-            for part, (_, by_part) in zip(result.parts, broken, strict=True)
+            {"name": part.name, "attacked": part.attacked, "broken": int(part.broken.sum())} for part in result.parts
         ],
         notes=list(result.notes),
         attacked=len(right),
         forwards=forwards,
         gradients=gradients,
-        changed=changed,
+        changed=_changed(subject, adversarial, labels, after),
     )
     return record, adversarial
+
+
+def _broken_by(name: str, result: AttackResult, rows: Sequence[int], turned: Tensor) -> list[str | None]:
+    """Returns which attack, or part of one, has turned each right answer; None where it stands.
+
+    Args:
+        name: Name of the attack.
+        result: Its result on the images of the batch at `rows`.
+        rows: The rows that were attacked.
+        turned: (B,) bool, which answers are wrong and were right.
+    """
+    broken = [(part.name, part.broken.tolist()) for part in result.parts]
+    found: list[str | None] = [None] * len(turned)
+    of_batch = turned.tolist()
+    for place, row in enumerate(rows):
+        if of_batch[row]:
+            found[row] = next((part for part, by_part in broken if by_part[place]), name)
+    return found
+
+
+def _changed(subject: Subject, adversarial: Tensor, labels: Tensor, after: Decided) -> int:
+    """Returns on how many images the attack's precision and float32 disagree about right or wrong."""
+    if subject.precision == "float32" or subject.undefended is not None:
+        return 0
+    with torch.no_grad():
+        in_low = subject.attacked(adversarial).argmax(1)
+    return int(((in_low == labels) != (after.prediction == labels)).sum())
 
 
 def _as_before(record: BatchRecord, labels: Tensor, decisions: int) -> Decided:

@@ -116,26 +116,25 @@ def evaluate(
     output = None if output is None else Path(output)
     check_call(attacks, batch_size, seed, output)
     corruptions = parse_corruptions(",".join(corruptions)) if corruptions else []
-    if save_images and output is not None:
-        check_free(output)
-    if save_images and (output is None or not attacks):
-        raise ValueError("save_images=True needs an output, beside which the images lie, and attacks that make them.")
+    if save_images:
+        check_images_place(output, attacks)
     if protocol is not None:
         get_protocol(protocol).check(attacks)
         if attack_target != "tuned" or attack_template is not None:
             raise ValueError(
                 f"protocol={protocol!r} is of white-box attacks: leave out attack_target and attack_template."
             )
+    defended = classifier if isinstance(classifier, Defended) else None
     mode = eval_mode(classifier, gradients=False) if isinstance(classifier, nn.Module) else nullcontext()
     with mode, buffers_kept(modules_in(classifier)):
         subject = subject_of(classifier, attack_target, attack_template, decisions)
-        if isinstance(classifier, Defended):
-            attacks = adaptive(attacks, classifier.defence)
-        examples = Examples(data, classifier.classifier if isinstance(classifier, Defended) else classifier)
+        if defended is not None:
+            attacks = adaptive(attacks, defended.defence)
+        examples = Examples(data, classifier if defended is None else defended.classifier)
         logits, classes = sample_logits(subject, examples, batch_size)
         examples.check_labels(classes)
         examples.warn_of_units(attacks)
-        if corruptions and isinstance(classifier, Defended):
+        if corruptions and defended is not None:
             raise ValueError("corruptions are measured without a defence: leave one of the two out.")
         outside, threshold = _rejecting(classifier, out_of_class, classes, subject)
         configuration = agreed(
@@ -150,15 +149,14 @@ def evaluate(
                 "seed": seed,
                 "batch_size": batch_size,
                 "signs": signs and subject.white_box,
-                **({"defence": classifier.defence.to_dict()} if isinstance(classifier, Defended) else {}),
+                **({} if defended is None else {"defence": defended.defence.to_dict()}),
                 **({} if subject.decisions == 1 else {"decisions": subject.decisions}),
                 "save_images": save_images,
                 **({} if subject.temperature == 1 else {"temperature": subject.temperature}),
                 **({} if outside is None else {"rejection": {"threshold": threshold, "data": outside.to_dict()}}),
                 **({"corruptions": corruptions} if corruptions else {}),
-                **(
-                    {} if subject.device.type == "cpu" else {"device": subject.device.type}
-                ),  # other random numbers are drawn
+                # where other random numbers are drawn
+                **({} if subject.device.type == "cpu" else {"device": subject.device.type}),
                 "versions": versions(),
             }
         )
@@ -173,21 +171,20 @@ def evaluate(
         jobs = Jobs(folder, configuration, overwrite=overwrite)
         pieces = folder / "images" if folder is not None and save_images else None
         work = _Work(subject, examples, attacks, seed, batch_size, jobs, pieces, progress)
-        measured, rejection = work.measure(signs=configuration["signs"] and subject.undefended is None), None
+        clean, attacked, probed = work.measure(signs=configuration["signs"] and subject.undefended is None)
+        rejection = None
         if outside is not None:
-            rejection = Rejecting(
-                subject, examples, outside, threshold, attacks, seed, batch_size, jobs, progress
-            ).measure()
-        evaluation = merge(*measured, subject, configuration, rejection)
+            rejecting = Rejecting(subject, examples, outside, threshold, attacks, seed, batch_size, jobs, progress)
+            rejection = rejecting.measure()
+        evaluation = merge(clean, attacked, probed, subject, configuration, rejection)
         if corruptions:
             found = measure_corrupted(subject, examples, corruptions, seed, batch_size, jobs, progress)
             evaluation = replace(evaluation, corruptions=found)
-    state = PartialState()
-    if output is not None and pieces is not None:
-        attacked, path = measured[1], images_path(output)
-        kept = main_process_says(lambda: keep_worst(path, pieces, attacked, batch_size))
-        evaluation = replace(evaluation, images=kept)
     if output is not None:
+        if pieces is not None:
+            kept = main_process_says(lambda: keep_worst(images_path(output), pieces, attacked, batch_size))
+            evaluation = replace(evaluation, images=kept)
+        state = PartialState()
         if state.is_main_process:
             evaluation.save(output)
             jobs.remove()
@@ -233,8 +230,10 @@ def check_call(attacks: Sequence[Any], batch_size: int, seed: int, output: Path 
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
-def check_free(output: Path) -> None:
-    """Raises a ValueError if the worst-case images of an evaluation would take the place of another file, such as weights."""
+def check_images_place(output: Path | None, attacks: Sequence[Attack]) -> None:
+    """Raises a ValueError if there are no worst-case images, or if they would take the place of another file, such as weights."""
+    if output is None or not attacks:
+        raise ValueError("save_images=True needs an output, beside which the images lie, and attacks that make them.")
     path = images_path(output)
     if path.exists() and not (output.exists() or output.with_suffix(".partial").exists()):
         raise ValueError(f"{path}, where the images would go, is not one of an evaluation. Give another output.")

@@ -249,13 +249,8 @@ def signs_of_defence(
         # the answers of the worst of the transferred attacks, image by image
         transfer = min(Accuracy(r.right(), n, worst.decisions).value for r in by_way["transfer"])
         without = undefended.worst_case[threat].value
-        share = gone(transfer, without, worst.value)
-        lost.append(
-            (
-                share,
-                {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value},
-            )
-        )
+        said = {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value}
+        lost.append((gone(transfer, without, worst.value), said))
         black_box = set[int]().union(*(record.wrong() for record in by_way.pop("black-box", [])))
         gains.append(len(black_box - set[int]().union(*(r.wrong() for rs in by_way.values() for r in rs))) / n)
     value, words = max(lost, key=lambda found: found[0]) if lost else (None, {})

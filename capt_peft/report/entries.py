@@ -245,20 +245,15 @@ def _of_lines(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[BoardEntry]]:
 
 def _board(cell: Cell, result: Result) -> tuple[Any, ...]:
     threat = cell.threat
-    attacks = tuple(sorted({_base_name(name) for name in cell.attacks}))
+    attacks = tuple(sorted({_split(name)[0] for name in cell.attacks}))
     of_images = result.classes, threat.norm, threat.epsilon, cell.limit, attacks
     return cell.suite, cell.protocol, cell.shots, *of_images, cell.evaluation_protocol or ""
 
 
-def _base_name(attack: str) -> str:
-    """Returns an attack's name without the way in which it attacks a defence."""
-    found = _WAY.fullmatch(attack)
-    return found["attack"] if found else attack
-
-
-def _way(attack: str) -> str | None:
-    found = _WAY.fullmatch(attack)
-    return found["way"] if found else None
+def _split(name: str) -> tuple[str, str]:
+    """Returns the name of an attack and, of one on a defended classifier, its way; else ""."""
+    found = _WAY.fullmatch(name)
+    return (found["attack"], found["way"]) if found else (name, "")
 
 
 def _of_runs(row: tuple[str, str, str], runs: Mapping[int, Mapping[str, Result]], tasks: Sequence[str]) -> BoardEntry:
@@ -269,7 +264,7 @@ def _of_runs(row: tuple[str, str, str], runs: Mapping[int, Mapping[str, Result]]
     seeds = whole or [list(results.values()) for results in list(runs.values())[:1]]
     results = [result for of_seed in seeds for result in of_seed]
     names = tuple(dict.fromkeys(name for result in results for name in result.attacks))
-    adaptive = [name for name in names if not defence or _way(name) != TRANSFER]
+    adaptive = [name for name in names if not defence or _split(name)[1] != TRANSFER]
     robust = _over(seeds, _worst) if adaptive else None
     transfer = _over(seeds, _transfer) if defence and adaptive else None
     undefended = _over(seeds, lambda result: result.undefended and result.undefended[1]) if defence else None
@@ -295,7 +290,7 @@ def _worst(result: Result) -> Accuracy | None:
 
 
 def _transfer(result: Result) -> Accuracy | None:
-    found = [accuracy for name, accuracy in result.attacks.items() if _way(name) == TRANSFER]
+    found = [accuracy for name, accuracy in result.attacks.items() if _split(name)[1] == TRANSFER]
     return min(found, key=lambda accuracy: accuracy.correct, default=None)
 
 
@@ -339,7 +334,7 @@ def _of_evaluation(source: Source) -> list[tuple[tuple[Any, ...], BoardEntry]]:
         adaptive = [o for o in rows if (o.way not in ("", TRANSFER) if defence else o.kind == ROBUST)]
         transfer = [o for o in rows if o.way == TRANSFER]
         # a defended model is attacked by more ways than were asked for, but by transfer with each attack that was
-        asked = {_base_name(outcome.name) for outcome in (transfer if defence else adaptive)}
+        asked = {_split(outcome.name)[0] for outcome in (transfer if defence else adaptive)}
         before = None if evaluation.undefended is None else evaluation.undefended.worst_case.get(threat)
         raised = tuple(sign.name.replace("_", " ") for sign in evaluation.signs if sign.raised)
         signs = raised if evaluation.signs else None
@@ -381,8 +376,3 @@ def same_evaluation(path: Path) -> str:
     """Returns a text that is the same for copies of an evaluation, by which they are shown once."""
     content = read_json(path)
     return json.dumps([content.get("configuration"), content.get("attacks")], sort_keys=True)
-
-
-def with_verification(source: Source, verified: str) -> Source:
-    """Returns a source with what verifying it has found."""
-    return replace(source, verified=verified)

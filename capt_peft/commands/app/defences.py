@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NO_DEFENCE = "none"
-
-
 WITHOUT = 54.0  # accuracy of tiny CLIP without a defence, as below
 
 
