@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..attacks import parse_attack
 from ..defences import adaptive, parse_defence
 from ..results.accuracy import Accuracy
 from ..utils.outputs import OutputLock
@@ -230,7 +229,7 @@ def _has_all(result: Result, cell: Cell) -> bool:
     """Returns whether a result has a figure for each attack of the cell and, with a defence, for each way to it."""
     if result.worst_case is None or bool(cell.defence) != (result.undefended is not None):
         return False
-    expected = [parse_attack(name, cell.threat) for name in dict.fromkeys(cell.attacks)]
+    expected = list(dict.fromkeys(cell.parsed_attacks()))
     if cell.defence:
         expected = adaptive(expected, parse_defence(cell.defence))
     return [attack.name for attack in expected] == list(result.attacks)

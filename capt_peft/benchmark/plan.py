@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from ..attacks import Protocol, ThreatModel, get_protocol, known_protocols, parse_attack, parse_fraction
+from ..attacks import Attack, Protocol, ThreatModel, get_protocol, known_protocols, parse_attack, parse_fraction
+from ..attacks.pgd import with_step_size
 from ..data.task import SPLITS
 from ..defences import parse_defence
 from ..methods import METHODS, PROMPT_FIELDS, conflicts, method_name, method_settings
@@ -131,6 +132,10 @@ class Cell:
         if self.evaluation_protocol is None:
             return self.limit
         return get_protocol(self.evaluation_protocol).images_in(task)
+
+    def parsed_attacks(self) -> list[Attack]:
+        """Returns the attacks that measure it, PGD with its step size."""
+        return [with_step_size(parse_attack(name, self.threat), self.eval_step_size) for name in self.attacks]
 
     @property
     def label(self) -> str:

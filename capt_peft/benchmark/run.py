@@ -22,8 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, set_seed
 
-from ..attacks import ThreatModel, parse_attack
-from ..attacks.pgd import with_step_size
+from ..attacks import ThreatModel
 from ..clip.classifier import ZeroShotClassifier
 from ..defences import Defended, adaptive, parse_defence
 from ..evaluation import evaluate
@@ -178,10 +177,11 @@ def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root:
     task = read_task(target.task, target.classes, root)
     template = template_of(cell, task)
     classifier = ZeroShotClassifier(model, processor, task.class_names, template, class_texts=task.class_texts)
-    attacks = [with_step_size(parse_attack(name, cell.threat), cell.eval_step_size) for name in cell.attacks]
     data, named = drawn(task[cell.split], cell.images_in(target.task)), cell.evaluation_protocol
     measured = Defended(classifier, parse_defence(cell.defence)) if cell.defence else classifier
-    evaluation = evaluate(measured, data, attacks, seed=cell.seed, signs=False, protocol=named, progress=False)
+    evaluation = evaluate(
+        measured, data, cell.parsed_attacks(), seed=cell.seed, signs=False, protocol=named, progress=False
+    )
     figure, without = evaluation.by_protocol(cell.threat), evaluation.undefended
     return {
         "task": target.task,
@@ -388,7 +388,7 @@ def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root
 
 def passes(cell: Cell) -> float:
     """Returns about how many images go through the image tower, forward or backward, when the cell is run."""
-    attacks = [parse_attack(name, cell.threat) for name in cell.attacks]
+    attacks = cell.parsed_attacks()
     if cell.defence:
         attacks = adaptive(attacks, parse_defence(cell.defence))  # at a pass a decision, which is too little
     measured = (cell.limit or _TEST_IMAGES) * len(cell.targets) * (1 + sum(attack.passes for attack in attacks))

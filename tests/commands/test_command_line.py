@@ -38,7 +38,7 @@ WRONG = [
     ("train --epsilon 4", "more than the whole range of a pixel"),
     ("train --epsilon abc", "--epsilon: 'abc' is not a number: write a fraction"),
     ("train --epsilon=-1/255", "must be finite and at least 0"),
-    ("train --norm l3", "Unknown norm 'l3'. Allowed: linf, l2."),
+    ("train --norm l3", "Unknown norm 'l3'. Allowed: linf, l2, l1, patch."),
     ("train --eval_attack pdg-20", "Did you mean pgd-20?"),
     ("train --method cpat", "Did you mean capt?"),
     ("train --method zero-shot", "tunes nothing"),
