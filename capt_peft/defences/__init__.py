@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from ..utils.patterns import from_name, shapes_of
 from .base import Defence, Defended, Purifier, Undefended, gradient_of
 from .clipure import CLIPure
@@ -46,12 +48,40 @@ __all__ = [
     "defence_names",
     "gradient_of",
     "parse_defence",
+    "register_defence",
 ]
+
+
+_KINDS: dict[str, type[Defence]] = {kind.pattern: kind for kind in DEFENCES}
+_Kind = TypeVar("_Kind", bound=type[Defence])
+
+
+def register_defence(kind: _Kind) -> _Kind:
+    """Adds a defence to those that `parse_defence` and the commands know by name; a decorator of its class.
+
+    Args:
+        kind: A subclass of `Defence` with a `pattern` and a `help`.
+
+    Returns:
+        The class itself.
+
+    Raises:
+        TypeError: Not such a class.
+        ValueError: Another defence has the same pattern.
+    """
+    texts = (getattr(kind, "pattern", ""), getattr(kind, "help", {}))
+    if not (isinstance(kind, type) and issubclass(kind, Defence) and all(texts)):
+        raise TypeError(f"{kind!r} must be a subclass of Defence with a pattern and a help.")
+    other = _KINDS.get(kind.pattern)
+    if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"The pattern {kind.pattern!r} of {kind.__name__} is that of {other.__name__} already.")
+    _KINDS[kind.pattern] = kind
+    return kind
 
 
 def defence_names() -> dict[str, str]:
     """Returns the names of all defences, or their shapes such as "tte-VIEWS", each with what it means."""
-    return shapes_of(DEFENCES)
+    return shapes_of(_KINDS.values())
 
 
 def parse_defence(name: str) -> Defence:
@@ -63,5 +93,5 @@ def parse_defence(name: str) -> Defence:
     Raises:
         ValueError: Any other name, or a setting out of range.
     """
-    defence: Defence = from_name("defence", name, DEFENCES)
+    defence: Defence = from_name("defence", name, _KINDS.values())
     return defence

@@ -20,10 +20,12 @@ from ..clip.classifier import ZeroShotClassifier
 from ..clip.texts import normalize
 from ..tuner import clip
 from ..utils.patterns import named_settings
+from ..utils.text import shown
 
 NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"  # in a name, as `number` writes it
 
 AT_ONCE = 64  # views that run at once, of a batch that is smaller
+MOST = 10_000  # of views, copies or steps
 
 
 class Undefended:
@@ -195,9 +197,9 @@ def _nothing() -> Iterator[None]:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raises a ValueError unless a setting is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+    """Raises a ValueError unless a setting is a whole number from `least` to 10,000: names may come from strangers' records."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        raise ValueError(f"{name}={shown(value, 40)} must be a whole number from {least} to {MOST:,}")
 
 
 class Defended(nn.Module):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import NUMBER, Defence, Undefended, number
+from .base import NUMBER, Defence, Undefended, check_count, number
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class CLIPure(Defence):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", float(self.size))
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+        check_count("steps", self.steps)
         if not 0 < self.size < float("inf"):
             raise ValueError(f"the size of a step is {self.size}: it must be above 0")
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import NUMBER, Purifier, Undefended, gradient_of, number
+from .base import NUMBER, Purifier, Undefended, check_count, gradient_of, number
 
 STEP = 1 / 255  # of the counter-attack
 BETA = 2.0  # how much more a later step of the counter-attack weighs than the one before: a factor of exp(2)
@@ -56,8 +56,7 @@ class TTC(Purifier):
         object.__setattr__(self, "threshold", float(self.threshold))
         if not 1 <= self.budget <= 255:
             raise ValueError(f"the budget is {self.budget}, in 1/255 of a pixel's range: it must be 1 to 255")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+        check_count("steps", self.steps)
         if not self.threshold >= 0:
             raise ValueError(f"the threshold of the drift is {self.threshold}: it must be 0 or more")
 

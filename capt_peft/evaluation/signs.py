@@ -91,6 +91,13 @@ _TRANSFER_ONLY = _Rule(
     "made with knowledge of it leave {worst:.1f}%.",
     "Not checked: that needs an attack.",
 )
+_TRANSFER_BEATS = _Rule(
+    0.02,
+    "Images made without the defence break {percent:.1f}% of all images that no attack breaks which knows it: these attacks fail, "
+    "and robust accuracy is too high.",
+    "Images made without the defence break {percent:.1f}% of all images that no attack breaks which knows it.",
+    "Not checked: that needs an attack with gradients.",
+)
 _FEW_QUERIES = _Rule(
     0.02,
     "{queries} queries of Square, which sees no gradients, break {percent:.1f}% {what}, where {many} steps of PGD fail: "
@@ -232,17 +239,17 @@ def read_signs(probed: Mapping[str, Any], subject: Subject, attacked: Attacked) 
 def signs_of_defence(
     attacked: Attacked, undefended: WithoutDefence, worst_case: Mapping[ThreatModel, Accuracy]
 ) -> tuple[Sign, ...]:
-    """Returns the signs of a defended classifier, by its attacks alone: a gain in transfer only, and masked gradients.
+    """Returns the signs of a defended classifier, by its attacks alone: a gain in transfer only, and attacks that fail.
 
     The value of the first is the share of the gain under transfer that is gone in the worst case: more than 1 where the defence
     harms.
     """
     shares = [share for _, record in attacked if (share := record.zero_gradient_share()) is not None]
+    n = len(attacked[0][1].index) if attacked else 1
     lost: list[tuple[float, dict[str, Any]]] = []
-    gains = []
+    gains, missed = [], []
     for threat, worst in worst_case.items():
         within = [(attack, record) for attack, record in attacked if attack.threat_model == threat]
-        n = len(within[0][1].index)
         by_way: dict[str, list[BatchRecord]] = {}
         for attack, record in within:
             by_way.setdefault(getattr(attack, "way", ""), []).append(record)
@@ -251,11 +258,16 @@ def signs_of_defence(
         without = undefended.worst_case[threat].value
         said = {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value}
         lost.append((gone(transfer, without, worst.value), said))
-        black_box = set[int]().union(*(record.wrong() for record in by_way.pop("black-box", [])))
-        gains.append(len(black_box - set[int]().union(*(r.wrong() for rs in by_way.values() for r in rs))) / n)
+        wrong = {way: set[int]().union(*(record.wrong() for record in of_way)) for way, of_way in by_way.items()}
+        black_box, transferred = wrong.pop("black-box", set()), wrong.pop("transfer")
+        if wrong:
+            knowing = set[int]().union(*wrong.values())
+            gains.append(len(black_box - transferred - knowing) / n)
+            missed.append(len(transferred - knowing - black_box) / n)
     value, words = max(lost, key=lambda found: found[0]) if lost else (None, {})
     return (
         _sign("gains_in_transfer_only", value, _TRANSFER_ONLY, **words),
+        _sign("transfer_beats_knowledge", max(missed, default=None), _TRANSFER_BEATS, least=1 / n),
         _sign("square_beats_white_box", max(gains, default=None)),
         _sign("zero_gradients", max(shares, default=None)),
     )

@@ -1,5 +1,8 @@
 """What every defence keeps to, on the classifiers that it may be given."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from helpers import TINY_CLIP, shake
@@ -7,8 +10,17 @@ from peft import get_peft_model
 from small_undefended import SmallUndefended, small_images
 from transformers import CLIPModel
 
-from capt_peft import CaptConfig, ZeroShotClassifier
-from capt_peft.defences import DEFENCES, Defended, Purifier, Undefended, defence_names, parse_defence
+from capt_peft import CaptConfig, ZeroShotClassifier, defences
+from capt_peft.defences import (
+    DEFENCES,
+    TTC,
+    Defended,
+    Purifier,
+    Undefended,
+    defence_names,
+    parse_defence,
+    register_defence,
+)
 
 NAMES = ("ttc", "ttc-8x3-9", "lowpass", "lowpass-0.5", "tv", "tv-0.1", "clipure", "clipure-3x0.1")
 CLASSES = ("red circle", "green square", "seven")
@@ -139,3 +151,31 @@ def test_half_precision_gives_nearly_the_same_answers(name, processor):
     assert torch.isfinite(b).all() and b.dtype == torch.float32
     # TTC's signs are those of gradients in half precision
     torch.testing.assert_close(a.softmax(1), b.softmax(1), rtol=0, atol=0.3 if name.startswith("ttc") else 0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["tte-10001", "tte-0", "rtpt-99999999999999999999", "smoothing-0.1x10001", "ttc-4x10001"]
+)
+def test_sizes_that_nobody_could_wait_for_are_refused(name):
+    with pytest.raises(ValueError, match="must be a whole number from . to 10,000"):
+        parse_defence(name)
+
+
+def test_a_defence_of_ones_own_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(defences, "_KINDS", dict(defences._KINDS))
+
+    @dataclass(frozen=True)
+    class Mirror(Purifier):
+        pattern: ClassVar[str] = "mirror"
+        help: ClassVar[dict[str, str]] = {"mirror": "mirrors the image"}
+        name = "mirror"
+
+        def purify(self, model, pixels):
+            return pixels.flip(-1)
+
+    assert register_defence(Mirror) is Mirror and parse_defence("mirror") == Mirror()
+    assert defence_names()["mirror"] == "mirrors the image"
+    with pytest.raises(ValueError, match="is that of TTC already"):
+        register_defence(type("Other", (Mirror,), {"pattern": TTC.pattern}))
+    with pytest.raises(TypeError, match="with a pattern and a help"):
+        register_defence(Purifier)

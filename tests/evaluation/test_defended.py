@@ -119,6 +119,22 @@ def test_gains_that_an_attacker_who_knows_the_defence_takes_away_raise_a_sign(tr
         assert f"{10.0 * share:.1f}%" in sign.sentence
 
 
+def test_attacks_that_know_a_defence_and_break_less_than_those_that_do_not_raise_a_sign():
+    def record(wrong):
+        prediction = [1 if place in wrong else 0 for place in range(10)]
+        return BatchRecord(index=list(range(10)), label=[0] * 10, clean=[0] * 10, prediction=prediction)
+
+    def sign(transfer, unrolled):
+        attacked = [(Through(PGD5, "transfer"), record(transfer)), (Through(PGD5, "unrolled"), record(unrolled))]
+        worst = {THREAT: Accuracy(10 - len(transfer | unrolled), 10)}
+        undefended = WithoutDefence(Accuracy(10, 10), {THREAT: Accuracy(5, 10)}, 1.0)
+        return next(s for s in signs_of_defence(attacked, undefended, worst) if s.name == "transfer_beats_knowledge")
+
+    assert (sign({0, 1, 2}, {0}).raised, sign({0, 1, 2}, {0}).value) == (True, 0.2)
+    assert not sign({0, 1}, {0}).raised  # one image is no sign
+    assert not sign({0}, {0, 1, 2}).raised
+
+
 def test_only_the_adaptive_rows_are_called_robust(classifier, data):
     found = measured(Defended(classifier, Identity()), data, [PGD5])
     table = found.table()
