@@ -93,9 +93,9 @@ _TRANSFER_ONLY = _Rule(
 )
 _TRANSFER_BEATS = _Rule(
     0.02,
-    "Images made without the defence break {percent:.1f}% of all images that no attack breaks which knows it: these attacks fail, "
-    "and robust accuracy is too high.",
-    "Images made without the defence break {percent:.1f}% of all images that no attack breaks which knows it.",
+    "Adversarial images made without the defence break {percent:.1f}% of all images that no attack with knowledge of it breaks: "
+    "those attacks fail, and robust accuracy is too high.",
+    "Adversarial images made without the defence break {percent:.1f}% of all images that no attack with knowledge of it breaks.",
     "Not checked: that needs an attack with gradients.",
 )
 _FEW_QUERIES = _Rule(
