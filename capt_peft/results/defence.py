@@ -82,7 +82,7 @@ def defended_rows(evaluation: Any) -> list[str]:
     """Returns the lines of the Markdown table of an `Evaluation` of a defended classifier: every way, and what is without it."""
     without, name = evaluation.undefended, escape(evaluation.configuration["defence"]["name"])
     lines = [
-        f"| accuracy | threat model | attack | with {name}, % (95% interval) | without it | forwards per image |",
+        f"| accuracy | threat model | attack | with {name}, % (95% interval) | without it | forwards per image\\* |",
         "|---|---|---|---|---|---|",
         f"| clean | | | {evaluation.clean.percent} | {without.clean.percent} | {without.forwards:,.4g} |",
     ]
@@ -97,11 +97,14 @@ def defended_rows(evaluation: Any) -> list[str]:
     return lines
 
 
-def on_decisions(evaluation: Any) -> str:
-    """Returns a sentence on how random answers were counted; "" for others."""
-    if evaluation.clean.decisions == 1:
+def on_defence(evaluation: Any) -> str:
+    """Returns sentences on what forwards are of, and on how random answers were counted; "" without a defence."""
+    if evaluation.undefended is None:
         return ""
+    said = "\\*of an answer, without an attack; of the attack, in the rows below."
+    if evaluation.clean.decisions == 1:
+        return said
     return (
-        f"The defence is random: every image was classified {evaluation.clean.decisions} times, and accuracy is the mean "
+        f"{said} The defence is random: every image was classified {evaluation.clean.decisions} times, and accuracy is the mean "
         "probability of a right answer."
     )

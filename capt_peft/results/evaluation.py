@@ -15,7 +15,7 @@ from ..utils.files import DamagedFileError, read_json, write_json
 from ..utils.markup import escape
 from .accuracy import Accuracy, FigureError, by_threat, known_fields, readable, rows_by_threat
 from .corrupted import CorruptedAccuracy
-from .defence import WithoutDefence, defended_rows, on_decisions
+from .defence import WithoutDefence, defended_rows, on_defence
 from .examples import check_counts, examples_path, read_examples, write_examples, wrong_under
 from .kept import KeptImages, images_path
 from .rejection import Rejection
@@ -259,7 +259,7 @@ class Evaluation:
         known = task if isinstance(task, Mapping) else {}
         split = f" of the {escape(known['split'])} split" if known.get("split") else ""
         name = f" of {escape(known['name'])}" if known.get("name") else ""
-        return f"n = {self.clean.n} images{split}{name}. {on_decisions(self)}".rstrip()
+        return f"n = {self.clean.n} images{split}{name}. {on_defence(self)}".rstrip()
 
     def on_scores(self) -> list[str]:
         """Returns what is known of the scores, as Markdown: how reliable they are, and what the answer "none of these" does."""
