@@ -254,7 +254,8 @@ def test_the_blocks_on_calibration_run(tmp_path, monkeypatch, capsys):
     assert f"temperature={names['found'].temperature!r}" in capsys.readouterr().out
 
 
-def test_the_blocks_on_defences_run():
+def test_the_blocks_on_defences_run(monkeypatch):
+    monkeypatch.setattr(capt_peft.defences, "_KINDS", dict(capt_peft.defences._KINDS))
     put, own = blocks(ROOT / "docs" / "defences.md", "python")
     names = {}
     exec(put, names)
@@ -262,7 +263,9 @@ def test_the_blocks_on_defences_run():
     exec(own, names)
     defended = capt_peft.Defended(names["classifier"], names["Posterize"]())
     given = names["pixels"].requires_grad_()
-    defended.surface("unrolled")(given).sum().backward()
+    assert capt_peft.parse_defence("posterize-4").levels == 4
+    (way,) = defended.defence.ways
+    defended.surface(way)(given).sum().backward()
     assert given.grad.abs().max() > 0
 
 
