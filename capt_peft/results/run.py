@@ -217,7 +217,8 @@ class RunResults:
         """The settings of the objective; older records have those of the arguments, whether the objective used them or not."""
         used = self.training.objective
         settings = {name: self.arguments[name] for name in ("consistency", "weighting")} if used is None else dict(used)
-        return {("consistency (λ)" if name == "consistency" else name): value for name, value in settings.items()}
+        words = {"consistency": "consistency (λ)", "frozen_term": "frozen term"}
+        return {words.get(name, name): value for name, value in settings.items()}
 
     @property
     def length(self) -> str:

@@ -153,9 +153,7 @@ def test_half_precision_gives_nearly_the_same_answers(name, processor):
     torch.testing.assert_close(a.softmax(1), b.softmax(1), rtol=0, atol=0.3 if name.startswith("ttc") else 0.1)
 
 
-@pytest.mark.parametrize(
-    "name", ["tte-10001", "tte-0", "rtpt-99999999999999999999", "smoothing-0.1x10001"]
-)
+@pytest.mark.parametrize("name", ["tte-10001", "tte-0", "rtpt-99999999999999999999", "smoothing-0.1x10001"])
 def test_sizes_that_nobody_could_wait_for_are_refused(name):
     with pytest.raises(ValueError, match=r"must be a whole number from \d to 10,000"):
         parse_defence(name)

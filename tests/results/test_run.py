@@ -50,7 +50,7 @@ def test_records_of_later_versions_are_read_as_far_as_they_are_known():
 
 def test_a_card_shows_the_settings_that_the_objective_has_and_no_others(results):
     record = json.loads(json.dumps(results))
-    assert "| method | capt, consistency (λ) 1.5, weighting confidence |" in card_from(record)
+    assert "| method | capt, consistency (λ) 1.5, weighting confidence, frozen term predictions |" in card_from(record)
     del record["training"]["objective"]  # an earlier version's
     assert "| method | capt, consistency (λ) 1.5, weighting confidence |" in card_from(record)
     for objective, words in (

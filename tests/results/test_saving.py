@@ -233,7 +233,10 @@ def test_a_folder_with_results_of_other_weights_is_not_pushed(model, sent, tmp_p
     assert not sent
     put_results(tmp_path, None)
     push_adapter(tmp_path, "me/x")
-    assert sent["deleted"] == ["results.json", "evaluation.json", "strength.json"] and "results.json" not in sent
+    assert (
+        sent["deleted"] == ["results.json", "evaluation.json", "evaluation.safetensors", "strength.json"]
+        and "results.json" not in sent
+    )
     put_results(tmp_path, adapter_fingerprint(model))
     push_adapter(tmp_path, "me/x")
     assert b"43.6 (" in sent["README.md"] and "results.json" in sent
