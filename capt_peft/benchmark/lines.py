@@ -14,6 +14,7 @@ from typing import Any
 from ..defences import adaptive, parse_defence
 from ..results.accuracy import Accuracy
 from ..utils.outputs import OutputLock
+from ..utils.text import some
 from .plan import Cell, Target
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,18 @@ class Line:
     error: str | None = None
     collapsed: str | None = None
     digests: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_step_size(self) -> None:
+        """Raises a ValueError where the cell has a step size of its own, and a figure is under an attack with another one."""
+        if self.cell.eval_step_size is None:
+            return
+        asked = {attack.name for attack in self.cell.parsed_attacks()}
+        measured = {name.rsplit(" (", 1)[0] for result in self.results for name in result.attacks}
+        if measured - asked:
+            raise ValueError(
+                f"{self.cell} has figures under {some(sorted(measured - asked))}, but its step size is "
+                f"{self.cell.eval_step_size}: {some(sorted(asked))}. Measure it again."
+            )
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Line:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.utils import CONFIG_NAME
 
 from ..attacks import ThreatModel
 from ..benchmark.lines import Line, Result, read_lines
-from ..benchmark.plan import TRANSFERS, Cell, shots_name
+from ..benchmark.plan import TRANSFERS, shots_name
+from ..evaluation import Verification
 from ..results.accuracy import Accuracy, wilson_interval
 from ..results.card import saved_config
 from ..results.defence import TRANSFER_ONLY, gone
@@ -25,12 +26,15 @@ from ..tuner.fingerprint import adapter_fingerprint
 from ..utils.embedded import embedded_name
 from ..utils.files import read_json
 from ..utils.markup import plain
+from ..utils.text import differences, some
 
 logger = logging.getLogger(__name__)
 
 TRANSFER = "transfer"  # the way of an attack that does not know the defence
 NO_IMAGES, UNCHECKED, VERIFIED = "no images", "not checked", "verified"
 ONLY_TRANSFER = "attacked by transfer alone, which says nothing of a defence"
+CONTRADICTED = "its images, weights and figures do not agree"
+_MODEL = ("base_configuration", "processor", "teacher_fingerprint")  # digests of what else a row's runs have in common
 _WAY = re.compile(r"(?P<attack>.*) \((?P<way>[\w-]+)\)")
 
 
@@ -81,10 +85,11 @@ class BoardEntry:
         undefended: Worst case of the same images without the defence; None where it is not known.
         seeds: How many runs.
         signs: Raised signs of masked gradients, as words; None where none was looked for.
-        verified: `VERIFIED`, `UNCHECKED`, `NO_IMAGES`, or a sentence that says what does not agree.
+        verified: `VERIFIED`, `UNCHECKED`, `NO_IMAGES`, or one of "not checked: ..." and "not verified: ..." with the reason.
         link: Where its card is; "" for nowhere.
         place: The file that it was read from.
         unranked: Why it has no rank; "" if it has one.
+        decisions: Decisions on each image, of a classifier that answers at random.
     """
 
     method: str
@@ -101,6 +106,7 @@ class BoardEntry:
     link: str = ""
     place: str = ""
     unranked: str = ""
+    decisions: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,13 +155,25 @@ class Source:
         path: Its JSON file; beside it may be an adapter and the record of its run.
         name: What it is called: a repository, or a folder.
         link: Where its card is.
-        verified: As for `BoardEntry`.
+        verification: What scoring its worst-case images again has shown; None where nobody has.
     """
 
     path: Path
     name: str
     link: str = ""
-    verified: str = UNCHECKED
+    verification: Verification | None = None
+
+    @property
+    def verified(self) -> str:
+        """As for `BoardEntry`, of an evaluation with images."""
+        found = self.verification
+        if found is None:
+            return UNCHECKED
+        if found.problems:
+            return f"not verified: {plain(found.problems[0], 200)}"
+        return (
+            VERIFIED if found.verified else f"{UNCHECKED}: {plain(some(found.unchecked, 1) or 'nothing is known', 200)}"
+        )
 
 
 def collect(lines: Sequence[Path], sources: Iterable[Source], left_out: Iterable[tuple[str, str]] = ()) -> Found:
@@ -167,7 +185,7 @@ def collect(lines: Sequence[Path], sources: Iterable[Source], left_out: Iterable
         left_out: Places that are known not to be shown.
     """
     boards: dict[tuple[Any, ...], list[BoardEntry]] = {}
-    missing, shown = list(left_out), dict[str, Line]()
+    missing, shown = list(left_out), dict[Any, tuple[str, Line]]()  # of a cell the last line, as `read_lines` does
     for path in lines:
         name = path.name if path.is_absolute() else str(path)  # the page names no folders of this machine
         try:
@@ -175,23 +193,28 @@ def collect(lines: Sequence[Path], sources: Iterable[Source], left_out: Iterable
         except (OSError, ValueError) as error:
             missing.append((name, plain(str(error).replace(str(path), name))))
             continue
-        hidden = [line for line in read if line.cell.split != "test"]
-        shown.update((line.key, line) for line in read if line.cell.split == "test")
-        if hidden:
-            verb = "line is" if len(hidden) == 1 else "lines are"
-            missing.append((name, f"{len(hidden)} {verb} of the split on which settings are chosen"))
-    for key, entries in _of_lines(shown.values()).items():
+        for counted, why in (
+            ([line for line in read if line.cell.split != "test"], "of the split on which settings are chosen"),
+            ([line for line in read if line.error], "of runs that failed"),
+        ):
+            if counted:
+                missing.append((name, f"{len(counted)} {'line is' if len(counted) == 1 else 'lines are'} {why}"))
+        for line in read:
+            if line.cell.split == "test":
+                shown[line.cell.key, line.digests.get("base_model_fingerprint")] = name, line
+    for key, entries in _of_lines(shown.values(), missing).items():
         boards.setdefault(key, []).extend(entries)
     for source in sources:
         try:
-            for key, entry in _of_evaluation(source):
+            for key, entry in _of_evaluation(source, missing):
                 boards.setdefault(key, []).append(entry)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             missing.append((source.name, plain(str(error).replace(str(source.path.parent), source.name))))
     made = []
     for (protocol, data, norm, epsilon, attacks), of in boards.items():
-        made.append(Board(protocol, data, ThreatModel(norm, epsilon), attacks, tuple(sorted(of, key=_order))))
-    return Found(tuple(made), tuple(missing))
+        if of:
+            made.append(Board(protocol, data, ThreatModel(norm, epsilon), attacks, tuple(sorted(of, key=_order))))
+    return Found(tuple(made), tuple(dict.fromkeys(missing)))
 
 
 def _order(entry: BoardEntry) -> tuple[Any, ...]:
@@ -202,52 +225,122 @@ def _order(entry: BoardEntry) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------------------------------------ lines
 
 
-def _of_lines(lines: Iterable[Line]) -> dict[tuple[Any, ...], list[BoardEntry]]:
-    """Returns the entries of benchmark lines by their boards."""
-    runs: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[int, dict[str, Result]]]] = {}
+class _Row(NamedTuple):
+    """What tells the rows of lines from each other."""
+
+    method: str
+    base: str
+    defence: str
+    weights: str  # the fingerprint of the base; "" in lines that have none
+
+
+class _Measured(NamedTuple):
+    """A result of a row, and where it stands."""
+
+    place: str
+    line: Line
+    result: Result
+    others: bool  # of other images than the first row's
+
+
+def _of_lines(
+    lines: Iterable[tuple[str, Line]], missing: list[tuple[str, str]]
+) -> dict[tuple[Any, ...], list[BoardEntry]]:
+    """Returns the entries of benchmark lines by their boards; what cannot be shown is added to what is missing."""
+    runs: dict[tuple[Any, ...], dict[_Row, list[_Measured]]] = {}
     first: dict[tuple[Any, ...], str] = {}  # the digest of the images of a data set
-    others: set[tuple[Any, ...]] = set()  # rows of other images
-    for line in lines:
+    for place, line in lines:
         cell = line.cell
-        row = f"{cell.method} ({cell.variant})" if cell.variant else cell.method, cell.model, cell.defence
+        row = _Row(
+            f"{cell.method} ({cell.variant})" if cell.variant else cell.method, cell.model, cell.defence,
+            str(line.digests.get("base_model_fingerprint", "")),
+        )  # fmt: skip
         digests = line.digests.get("measured_images") or [None] * len(line.results)
         for result, digest in zip(line.results, digests, strict=False):
             if cell.protocol in TRANSFERS and result.task == cell.task:
                 continue
+            try:
+                board = _board(line, result)
+            except (ValueError, TypeError) as error:
+                missing.append((place, plain(error)))
+                continue
             images = cell.suite, result.task, result.classes, cell.limit
-            if digest and first.setdefault(images, digest) != digest:
-                others.add((_board(cell, result), row))
-            by_seed = runs.setdefault(_board(cell, result), {}).setdefault(row, {})
-            by_seed.setdefault(cell.seed, {})[result.task] = result
-    for key, rows in runs.items():  # what was not tuned belongs beside every number of shots
-        if key[2] == 0:
-            continue
-        rows.update(runs.get((*key[:2], 0, *key[3:]), {}))
-    found = {}
-    for key, rows in runs.items():
-        if key[2] == 0 and any(other[2] != 0 and (*other[:2], 0, *other[3:]) == key for other in runs):
-            continue
-        suite, protocol, shots, classes, norm, epsilon, limit, attacks, published = key
-        tasks = sorted({task for of in rows.values() for results in of.values() for task in results})
-        data = f"{suite}, {f'mean of {len(tasks)} data sets' if len(tasks) > 1 else tasks[0]}"
-        data += "" if classes == "all" else f", {classes} classes"
-        data += "" if limit is None else f", up to {limit} images each"
-        name = f"{protocol}, {shots_name(shots)}" if shots != 0 else protocol
-        name += f", by {published}" if published else ""
-        board = name, data, norm, epsilon, attacks
-        entries = {row: _of_runs(row, of, tasks) for row, of in rows.items()}
-        found[board] = [
-            replace(entry, unranked="measured on other images") if (key, row) in others else entry
-            for row, entry in entries.items()
+            others = bool(digest) and first.setdefault(images, digest) != digest
+            runs.setdefault(board, {}).setdefault(row, []).append(_Measured(place, line, result, others))
+    untuned = {key: rows for key, rows in runs.items() if key[2] == 0}
+    tuned = {key: dict(rows) for key, rows in runs.items() if key[2] != 0}
+    beside = {key: untuned[of] for key in tuned if (of := (*key[:2], 0, *key[3:])) in untuned}
+    for key, rows in beside.items():  # what was not tuned belongs beside every number of shots
+        for row, measured in rows.items():
+            tuned[key][row] = tuned[key].get(row, []) + measured
+    alone = {key: rows for key, rows in untuned.items() if all(rows is not other for other in beside.values())}
+    return dict(_board_of_lines(key, rows, missing) for key, rows in {**tuned, **alone}.items())
+
+
+def _board_of_lines(
+    key: tuple[Any, ...], rows: Mapping[_Row, Sequence[_Measured]], missing: list[tuple[str, str]]
+) -> tuple[tuple[Any, ...], list[BoardEntry]]:
+    """Returns a board and the entries of its rows; a row whose lines contradict each other is added to what is missing."""
+    suite, protocol, shots, classes, norm, epsilon, limit, attacks, published, origin = key
+    name = f"{protocol} from {origin}" if origin else protocol
+    name += f", {shots_name(shots)}" if shots != 0 else ""
+    name += f", by {published}" if published else ""
+    runs = {}
+    for row, measured in rows.items():
+        try:
+            runs[row] = _by_seed(measured)
+        except ValueError as error:
+            places = ", ".join(dict.fromkeys(each.place for each in measured))
+            missing.append(
+                (places, plain(f"{row.method} on {row.base} ({name}, {ThreatModel(norm, epsilon)}): {error}"))
+            )
+    tasks = sorted({task for of in runs.values() for results in of.values() for task in results})
+    data = f"{suite}, {f'mean of {len(tasks)} data sets' if len(tasks) > 1 else ''.join(tasks)}"
+    data += "" if classes == "all" else f", {classes} classes"
+    data += "" if limit is None else f", up to {limit} images each"
+    weights = {base: {row.weights for row in rows if row.base == base} for base in {row.base for row in rows}}
+    entries = []
+    for row, of in runs.items():
+        told = f"{row.base} ({row.weights or 'unknown weights'})" if len(weights[row.base]) > 1 else row.base
+        entry = _of_runs((row.method, told, row.defence), of, tasks)
+        others = any(each.others for each in rows[row])
+        entries.append(replace(entry, unranked="measured on other images") if others else entry)
+    return (name, data, norm, epsilon, attacks), entries
+
+
+def _by_seed(measured: Sequence[_Measured]) -> dict[int, dict[str, Result]]:
+    """Returns the results of a row by seed and data set; a ValueError says which of its lines do not belong together."""
+    found: dict[int, dict[str, Result]] = {}
+    for _, line, result, _ in measured:
+        one, other = (
+            {**each.cell.settings, "prompts": each.cell.prompts} for each in (measured[0].line, line)
+        )  # of the whole row, as its figure is the mean over seeds and data sets
+        differing = [
+            f"{'.'.join(map(str, path))} ({a!r} and {b!r})"
+            for path, a, b in differences(one, other, missing="not given")
         ]
+        known = measured[0].line.digests
+        differing += [n for n in _MODEL if n in known and n in line.digests and known[n] != line.digests[n]]
+        if differing:
+            raise ValueError(f"its lines differ in {some(differing)}; give one of them a variant, or a page of its own")
+        seed = line.cell.seed
+        if found.setdefault(seed, {}).setdefault(result.task, result) != result:
+            raise ValueError(f"two of its lines have other figures each for {result.task}, seed {seed}")
     return found
 
 
-def _board(cell: Cell, result: Result) -> tuple[Any, ...]:
-    threat = cell.threat
-    attacks = tuple(sorted({_split(name)[0] for name in cell.attacks}))
+def _board(line: Line, result: Result) -> tuple[Any, ...]:
+    """Returns what the rows of a board have in common; a ValueError says why a line belongs on none."""
+    cell, threat = line.cell, line.cell.threat
+    line.check_step_size()
+    if cell.evaluation_protocol and result.by_protocol is None:
+        raise ValueError(f"{cell}: no figure of the protocol {cell.evaluation_protocol}, by which it says to be")
+    # a defended model is attacked by more ways than were asked for, but by transfer with each attack that was
+    named = [_split(name) for name in result.attacks]
+    attacks = tuple(sorted({name for name, way in named if not cell.defence or way == TRANSFER}))
     of_images = result.classes, threat.norm, threat.epsilon, cell.limit, attacks
-    return cell.suite, cell.protocol, cell.shots, *of_images, cell.evaluation_protocol or ""
+    origin = cell.task if cell.protocol in TRANSFERS else ""
+    return cell.suite, cell.protocol, cell.shots, *of_images, cell.evaluation_protocol or "", origin
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -273,7 +366,7 @@ def _of_runs(row: tuple[str, str, str], runs: Mapping[int, Mapping[str, Result]]
     clean = Score.over([[result.clean for result in of_seed] for of_seed in seeds])
     return BoardEntry(
         method, base, defence, clean, robust, tuple(adaptive), transfer, undefended,
-        seeds=len(seeds), signs=_signs(robust, transfer, undefended), unranked=unranked,
+        seeds=len(seeds), signs=_signs(robust, transfer, undefended), unranked=unranked, decisions=results[0].clean.decisions,
     )  # fmt: skip
 
 
@@ -305,8 +398,8 @@ def _signs(robust: Score | None, transfer: Score | None, undefended: Score | Non
 # ------------------------------------------------------------------------------------------------------------ evaluations
 
 
-def _of_evaluation(source: Source) -> list[tuple[tuple[Any, ...], BoardEntry]]:
-    """Returns the entries of an evaluation, one for each threat model, with their boards."""
+def _of_evaluation(source: Source, missing: list[tuple[str, str]]) -> list[tuple[tuple[Any, ...], BoardEntry]]:
+    """Returns the entries of an evaluation, one for each threat model, with their boards; or adds to what is missing."""
     folder = source.path.parent
     if source.path.name == EVALUATION and (folder / CONFIG_NAME).is_file():
         base = saved_config(folder).base_model_fingerprint
@@ -327,9 +420,16 @@ def _of_evaluation(source: Source) -> list[tuple[tuple[Any, ...], BoardEntry]]:
     of_data = f"{task.get('source') or 'unnamed data'}, {evaluation.clean.n} images ({data.get('fingerprint', '?')})"
     protocol = str(configuration.get("protocol") or "as evaluated")
     verified = source.verified if evaluation.images is not None else NO_IMAGES
+    checked = source.verification or Verification()
+    clean = evaluation.clean if checked.clean is None else checked.clean
     base = (model.get("base") or {}).get("name") or model.get("callable") or "unknown"
     found = []
-    for threat, worst in evaluation.worst_case.items():
+    for threat, told in evaluation.worst_case.items():
+        if not defence and evaluation.protocol is not None and evaluation.by_protocol(threat) is None:
+            why = f"it says to be by the protocol {evaluation.protocol.name}, but has no figure of its attacks at {threat}"
+            missing.append((source.name, why))
+            continue
+        worst = checked.bounds.get(threat, told)
         rows = [outcome for outcome in evaluation.attacks if outcome.threat_model == threat]
         adaptive = [o for o in rows if (o.way not in ("", TRANSFER) if defence else o.kind == ROBUST)]
         transfer = [o for o in rows if o.way == TRANSFER]
@@ -340,16 +440,19 @@ def _of_evaluation(source: Source) -> list[tuple[tuple[Any, ...], BoardEntry]]:
         signs = raised if evaluation.signs else None
         shown = bool(adaptive)
         unranked = "" if shown else ONLY_TRANSFER
-        if verified not in (VERIFIED, UNCHECKED, NO_IMAGES):
-            unranked = "its images, weights and figures do not agree"
+        if evaluation.images is not None and checked.problems:
+            unranked = CONTRADICTED
         entry = BoardEntry(
-            _method(run, model, source.name), _name(str(base)), defence, Score.of(evaluation.clean),
+            _method(run, model, source.name), _name(str(base)), defence, Score.of(clean),
             Score.of(worst) if shown else None, tuple(o.name for o in adaptive),
             Score.of(min((o.accuracy for o in transfer), key=lambda a: a.correct)) if shown and transfer else None,
             None if before is None else Score.of(before), signs=signs, verified=verified, link=source.link, place=source.name,
-            unranked=unranked,
+            unranked=unranked, decisions=clean.decisions,
         )  # fmt: skip
-        found.append(((protocol, of_data, threat.norm, threat.epsilon, tuple(sorted(asked))), entry))
+        # no length but L-inf means the same in images of another size
+        size = (model.get("pixels") or {}).get("size") if threat.norm != "linf" else None
+        images = of_data if size is None else f"{of_data}, {plain(' x '.join(map(str, size)), 40)} pixels"
+        found.append(((protocol, images, threat.norm, threat.epsilon, tuple(sorted(asked))), entry))
     return found
 
 
@@ -372,7 +475,13 @@ def is_evaluation(path: Path) -> bool:
         return path.name == EVALUATION
 
 
-def same_evaluation(path: Path) -> str:
-    """Returns a text that is the same for copies of an evaluation, by which they are shown once."""
-    content = read_json(path)
-    return json.dumps([content.get("configuration"), content.get("attacks")], sort_keys=True)
+def told_by(path: Path) -> tuple[str, str]:
+    """Returns two texts on an evaluation's file: what was measured and how, and the figures. Copies have both in common.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, ArithmeticError: The file is damaged, or its figures cannot be true.
+    """
+    content = Evaluation.from_dict(read_json(path)).to_dict()
+    how = [content["configuration"], [row["attack"] for row in content["attacks"]]]
+    names = ("clean", "attacks", "worst_case", "union", "undefended", "signs", "images")
+    return json.dumps(how, sort_keys=True), json.dumps([content.get(name) for name in names], sort_keys=True)

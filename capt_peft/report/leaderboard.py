@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..utils.files import write_text
 from ..utils.markup import plain
-from .entries import UNCHECKED, VERIFIED, Board, BoardEntry, Found, Score
+from .entries import VERIFIED, Board, BoardEntry, Found, Score
 
 TITLE = "Robust CLIPs and their defences"
 PAGE = "index.html"
@@ -75,10 +75,14 @@ def _digest(text: str) -> str:
 
 
 def _in_order(boards: Iterable[Board]) -> list[Board]:
-    """Returns the boards with the most entries first."""
+    """Returns the boards with the most entries first, before them those that show what a defence changes."""
     return sorted(
-        boards, key=lambda board: (-len(board.entries), board.protocol, board.data, str(board.threat), board.attacks)
-    )
+        boards,
+        key=lambda board: (
+            {bool(entry.defence) for entry in board.entries} != {True, False}, -len(board.entries), board.protocol,
+            board.data, str(board.threat), board.attacks,
+        ),
+    )  # fmt: skip
 
 
 def _filters(boards: list[dict[str, Any]]) -> list[tuple[str, str, list[str], str]]:
@@ -113,11 +117,12 @@ def _board(number: int, board: Board) -> dict[str, Any]:
 def _row(entry: BoardEntry, rank: int | None, point: str | None) -> dict[str, Any]:
     link = entry.link if entry.link.startswith(("https://", "http://", "cards/")) else ""
     signs = None if entry.signs is None else ", ".join(map(plain, entry.signs)) or "none"
-    mark = {VERIFIED: "good"}.get(entry.verified, "" if len(entry.verified) <= len(UNCHECKED) else "bad")
+    mark = "good" if entry.verified == VERIFIED else "bad" if entry.verified.startswith("not verified") else ""
     return {
         "method": plain(entry.method), "rank": rank, "base": plain(entry.base), "defence": plain(entry.defence),
         "clean": _shown(entry.clean), "robust": _shown(entry.robust), "attacks": [plain(name) for name in entry.attacks],
-        "transfer": _shown(entry.transfer), "undefended": _shown(entry.undefended), "n": entry.clean.n, "seeds": entry.seeds,
+        "transfer": _shown(entry.transfer), "undefended": _shown(entry.undefended), "n": entry.clean.n,
+        "decisions": entry.decisions, "seeds": entry.seeds,
         "signs": signs, "verified": plain(entry.verified), "mark": mark, "link": link,
         "place": plain(entry.place, 60), "unranked": plain(entry.unranked), "point": point,
     }  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from ..attacks import parse_attack
 from ..attacks.protocols import AUTOATTACK
 from ..benchmark.lines import Line, read_lines
 from ..benchmark.plan import PROTOCOLS, QUICK_LIMIT, TRANSFERS, Cell, Shots, shots_name
@@ -96,13 +95,16 @@ def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None =
             and of cells that were measured by a published protocol the protocol's.
 
     Raises:
-        ValueError: A line is broken, there is none at all, no cell has the attack, one cell was run with different settings, or
-            cells of one section are of different images, base models or processors.
+        ValueError: A line is broken, there is none at all, no cell has the attack, one cell was run with different settings, a
+            figure is under another step size than its cell's, or cells of one section are of different images, base models or
+            processors.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
     lines = read_lines(*files)
     if not lines:
         raise ValueError(f"There is no benchmark line in {', '.join(map(str, files)) or 'no file'}.")
+    for line in lines:
+        line.check_step_size()
     _check_inputs(lines)
     runs: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
@@ -145,7 +147,7 @@ def _figures(lines: Iterable[Line]) -> Figures:
         measured = {"": result.clean, **result.attacks}
         names = list(result.attacks)
         if cell.defence:  # no way to it stands for its robust accuracy, and the worst case stands beside that of others
-            names = list(dict.fromkeys(parse_attack(name, cell.threat).name for name in cell.attacks))
+            names = list(dict.fromkeys(attack.name for attack in cell.parsed_attacks()))
             measured = {"": result.clean}
         if result.by_protocol is not None:
             measured[f"{BY_PROTOCOL}{cell.evaluation_protocol}"] = result.by_protocol

@@ -10,6 +10,7 @@ from hub_client import Client
 from hub_server import Hub
 from report.benchmark_lines import line, write
 
+from capt_peft.commands.evaluate import main as evaluate
 from capt_peft.commands.leaderboard import main
 
 
@@ -46,6 +47,46 @@ def test_verified_is_what_this_run_has_checked(measured, tmp_path, capsys):  # n
     assert good.is_dir()
 
 
+def test_a_bare_clip_and_an_adapters_other_evaluations_are_verified_and_what_cannot_be_loaded_is_not_checked(
+    measured,
+    tmp_path,
+    capsys,  # noqa: F811
+):
+    good = shutil.copytree(measured, tmp_path / "runs" / "good")
+    for name in ("evaluation.json", "evaluation.safetensors", "evaluation.parquet"):
+        (good / name).unlink(missing_ok=True)
+    (other,) = (good / "evaluations").glob("*.json")
+    moved = tmp_path / "runs" / "moved"
+    moved.mkdir()
+    for path in (good / "evaluations").glob(f"{other.stem}.*"):
+        shutil.copyfile(path, moved / path.name)
+    base = json.loads(other.read_text())["configuration"]["model"]["base"]["name"]
+    how = ["--attacks", "pgd-2", "--limit", "20", "--signs", "false", "--use_cpu", "--epsilon", "4/255"]
+    bare = tmp_path / "runs" / "bare.json"
+    evaluate(["--base", base, "--dataset_name", "digits", *how, "--save_images", "--output", str(bare)])
+    told(capsys, tmp_path / "runs", "--output", tmp_path / "site", "--verify")
+    cells = re.findall(r'<td data-value="([^"]*)"><span', (tmp_path / "site" / "index.html").read_text())
+    assert sorted(cells) == ["not checked: the adapter that it is of is not beside it.", "verified", "verified"]
+
+
+def test_evaluations_of_a_folder_that_contradict_each_other_are_all_left_out(measured, tmp_path, capsys):  # noqa: F811
+    folder = shutil.copytree(measured, tmp_path / "runs" / "one")
+    shutil.copytree(measured, tmp_path / "runs" / "two")
+    (other,) = (folder / "evaluations").glob("*.json")
+    record = json.loads(other.read_text())
+    record["signs"] = [{"name": "x", "raised": True, "value": 1.0, "threshold": 0.0, "sentence": "x"}]
+    other.write_text(json.dumps(record))
+    out = told(capsys, tmp_path / "runs", "--output", tmp_path / "site")
+    same = "its figures are others than those of"
+    assert f"Not shown: runs/one: {same} runs/one/evaluations/{other.name}, measured in the same way" in out
+    assert f"Not shown: runs/one/evaluations/{other.name}: {same} runs/one," in out and "1 row on 1 board" in out
+
+
+def test_without_sources_the_command_says_what_to_name():
+    with pytest.raises(ValueError, match=r"^Name what is shown: capt-peft leaderboard SOURCES, which are folders"):
+        main([])
+
+
 def test_repositories_with_a_tag_are_shown_with_a_link_and_broken_ones_listed(measured, tmp_path):  # noqa: F811
     with Hub({TOKEN: "someone"}) as hub:
         run = Client(tmp_path / "log.txt", HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home"), HF_TOKEN=TOKEN)
@@ -72,6 +113,7 @@ def test_repositories_with_a_tag_are_shown_with_a_link_and_broken_ones_listed(me
         (["a-tag"], "There is no file or folder a-tag, and no tag is looked for while HF_HUB_OFFLINE is set"),
         (["FOLDER"], r"There is nothing to show\."),
         (["FOLDER", "--output", "FILE"], "is a file, but a folder is written"),
+        (["FOLDER", "--output", "/proc/x"], "Nothing can be written into --output='/proc/x'"),
     ],
 )
 def test_wrong_input_is_refused(tmp_path, words, message):

@@ -10,13 +10,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from records import evaluation_record
+from records import THREAT, evaluation_record
 from report.benchmark_lines import base_to_new, figures, line, suite, transfer, write
 
 from capt_peft import ThreatModel
-from capt_peft.report.entries import NO_IMAGES, ONLY_TRANSFER, UNCHECKED, VERIFIED, Score, Source, collect
+from capt_peft.attacks import get_protocol
+from capt_peft.evaluation import Verification
+from capt_peft.report.entries import (
+    CONTRADICTED,
+    NO_IMAGES,
+    ONLY_TRANSFER,
+    UNCHECKED,
+    VERIFIED,
+    Score,
+    Source,
+    collect,
+    told_by,
+)
 from capt_peft.report.leaderboard import page, write_leaderboard
-from capt_peft.results.accuracy import wilson_interval
+from capt_peft.report.sections import read_sections
+from capt_peft.results.accuracy import Accuracy, wilson_interval
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -117,6 +130,86 @@ def test_lines_on_validation_images_are_named_and_not_shown(tmp_path):
     assert found.left_out == (("l.jsonl", "1 line is of the split on which settings are chosen"),)
 
 
+# ---------------------------------------------------------------------------------- what lines do not have in common
+
+
+def test_a_smaller_step_is_another_board_and_a_figure_of_another_step_than_its_cells_is_none(tmp_path):
+    small = line("fap", attack="pgd-20-step3.922e-07", robust=80, eval_step_size="0.0001/255", attacks=["pgd-20"])
+    small["results"][0]["attacks"] = {"pgd-20-step3.922e-07": figures(80)["clean"]}
+    forged = line("adv-vp", robust=80, eval_step_size="0.0001/255")
+    path = write(tmp_path / "l.jsonl", [line("capt"), small, forged])
+    found = collect([path], [])
+    assert sorted((board.attacks, [entry.method for entry in board.entries]) for board in found.boards) == [
+        (("pgd-20",), ["capt"]),
+        (("pgd-20-step3.922e-07",), ["fap"]),
+    ]
+    ((place, why),) = found.left_out
+    assert place == "l.jsonl" and "adv-vp" in why and "under pgd-20, but its step size is 0.0001/255" in why
+    with pytest.raises(ValueError, match=r"adv-vp.* under pgd-20, but its step size is 0\.0001/255"):
+        read_sections(path)
+
+
+def with_weights(one, name):
+    return {**one, "base_model_fingerprint": name}
+
+
+def test_other_base_weights_of_the_same_name_are_rows_of_their_own(tmp_path):
+    lines = [with_weights(line("capt", robust=40), "aaa"), with_weights(line("capt", seed=1, robust=0), "bbb")]
+    more = write(tmp_path / "more.jsonl", [with_weights(line("capt", seed=1, robust=42), "aaa")])
+    (board,) = collect([write(tmp_path / "lines.jsonl", lines), more], []).boards
+    assert [(e.base, e.seeds, e.robust.value) for e in board.entries] == [
+        ("tiny-clip (aaa)", 2, pytest.approx(0.41)),
+        ("tiny-clip (bbb)", 1, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"settings": {"learning_rate": 99.0}, "seed": 1}, "its lines differ in learning_rate (0.3 and 99.0)"),
+        ({"settings": {"learning_rate": 99.0}}, "its lines differ in learning_rate (0.3 and 99.0)"),
+        ({"prompts": {"num_text_tokens": 9}, "task": "digits"}, "its lines differ in prompts.num_text_tokens"),
+        ({"epsilon": "20/510", "robust": 1}, "two of its lines have other figures each for shapes, seed 0"),
+    ],
+    ids=["settings", "settings of a seed", "prompts", "the same written otherwise"],
+)
+def test_lines_that_contradict_each_other_are_left_out_with_the_reason(tmp_path, change, why):
+    lines = [line("capt"), line("capt", **change), line("fap")]
+    found = collect([write(tmp_path / "one.jsonl", lines[:1]), write(tmp_path / "two.jsonl", lines[1:])], [])
+    (board,) = found.boards
+    assert [entry.method for entry in board.entries] == ["fap"]
+    ((place, told),) = found.left_out
+    assert place == "one.jsonl, two.jsonl" and told.startswith("capt on tiny-clip (few-shot, 16 shots, L-inf ")
+    assert why in told
+
+
+def test_of_the_same_cell_the_last_line_counts_and_of_the_same_figures_any(tmp_path):
+    lines = [line("capt", robust=10), line("capt", robust=40), line("capt", robust=40, epsilon="20/510")]
+    found = collect([write(tmp_path / "one.jsonl", lines[:1]), write(tmp_path / "two.jsonl", lines[1:])], [])
+    (board,) = found.boards
+    assert [entry.robust.value for entry in board.entries] == [0.4] and found.left_out == ()
+
+
+def test_another_source_of_a_transfer_is_another_board(tmp_path):
+    lines = [
+        transfer("capt", 0, {"shapes": (90, 80), "digits": (60, 30)}),
+        transfer("capt", 0, {"words": (90, 80), "digits": (60, 10)}),
+    ]
+    boards = boards_of(tmp_path, lines)
+    assert {board.protocol: board.entries[0].robust.value for board in boards} == {
+        "cross-dataset from shapes, 16 shots": 0.3,
+        "cross-dataset from words, 16 shots": 0.1,
+    }
+
+
+def test_lines_of_failed_runs_and_of_a_protocol_without_its_figure_are_named(tmp_path):
+    lines = [line("capt"), line("fap", error="no"), line("adv-vp", evaluation_protocol="fap")]
+    found = collect([write(tmp_path / "l.jsonl", lines)], [])
+    assert [entry.method for board in found.boards for entry in board.entries] == ["capt"]
+    failed, unnamed = found.left_out
+    assert failed == ("l.jsonl", "1 line is of runs that failed") and "no figure of the protocol fap" in unnamed[1]
+
+
 # ------------------------------------------------------------------------------------------------------------- defences
 
 
@@ -149,9 +242,12 @@ def test_a_defence_that_was_attacked_by_transfer_alone_has_no_figure_and_no_rank
 # ---------------------------------------------------------------------------------------------------------- evaluations
 
 
-def evaluation(tmp_path, name="evaluation.json", **configuration):
+def evaluation(tmp_path, name="evaluation.json", images=False, threat=THREAT, **configuration):
     content = evaluation_record("a" * 16, "b" * 16)
     content["configuration"] |= configuration
+    content["attacks"][0]["attack"]["threat_model"] = content["worst_case"][0]["threat_model"] = threat.to_dict()
+    if images:
+        content["images"] = {"sha256": "0" * 64, "bytes": 10}
     path = tmp_path / name
     path.write_text(json.dumps(content))
     return path
@@ -190,16 +286,90 @@ def test_nothing_to_show_is_refused_with_the_reasons(tmp_path):
     assert not (tmp_path / "site").exists()
 
 
-def test_what_does_not_agree_has_no_rank_and_is_not_called_verified(tmp_path):
-    path = evaluation(tmp_path, data={"n": 700})
-    content = json.loads(path.read_text()) | {"images": {"sha256": "0" * 64, "bytes": 10}}
+BOUND = Verification({THREAT: Accuracy(210, 700)}, Accuracy(300, 700))
+CHECKS = {
+    "verified": (BOUND, VERIFIED, 0.3, 1),
+    "nobody tried": (None, UNCHECKED, 305 / 700, 1),
+    "not loaded": (Verification(unchecked=("the defence is random.",)), f"{UNCHECKED}: the defence is random.", 305 / 700, 1),
+    "other figures": (replace(BOUND, problems=("210 are right",)), "not verified: 210 are right", 0.3, None),
+    "other images": (Verification(problems=("the hash",)), "not verified: the hash", 305 / 700, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "told", "robust", "rank"), CHECKS.values(), ids=CHECKS)
+def test_a_row_says_what_its_images_show_and_the_record_only_where_they_show_nothing(
+    tmp_path, found, told, robust, rank
+):
+    path = evaluation(tmp_path, images=True)
+    of_all = collect([], [Source(path, "a", verification=found)])
+    (board,) = of_all.boards
+    (entry,) = board.entries
+    assert (entry.verified, board.ranks, entry.unranked) == (told, [rank], "" if rank else CONTRADICTED)
+    assert entry.robust.value == pytest.approx(robust)
+    assert entry.clean.value == pytest.approx((300 if found and found.clean else 305) / 700)
+    cells = re.findall(r'<td data-value="([^"]*)"><span( class="\w+")?>', page(of_all))
+    kind = {VERIFIED: ' class="good"'}.get(told, "" if rank else ' class="bad"')
+    assert cells == [(told, kind)]
+
+
+def test_the_page_says_what_verifying_does_not_check(tmp_path):
+    text = " ".join(page(collect([], [Source(evaluation(tmp_path), "a")])).split())
+    told = "the names of attacks, the accuracy by transfer and without the defence, and the signs of masked gradients are what"
+    assert told in text and "for the reason beside it" in text
+
+
+def test_an_evaluation_that_names_a_protocol_without_its_attacks_is_left_out(tmp_path):
+    path = evaluation(tmp_path, protocol="fap")
+    found = collect([], [Source(path, "a")])
+    assert found.boards == ()
+    ((place, why),) = found.left_out
+    assert place == "a" and "by the protocol fap, but has no figure of its attacks at L-inf 4/255" in why
+    content = json.loads(path.read_text())
+    (attack,) = get_protocol("fap").attacks_at()
+    content["attacks"][0]["attack"] = attack.to_dict()
+    content["worst_case"][0]["threat_model"] = attack.threat_model.to_dict()
     path.write_text(json.dumps(content))
-    told = "not verified: the labels are others"
-    for verified, rank in ((VERIFIED, 1), (UNCHECKED, 1), (told, None)):
-        (board,) = collect([], [Source(path, "a", verified=verified)]).boards
-        assert (board.entries[0].verified, board.ranks) == (verified, [rank])
-        cells = re.findall(r'<td data-value="([^"]*)"><span', page(collect([], [Source(path, "a", verified=verified)])))
-        assert cells == [verified]
+    (board,) = collect([], [Source(path, "a")]).boards
+    assert board.protocol == "fap" and board.ranks == [1]
+
+
+@pytest.mark.parametrize(("norm", "boards"), [("linf", 1), ("l2", 2), ("l1", 2), ("patch", 2)])
+def test_images_of_another_size_are_another_board_where_the_norm_depends_on_it(tmp_path, norm, boards):
+    threat = ThreatModel(norm, "4/255" if norm == "linf" else 4 if norm != "patch" else "1/16")
+    sources = []
+    for side in (32, 224):
+        path = evaluation(tmp_path, f"{side}.json", threat=threat)
+        content = json.loads(path.read_text())
+        content["configuration"]["model"]["pixels"] = {"size": [side, side]}
+        path.write_text(json.dumps(content))
+        sources.append(Source(path, path.name))
+    found = collect([], sources)
+    assert found.left_out == () and len(found.boards) == boards
+    named = sorted(re.findall(r"\d+ x \d+ pixels", " ".join(board.data for board in found.boards)))
+    assert named == ([] if norm == "linf" else ["224 x 224 pixels", "32 x 32 pixels"])
+
+
+def test_a_row_says_how_many_decisions_its_figures_are_of(tmp_path):
+    one = line("capt")
+    for count in (one["results"][0]["clean"], one["results"][0]["attacks"]["pgd-20"]):
+        count |= {"correct": count["correct"] * 8, "decisions": 8}
+    found = collect([write(tmp_path / "l.jsonl", [one, line("fap")])], [])
+    assert {entry.method: entry.decisions for entry in found.boards[0].entries} == {"capt": 8, "fap": 1}
+    assert page(found).count("8 decisions each") == 1
+
+
+def test_copies_of_an_evaluation_tell_the_same_and_other_figures_of_the_same_do_not(tmp_path):
+    first, copy, other = (evaluation(tmp_path, f"{i}.json") for i in range(3))
+    content = json.loads(other.read_text())
+    content["worst_case"][0] |= Accuracy(304, 700).to_dict()
+    other.write_text(json.dumps(content))
+    assert told_by(first) == told_by(copy)
+    assert told_by(first)[0] == told_by(other)[0] and told_by(first)[1] != told_by(other)[1]
+    assert told_by(first)[0] != told_by(evaluation(tmp_path, "seed.json", seed=1))[0]
+    content["worst_case"][0]["correct"] += 2  # cannot be true, and so contradicts nobody
+    other.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must agree"):
+        told_by(other)
 
 
 def test_a_record_cannot_say_of_itself_that_it_is_verified(tmp_path):
@@ -249,6 +419,14 @@ def test_only_the_pages_own_script_and_style_may_run(hostile):
     )  # attributes have no < or > in them
     assert [tag for tag in own if re.search(r"\s(style|on\w+)=", re.sub(r'"[^"]*"', "", tag))] == []
     assert re.findall(r'(?:src|href)="([^"#]*)"', text) == []
+
+
+def test_a_board_that_shows_what_a_defence_changes_comes_first(tmp_path):
+    many = [line(method, shots=4) for method in ("capt", "fap", "adv-vp")]
+    few = [line("capt"), defended("ttc", 75, {"transfer": 70, "unrolled": 10}, 9)]
+    text = page(collect([write(tmp_path / "l.jsonl", many + few)], []))
+    assert re.findall(r'data-protocol="([^"]*)"', text) == ["few-shot, 16 shots", "few-shot, 4 shots"]
+    assert '<option value="few-shot, 16 shots" selected>' in text
 
 
 def test_the_published_page_is_made_from_the_published_lines(monkeypatch):
