@@ -177,7 +177,7 @@ def _verified(source: Source) -> Source:
             hf_hub_download(source.name, images_path(source.path).name)
         found = verified(_whose(source.path, evaluation.configuration.get("model") or {}), set())
     except Exception as error:  # of whatever loads a stranger's weights and data
-        reason = str(error).replace(str(source.path.parent), source.name) or type(error).__name__
+        reason = source.named(error) or type(error).__name__
         found = Verification(unchecked=(plain(reason, 160),))
     return replace(source, verification=found)
 

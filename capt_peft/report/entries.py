@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 TRANSFER = "transfer"  # the way of an attack that does not know the defence
 NO_IMAGES, UNCHECKED, VERIFIED = "no images", "not checked", "verified"
 ONLY_TRANSFER = "attacked by transfer alone, which says nothing of a defence"
+UNATTACKED = "not measured under an attack"
 CONTRADICTED = "its images, weights and figures do not agree"
 _MODEL = ("base_configuration", "processor", "teacher_fingerprint")  # digests of what else a row's runs have in common
 _WAY = re.compile(r"(?P<attack>.*) \((?P<way>[\w-]+)\)")
@@ -163,6 +164,10 @@ class Source:
     link: str = ""
     verification: Verification | None = None
 
+    def named(self, error: Exception) -> str:
+        """Returns an error's message without folders of this machine."""
+        return str(error).replace(str(self.path), self.name).replace(str(self.path.parent), self.name)
+
     @property
     def verified(self) -> str:
         """As for `BoardEntry`, of an evaluation with images."""
@@ -209,7 +214,7 @@ def collect(lines: Sequence[Path], sources: Iterable[Source], left_out: Iterable
             for key, entry in _of_evaluation(source, missing):
                 boards.setdefault(key, []).append(entry)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            missing.append((source.name, plain(str(error).replace(str(source.path.parent), source.name))))
+            missing.append((source.name, plain(source.named(error))))
     made = []
     for (protocol, data, norm, epsilon, attacks), of in boards.items():
         if of:
@@ -362,7 +367,7 @@ def _of_runs(row: tuple[str, str, str], runs: Mapping[int, Mapping[str, Result]]
     transfer = _over(seeds, _transfer) if defence and adaptive else None
     undefended = _over(seeds, lambda result: result.undefended and result.undefended[1]) if defence else None
     if robust is None:
-        unranked = ONLY_TRANSFER if defence else "not measured under an attack"
+        unranked = ONLY_TRANSFER if defence else UNATTACKED
     clean = Score.over([[result.clean for result in of_seed] for of_seed in seeds])
     return BoardEntry(
         method, base, defence, clean, robust, tuple(adaptive), transfer, undefended,
@@ -439,7 +444,7 @@ def _of_evaluation(source: Source, missing: list[tuple[str, str]]) -> list[tuple
         raised = tuple(sign.name.replace("_", " ") for sign in evaluation.signs if sign.raised)
         signs = raised if evaluation.signs else None
         shown = bool(adaptive)
-        unranked = "" if shown else ONLY_TRANSFER
+        unranked = "" if shown else ONLY_TRANSFER if defence else UNATTACKED
         if evaluation.images is not None and checked.problems:
             unranked = CONTRADICTED
         entry = BoardEntry(
