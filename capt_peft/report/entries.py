@@ -272,14 +272,37 @@ def _of_lines(
             images = cell.suite, result.task, result.classes, cell.limit
             others = bool(digest) and first.setdefault(images, digest) != digest
             runs.setdefault(board, {}).setdefault(row, []).append(_Measured(place, line, result, others))
-    untuned = {key: rows for key, rows in runs.items() if key[2] == 0}
-    tuned = {key: dict(rows) for key, rows in runs.items() if key[2] != 0}
-    beside = {key: untuned[of] for key in tuned if (of := (*key[:2], 0, *key[3:])) in untuned}
-    for key, rows in beside.items():  # what was not tuned belongs beside every number of shots
-        for row, measured in rows.items():
-            tuned[key][row] = tuned[key].get(row, []) + measured
-    alone = {key: rows for key, rows in untuned.items() if all(rows is not other for other in beside.values())}
-    return dict(_board_of_lines(key, rows, missing) for key, rows in {**tuned, **alone}.items())
+    boards = [(key, rows) for key, of in runs.items() if key[2] != 0 for rows in _by_data(of)]
+    alone: dict[tuple[Any, ...], dict[_Row, list[_Measured]]] = {}
+    for key, of in runs.items():  # what was not tuned belongs beside every number of shots
+        for row, measured in of.items() if key[2] == 0 else ():
+            fitting = [rows for other, rows in boards if (*other[:2], 0, *other[3:]) == key]
+            same = [rows for rows in fitting if _tasks(rows) == {each.result.task for each in measured}]
+            for rows in same or fitting:
+                rows[row] = rows.get(row, []) + measured
+            if not fitting:
+                alone.setdefault(key, {})[row] = measured
+    boards += [(key, rows) for key, of in alone.items() for rows in _by_data(of)]
+    found: dict[tuple[Any, ...], list[BoardEntry]] = {}
+    for key, rows in boards:
+        board, entries = _board_of_lines(key, rows, missing)
+        found.setdefault(board, []).extend(entries)
+    return found
+
+
+def _tasks(rows: Mapping[_Row, Sequence[_Measured]]) -> set[str]:
+    return {each.result.task for measured in rows.values() for each in measured}
+
+
+def _by_data(rows: Mapping[_Row, list[_Measured]]) -> list[dict[_Row, list[_Measured]]]:
+    """Returns rows in groups for a board each: those of the most data sets, and several that share fewer."""
+    covered: dict[frozenset[str], dict[_Row, list[_Measured]]] = {}
+    for row, measured in rows.items():
+        covered.setdefault(frozenset(each.result.task for each in measured), {})[row] = measured
+    most = max(covered, key=len)
+    fewer = [tasks for tasks, of in covered.items() if tasks != most and len(of) > 1]
+    rest = {row: measured for tasks, of in covered.items() if tasks not in fewer for row, measured in of.items()}
+    return [rest, *(covered[tasks] for tasks in fewer)]
 
 
 def _board_of_lines(
@@ -300,7 +323,8 @@ def _board_of_lines(
                 (places, plain(f"{row.method} on {row.base} ({name}, {ThreatModel(norm, epsilon)}): {error}"))
             )
     tasks = sorted({task for of in runs.values() for results in of.values() for task in results})
-    data = f"{suite}, {f'mean of {len(tasks)} data sets' if len(tasks) > 1 else ''.join(tasks)}"
+    several = f"mean of {len(tasks)} data sets" + (f" ({', '.join(tasks)})" if 1 < len(tasks) < 5 else "")
+    data = f"{suite}, {several if len(tasks) > 1 else ''.join(tasks)}"
     data += "" if classes == "all" else f", {classes} classes"
     data += "" if limit is None else f", up to {limit} images each"
     weights = {base: {row.weights for row in rows if row.base == base} for base in {row.base for row in rows}}

@@ -61,7 +61,10 @@ def test_a_row_is_the_mean_over_data_sets_and_then_over_seeds(tmp_path):
     lines = [line("capt", task, seed, 80, r) for task, of in robust.items() for seed, r in enumerate(of)]
     board = the_board(tmp_path, lines)
     (entry,) = board.entries
-    assert (board.protocol, board.data) == ("few-shot, 16 shots", "toy, mean of 2 data sets, up to 200 images each")
+    assert (board.protocol, board.data) == (
+        "few-shot, 16 shots",
+        "toy, mean of 2 data sets (digits, shapes), up to 200 images each",
+    )
     assert (board.threat, board.attacks) == (ThreatModel("linf", "10/255"), ("pgd-20",))
     means = [30, 36, 34.5]
     assert entry.robust.value == pytest.approx(sum(means) / 300)
@@ -106,6 +109,36 @@ def test_a_row_without_some_of_the_data_sets_has_no_rank(tmp_path):
     lines = [line("capt", "shapes"), line("capt", "digits"), line("fap", "shapes", robust=99, clean=99)]
     board = the_board(tmp_path, lines)
     assert board.ranks == [1, None] and board.entries[1].unranked == "not measured on all of the data sets"
+
+
+def test_several_rows_of_the_same_few_data_sets_have_a_board_of_their_own(tmp_path):
+    names = ("zero-shot", "capt")
+    whole = [
+        line(name, task, **({"shots": 1} if i else {}))
+        for name in names
+        for task in ("shapes", "digits")
+        for i in (0, 1)
+        if name != "zero-shot" or not i
+    ]
+    part = [
+        line(
+            name,
+            "digits",
+            defence="ttc",
+            results=defended("ttc", 75, {"transfer": 70, "unrolled": 10}, 9, task="digits")["results"],
+        )
+        for name in names
+    ]
+    for one in part:
+        one["results"][0]["task"] = "digits"
+    part += [line(name, "digits", model="other") for name in names]
+    boards = {(b.protocol, b.data.split(", ")[1]): b for b in boards_of(tmp_path, whole + part)}
+    assert {place: sorted((e.method, e.defence) for e in board.entries) for place, board in boards.items()} == {
+        ("few-shot, 1 shot", "mean of 2 data sets (digits"): [("capt", ""), ("zero-shot", "")],
+        ("few-shot, 16 shots", "mean of 2 data sets (digits"): [("capt", ""), ("zero-shot", "")],
+        ("few-shot, 16 shots", "digits"): [("capt", ""), ("capt", "ttc"), ("zero-shot", ""), ("zero-shot", "ttc")],
+    }
+    assert all(None not in board.ranks for board in boards.values())
 
 
 def test_zero_shot_stands_beside_every_number_of_shots(tmp_path):
