@@ -4,7 +4,7 @@ capt-peft verify outputs/demo
 capt-peft verify you/tiny-capt --attacks pgd-20      # also tries the images that count as robust
 capt-peft verify --base openai/clip-vit-base-patch32 --evaluation outputs/zero-shot.json
 
-The exit status is 0 where everything was checked and agrees, and 1 otherwise.
+The exit status is 0 where clean accuracy, the worst case, data, weights and distances agree, and 1 otherwise.
 """
 
 from __future__ import annotations
@@ -95,17 +95,26 @@ def verified(args: Arguments, named: set[str]) -> Verification:
         for name in args.attacks.split(",")
         if name.strip()
     ]
-    recorded = evaluation.configuration.get("model") or {}
+    recorded, settings, task = (_object(evaluation, name) for name in ("model", "defence", "task"))
+    defence = parse_defence(str(settings.get("name"))) if settings else None
     classifier = load_recorded(args, recorded).to(state.device)
-    defence = (evaluation.configuration.get("defence") or {}).get("name")
-    defended = classifier if defence is None else Defended(classifier, parse_defence(defence)).eval()
-    data, why = load_data(args, named, evaluation.configuration.get("task") or {})
+    defended = classifier if defence is None else Defended(classifier, defence).eval()
+    data, why = load_data(args, named, task)
     result = verify(defended, evaluation, images_path(path), data, attacks=attacks, batch_size=args.batch_size)
-    own, told = ((model.get("base") or {}).get("name") for model in (describe(classifier), recorded))
+    bases = (model.get("base") for model in (describe(classifier), recorded))
+    own, told = (base.get("name") if isinstance(base, Mapping) else None for base in bases)
     if args.base is None and own != told:
         problem = f"the record names the base {plain(told, 80)}; the adapter's is {plain(own, 80)}."
         result = replace(result, problems=(*result.problems, problem))
     return result if not why else replace(result, unchecked=(*result.unchecked, why))
+
+
+def _object(evaluation: Evaluation, name: str) -> Mapping[str, Any]:
+    """Returns a part of the configuration of a record, which may be a stranger's; empty where it is missing."""
+    found = evaluation.configuration.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"The record's {name} is {plain(found, 80)}, which is not a JSON object. Measure again.")
+    return found or {}
 
 
 def find_evaluation(args: Arguments) -> Path:
@@ -139,6 +148,9 @@ def load_recorded(args: Arguments, model: Mapping[str, Any]) -> ZeroShotClassifi
     names, precision = model.get("class_names"), str(model.get("precision", "float32"))
     if not (isinstance(names, list) and names and all(isinstance(each, str) for each in names)):
         raise ValueError("The record names no classes, so that it is not of a classifier of texts.")
+    for key, kinds in (("template", (str, list)), ("class_texts", (dict,))):
+        if model.get(key) and not isinstance(model[key], kinds):
+            raise ValueError(f"The record's {key} is {plain(model[key], 80)}, which is no text. Measure again.")
     texts: Any = {"template": model.get("template") or DEFAULT_TEMPLATE, "class_texts": model.get("class_texts") or {}}
     base = {"base": args.base} if args.adapter and args.base else {}
     dtype = getattr(torch, precision) if precision in DTYPES else torch.float32

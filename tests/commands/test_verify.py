@@ -129,6 +129,29 @@ def test_wrong_input_is_refused(folder, words, message):
         main([word.replace("FOLDER", str(folder)) for word in words])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", ["x"], "The record's model is .* not a JSON object"),
+        ("task", "x", "The record's task is x, which is not a JSON object"),
+        ("defence", "ttc", "The record's defence is ttc, which is not a JSON object"),
+        ("defence", {"name": 5}, "unknown defence '5'"),
+        ("defence", {"name": "tte-99999999999"}, "tte-99999999999"),
+        ("model__template", 5, "The record's template is 5"),
+        ("model__class_texts", ["x"], "The record's class_texts is"),
+    ],
+)
+def test_a_record_of_another_shape_is_refused_in_a_sentence(folder, name, value, message):
+    change(folder / "evaluation.json", **{f"configuration__{name}": value})
+    with pytest.raises(ValueError, match=message):
+        main(["--adapter", str(folder), "--use_cpu"])
+
+
+def test_a_record_whose_base_is_no_object_is_not_verified(folder, capsys):
+    change(folder / "evaluation.json", configuration__model__base="x")
+    assert "the record names the base None" in refused(capsys, "--adapter", folder)
+
+
 def test_an_evaluation_without_images_is_refused(folder):
     (folder / "evaluation.safetensors").unlink()
     with pytest.raises(ValueError, match=r"evaluation\.safetensors, the worst-case images of .* is missing"):

@@ -172,6 +172,80 @@ def test_a_worst_case_other_than_the_images_show_is_not_verified(model, labels, 
     assert_refused(result, f"the record says {told[THREATS[0]].correct} of 40")
 
 
+class Shifted(torch.nn.Module):
+    """A classifier with one number added to all logits, which changes no answer."""
+
+    def __init__(self, model, by):
+        super().__init__()
+        self.model = model
+        self.register_buffer("by", torch.tensor(float(by)))
+
+    def forward(self, pixels):
+        return self.model(pixels) + self.by
+
+
+@pytest.mark.parametrize("by", [0, 1e4, 1e5])
+def test_a_number_added_to_all_logits_leaves_no_image_to_the_record(model, labels, tmp_path, by):
+    shifted = Shifted(model, by)
+    record = measure(shifted, labels, tmp_path / "r.json")
+    arguments = tmp_path / "r.safetensors", (PIXELS, labels)
+    assert verify(shifted, record, *arguments).bounds == record.worst_case
+    for more in (2, record.clean.correct - record.worst_case[THREATS[0]].correct):
+        told = {threat: Accuracy(of.correct + more, of.n) for threat, of in record.worst_case.items()}
+        told = {threat: min(of, record.clean, key=lambda each: each.correct) for threat, of in told.items()}
+        result = verify(shifted, replace(record, worst_case=told), *arguments)
+        assert_refused(result, f"the record says {told[THREATS[0]].correct} of 40")
+        assert result.bounds == record.worst_case
+
+
+def test_close_images_may_be_broken_in_the_record_and_hardly_any_robust(model, folder, evaluation, tensors, tmp_path):
+    """Where two classes get nearly the same logit everywhere, either answer is within rounding."""
+    twins = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval()
+    twins[1].weight.data.zero_()
+    twins[1].bias.data = torch.tensor([1.0, 1.0 + 1e-6, -1.0])
+    ones = torch.ones(40, dtype=torch.int64)
+    record = evaluate(
+        twins, (PIXELS, ones), PGD(THREATS[0], steps=1), output=tmp_path / "t.json", save_images=True, progress=False
+    )
+    arguments = tmp_path / "t.safetensors", (PIXELS, ones)
+    assert record.robust.correct == 40
+    moved = load_file(arguments[0])
+    moved[NAME] = (PIXELS + 1e-3).clamp(0, 1)  # without a gradient nothing has moved them
+    record, path = forged(moved, record, tmp_path, worst_case={THREATS[0]: Accuracy(5, 40)})
+    assert verify(twins, record, path, arguments[1]).verified
+    zeros = torch.zeros(40, dtype=torch.int64)  # the other twin: all wrong, by as little
+    wrong = evaluate(twins, (PIXELS, zeros), PGD(THREATS[0], steps=1), progress=False)
+    for told, agrees in ((0, True), (1, True), (2, False)):
+        other, path = forged({**moved, "labels": zeros}, wrong, tmp_path, worst_case={THREATS[0]: Accuracy(told, 40)})
+        assert verify(twins, other, path, (PIXELS, zeros)).verified is agrees
+
+
+def test_images_outside_of_their_ball_lower_no_bound(model, labels, evaluation, tensors, tmp_path):
+    record, path = forged({**tensors, NAME: 1 - PIXELS}, evaluation, tmp_path)
+    assert verify(model, record, path, (PIXELS, labels)).bounds[THREATS[0]] == evaluation.clean
+
+
+def test_a_protocol_that_the_attacks_are_not_is_not_verified(model, labels, folder, evaluation):
+    def with_protocol(name):
+        record = replace(evaluation, configuration={**evaluation.configuration, "protocol": name})
+        return verify(model, record, folder / "r.safetensors", (PIXELS, labels))
+
+    assert_refused(with_protocol("tecoa"), "names the protocol tecoa, but its attacks under L-inf 4/255 are not")
+    assert_refused(with_protocol(["x"]), "which this version does not know")
+
+
+def test_the_closing_line_says_what_was_not_checked(model, labels, folder, evaluation):
+    told = str(verify(model, evaluation, folder / "r.safetensors", (PIXELS, labels))).splitlines()[-1]
+    assert told.startswith("Verified: clean accuracy and the worst case agree")
+    assert told.endswith("signs and all other figures are the record's own.")
+
+
+@pytest.mark.parametrize("told", [["x"], "x", 5])
+def test_a_record_whose_model_is_no_object_is_not_verified(model, labels, folder, evaluation, told):
+    record = replace(evaluation, configuration={**evaluation.configuration, "model": told})
+    assert_refused(verify(model, record, folder / "r.safetensors", (PIXELS, labels)), "its model is not a JSON object")
+
+
 def test_clean_accuracy_of_the_record_is_compared(model, labels, folder, evaluation):
     record = replace(evaluation, clean=Accuracy(40, 40))
     assert_refused(verify(model, record, folder / "r.safetensors", (PIXELS, labels)), "the record says 100.0%")
@@ -222,14 +296,20 @@ def test_a_defended_model_is_verified_with_its_own_defence_unless_that_is_random
     bare = ZeroShotClassifier.from_pretrained(TINY_CLIP, class_names=digits, template="a photo of the digit {}.")
     data, path = load_task("digits")["test"].select(range(8)), tmp_path / "r.safetensors"
     model = Defended(bare, parse_defence(defence)).eval()
-    record = evaluate(
-        model, data, PGD(THREATS[0], steps=1), output=tmp_path / "r.json", save_images=True, signs=False, progress=False
-    )
+    attack = PGD(ThreatModel("linf", "8/255"), steps=3)
+    record = evaluate(model, data, attack, output=tmp_path / "r.json", save_images=True, signs=False, progress=False)
     result = verify(model, record, path, data)
     if verified:
         assert result.verified and result.bounds == record.worst_case, result
     else:
         assert_refused(result, "the defence noise-0.1 is random")
+        assert result.problems == () and result.clean.decisions == record.clean.decisions == 8
+        assert_refused(verify(model, record, path), "the data are not here")
+        assert_refused(verify(model, replace(record, clean=Accuracy(32, 8, 8)), path, data), "clean accuracy is")
+        lied = replace(record, worst_case=dict.fromkeys(record.worst_case, Accuracy(8 * 8, 8, 8)))
+        assert_refused(verify(model, lied, path, data), "the record says 8 of 8")
+        _, other_file = forged({**load_file(path), "labels": torch.zeros(8).long()}, record, tmp_path)
+        assert_refused(verify(model, record, other_file, data), "the hash of forged.safetensors")
     assert_refused(verify(bare, record, path, data), f"the record is of the defence {defence}")
     other = Defended(bare, parse_defence("lowpass-0.4")).eval()
     assert_refused(verify(other, record, path, data), f"the record is of the defence {defence}")
