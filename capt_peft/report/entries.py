@@ -279,7 +279,9 @@ def _of_lines(
             fitting = [rows for other, rows in boards if (*other[:2], 0, *other[3:]) == key]
             same = [rows for rows in fitting if _tasks(rows) == {each.result.task for each in measured}]
             for rows in same or fitting:
-                rows[row] = rows.get(row, []) + measured
+                tasks = _tasks(rows)
+                if here := [each for each in measured if each.result.task in tasks]:
+                    rows[row] = rows.get(row, []) + here
             if not fitting:
                 alone.setdefault(key, {})[row] = measured
     boards += [(key, rows) for key, of in alone.items() for rows in _by_data(of)]

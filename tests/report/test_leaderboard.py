@@ -111,6 +111,16 @@ def test_a_row_without_some_of_the_data_sets_has_no_rank(tmp_path):
     assert board.ranks == [1, None] and board.entries[1].unranked == "not measured on all of the data sets"
 
 
+def test_zero_shot_that_was_measured_on_more_data_sets_takes_no_rank_from_others(tmp_path):
+    lines = [line("zero-shot", task, robust=r) for task, r in (("shapes", 10), ("digits", 70))] + [
+        line("capt", robust=40)
+    ]
+    board = the_board(tmp_path, lines)
+    assert [(e.method, e.robust.value, r) for e, r in zip(board.entries, board.ranks, strict=True)] == [
+        ("capt", 0.4, 1), ("zero-shot", 0.1, 2),
+    ]  # fmt: skip
+
+
 def test_several_rows_of_the_same_few_data_sets_have_a_board_of_their_own(tmp_path):
     names = ("zero-shot", "capt")
     whole = [
