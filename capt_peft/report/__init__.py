@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def write_report(
     Args:
         lines_path: As for `read_sections`.
         folder: Where to write tables.md, tables.tex, and shots, scatter and differences as PNG and SVG. A picture with nothing to
-            draw is left out. With several few-shot sections, the names of shots and scatter say which one they are of.
+            draw is left out; they draw rows without a defence (`capt-peft leaderboard` draws all). With several few-shot
+            sections, the names of shots and scatter say which one they are of.
         attack: As for `read_sections`.
 
     Returns:
@@ -36,10 +38,11 @@ def write_report(
     sections = read_sections(lines_path, attack)
     parts = [(section, tables) for section in sections if (tables := section_tables(section))]
     figures: dict[str, Any] = {}
-    drawn = [s for s in sections if s.protocol == "few-shot" and s.runs.robust.notna().any()]
+    plain = [replace(section, runs=section.runs[section.runs.defence.fillna("") == ""]) for section in sections]
+    drawn = [s for s in plain if s.protocol == "few-shot" and s.runs.robust.notna().any()]
     for section, suffix in zip(drawn, _suffixes(drawn), strict=True):
         figures |= {f"shots{suffix}": shots_figure(section), f"scatter{suffix}": scatter_figure(section)}
-    figures["differences"] = differences_figure(sections)
+    figures["differences"] = differences_figure(plain)
     names = ["tables.md", "tables.tex"]
     with written_whole(folder) as temporary:
         (temporary / "tables.md").write_text(to_markdown(parts), encoding="utf-8")
