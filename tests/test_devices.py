@@ -204,13 +204,13 @@ def test_generators_of_the_cpu_are_found(monkeypatch):
 
 
 def test_a_tensor_of_the_cpu_among_those_elsewhere_is_refused(monkeypatch):
-    monkeypatch.setattr(ThreatModel, "direction", lambda self, gradient: torch.ones(gradient.shape))
+    monkeypatch.setattr(ThreatModel, "direction", lambda self, gradient, x: torch.ones(gradient.shape))
     with pytest.raises(RuntimeError, match="tensors on lazy:0 and on the CPU"):
         runs(PGD(epsilon_for("linf", 4), steps=1))
 
 
 def test_a_value_that_is_looked_at_is_counted(monkeypatch):
-    def looked_at(self, gradient):
+    def looked_at(self, gradient, x):
         return gradient.sign() if gradient.abs().sum() > 0 else gradient
 
     monkeypatch.setattr(ThreatModel, "direction", looked_at)
@@ -276,7 +276,7 @@ def test_an_evaluation_says_that_float32_was_rounded(monkeypatch):
     model, pixels = make_model(), some_images(6)
     data, attack = (pixels, model(pixels).argmax(1)), PGD(epsilon_for("linf", 4), steps=1)
     plain = evaluate(model, data, attack, progress=False)
-    for module in ("batch", "signs"):
+    for module in ("subject", "signs"):
         monkeypatch.setattr(f"capt_peft.evaluation.{module}.tf32_in_use", lambda device: True)
     found = evaluate(model, data, attack, progress=False)
     sign = {sign.name: sign for sign in found.signs}["low_precision"]
