@@ -540,7 +540,7 @@ def test_20_users_of_the_api_at_once_get_their_own_results(app, api, page, digit
     def ask(i):
         path, *settings = user(i, digits)
         mine = Api(app)
-        return mine.attack(mine.upload(path), *settings, None, session=f"user {i}")
+        return mine.attack(mine.upload(path), *settings, None, NO_DEFENCE, session=f"user {i}")
 
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(ask, range(20)))
