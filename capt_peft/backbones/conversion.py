@@ -163,7 +163,7 @@ def copy_backbone(folder: str | Path, output: str | Path, *, processor: str, sha
         sha256: What is recorded as the hash of its weights.
 
     Raises:
-        ValueError: It is no whole CLIPModel, or the tokenizer is not its own.
+        ValueError: It is not a whole CLIPModel, or the tokenizer is not its own.
         OSError: The processor cannot be found or reached.
     """
     (config, weights), settings = _load_base(str(folder), None, None)

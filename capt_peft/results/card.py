@@ -183,7 +183,7 @@ def write_card(folder: str | Path, adapter: str | None = None, details: CardDeta
         The path of the card, README.md.
 
     Raises:
-        ValueError: There is no whole adapter in the folder, of CAPT or saved by `CaptTrainer`, or a record in it is damaged or
+        ValueError: The folder has no whole adapter, of CAPT or saved by `CaptTrainer`, or a record in it is damaged or
             of other weights.
     """
     path = Path(folder, CARD)

@@ -1,4 +1,4 @@
-"""Accuracy under common corruptions, by kind and severity; no adversary chose them, and it is no robust accuracy."""
+"""Accuracy under common corruptions, by kind and severity; no adversary chose them, and it is not robust accuracy."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def keep_classes(model: PeftModel, **classes: Any) -> None:
     for name, value in classes.items():
         setattr(config, name, value)
     if not isinstance(config, CaptConfig):
-        gone = change_of_base(config)  # then the base is no longer there to be told by its weights
+        gone = change_of_base(config)  # then the base is no longer there to be recognised by its weights
         config.base_model_fingerprint = None if gone else base_fingerprint(model)
 
 
@@ -125,7 +125,7 @@ def load_config(name_or_path: str | Path, **where: Any) -> Any:
         where: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`.
 
     Raises:
-        ValueError: There is no configuration, it is damaged, of a method that PEFT does not have or that changes the base
+        ValueError: The configuration is missing, damaged, of a method that PEFT does not have or that changes the base
             model's weights, or the weights are no whole safetensors file.
     """
     name = str(name_or_path)
