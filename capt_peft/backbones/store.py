@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModel, AutoProcessor, CLIPModel
+from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from ..tuner.loading import load_pretrained
 from ..utils.embedded import CACHE
@@ -47,7 +47,7 @@ def find_backbone(name: str) -> Backbone:
     raise ValueError(f"Unknown backbone {name[:80]!r}.{meant} `capt-peft backbones` lists all {len(BACKBONES)}.")
 
 
-def load_backbone(name: str, *, checkpoint: str | Path | None = None) -> tuple[CLIPModel, Any]:
+def load_backbone(name: str, *, checkpoint: str | Path | None = None) -> tuple[PreTrainedModel, Any]:
     """Loads a published robust CLIP by name, in float32, and its processor.
 
     At first use it is fetched from the Hub and converted (see `convert_backbone`) into `capt_peft/backbones/NAME` below

@@ -53,9 +53,9 @@ class Undefended:
 
     def features(self, pixels: Tensor) -> Tensor:
         """Returns the normalised image features (B, D) of pixels (B, 3, H, W) in [0, 1]."""
-        return normalize(self.embeddings(pixels))
+        return normalize(self.raw_features(pixels))
 
-    def embeddings(self, pixels: Tensor) -> Tensor:
+    def raw_features(self, pixels: Tensor) -> Tensor:
         """Returns the image features (B, D) of pixels (B, 3, H, W) in [0, 1] at the length that the model gives them."""
         self.forwards += len(pixels)
         self.gradients += len(pixels) if pixels.requires_grad and torch.is_grad_enabled() else 0

@@ -84,10 +84,10 @@ class TTC(Purifier):
         radius = self.budget / 255
         low, high = (-pixels).clamp_min(-radius), (1 - pixels).clamp_max(radius)  # of a change, (B, 3, H, W)
         changes = [((2 * torch.rand_like(pixels) - 1) * radius).clamp(low, high)]
-        own, moved = _wide(model.embeddings(pixels)), []
+        own, moved = _wide(model.raw_features(pixels)), []
 
         def distance(points: Tensor) -> Tensor:
-            moved.append((_wide(model.embeddings(points)) - own).square().sum(1))
+            moved.append((_wide(model.raw_features(points)) - own).square().sum(1))
             return moved[-1]
 
         for _ in range(self.steps):

@@ -75,14 +75,14 @@ def test_a_closed_gate_leaves_the_noise_alone():
 
 def test_the_counter_attack_moves_the_feature_farther_than_noise_and_keeps_to_its_budget():
     model, images = SmallUndefended(), torch.rand(8, 3, 4, 4, dtype=torch.float64).round()  # black and white
-    own = model.embeddings(images)
+    own = model.raw_features(images)
     moved = {}
     for threshold in (0.0, 9.0):
         torch.manual_seed(5)
         found = TTC(8, 4, threshold).purify(model, images)
         assert (found - images).abs().max() <= 8 / 255 + 1e-12
         assert found.min() >= -1e-12 and found.max() <= 1 + 1e-12
-        moved[threshold] = (model.embeddings(found) - own).norm(dim=1)
+        moved[threshold] = (model.raw_features(found) - own).norm(dim=1)
     assert (moved[9.0] > moved[0.0]).all()
 
 
