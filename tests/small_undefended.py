@@ -18,7 +18,7 @@ class SmallUndefended(Undefended):
         self.blank = torch.nn.functional.normalize(torch.randn(6, generator=generator, dtype=torch.float64), dim=0)
         self.forwards = self.gradients = 0
 
-    def embeddings(self, pixels: Tensor) -> Tensor:
+    def raw_features(self, pixels: Tensor) -> Tensor:
         self.forwards += len(pixels)
         return torch.tanh(pixels.flatten(1) @ self.weight.T)
 
