@@ -65,7 +65,7 @@ def forged(tensors, evaluation, tmp_path, **changes):
 
 def assert_refused(result, why):
     assert not result.verified and "Not verified." in str(result) and "verified upper bound" not in str(result)
-    assert why in " ".join((*result.problems, *result.unchecked))
+    assert why in " ".join((*result.problems, *result.broken, *result.unchecked))
 
 
 def test_the_images_of_an_honest_evaluation_verify_its_figures(model, labels, folder, evaluation):
@@ -326,6 +326,7 @@ def test_an_attack_finds_what_the_records_own_was_too_weak_for(model, labels, tm
     strong = evaluate(model, (PIXELS, labels), PGD(THREATS[0], steps=20), progress=False)
     assert result.bounds[THREATS[0]].correct <= strong.robust.correct < weak.robust.correct
     assert_refused(result, "pgd-20 breaks")
+    assert not result.problems and "A stronger attack: pgd-20" in str(result) and "Does not agree" not in str(result)
     with pytest.raises(ValueError, match=r"has no images for pgd-20, L2 0\.2"):
         verify(*arguments, attacks=[parse_attack("pgd-20", THREATS[1])])
 
