@@ -386,5 +386,5 @@ class _Against:
             right[threat][:, sorted(record.wrong())] = False
         if broken := before - int(right[threat].sum()):
             self.broken.append(
-                f"{attack.name} breaks {broken} of the {before} images that count as robust under {threat}: the record is too high."
+                f"{attack.name} breaks {broken} of the {before} images that count as robust under {threat}: it is too high."
             )
