@@ -1,0 +1,124 @@
+"""The search for settings, by the rules of docs/search.md, and the confirmation of what it found.
+
+python benchmarks/search.py outputs/search.jsonl --workers 2            # three rounds, on validation images; prints the choice
+python benchmarks/search.py outputs/search.jsonl --workers 2 --confirm outputs/confirmation.jsonl
+capt-peft report outputs/confirmation.jsonl
+
+The lines are those of `capt-peft benchmark`. Run again, it resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from capt_peft.benchmark import Plan, get_suite, run_cells
+from capt_peft.benchmark.lines import Lines
+from capt_peft.results.accuracy import harmonic_mean
+
+METHODS = ("capt", "adv-vp", "adv-vlp", "pmg-aft", "trades-maple", "adv-maple", "fap", "adv-tp")
+DEVELOPMENT = ("digits", "shapes", "inks", "positions", "textures")
+CONFIRMATION = ("colors", "sizes", "counts", "backgrounds", "letters", "numerals")
+ATTACKS = ("apgd-ce-20", "apgd-t-20")
+RATES = {f"rate {rate:g}": {"learning_rate": rate, "max_steps": 80} for rate in (0.1, 0.3, 1.0)}
+COUPLED = ("trades-maple", "adv-maple", "fap")
+Settings = Mapping[str, Any]
+
+
+def other_prompts(method: str) -> Settings:
+    """Returns the prompts that a method is tried with beside its own."""
+    if method in COUPLED:
+        return {"num_text_tokens": 2, "num_vision_tokens": 2}
+    return {"class_specific": True} if method == "adv-tp" else {"num_vision_tokens": 16}
+
+
+def plan(methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], **others: Any) -> Plan:
+    """Returns a plan of 16 shots on tiny CLIP."""
+    return Plan(get_suite("toy"), "tiny_clip", methods, ["few-shot"], [16], seeds, tasks, **others)
+
+
+class Search:
+    """The rounds of the search, which resume from a file of lines.
+
+    Args:
+        path: The file of lines.
+        workers: Cells at a time.
+    """
+
+    def __init__(self, path: Path, workers: int) -> None:
+        self.path, self.workers = path, workers
+
+    def measure(self, method: str, settings: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str, list[float]]:
+        """Returns H, in percent, of every development task and seed, for each named setting of a method."""
+        asked = plan([method], DEVELOPMENT, seeds, variants=settings, attacks=ATTACKS, split="validation")
+        lines = run_cells(asked.cells(), self.path, workers=self.workers)
+        found: dict[str, list[float]] = {name: [] for name in settings}
+        for line in lines.values():
+            if line["status"] != "finished":
+                raise RuntimeError(
+                    f"{line['cell']['method']} on {line['cell']['task']} failed: {line['error']['message']}"
+                )
+            clean, worst = (line["results"][0][of] for of in ("clean", "worst_case"))
+            score = harmonic_mean(100 * clean["correct"] / clean["n"], 100 * worst["correct"] / worst["n"])
+            found[line["cell"]["variant"]].append(float(score))
+        return found
+
+    def choose(self, method: str) -> tuple[str, Settings]:
+        """Returns the winner of the three rounds: its name and its settings."""
+        settings: dict[str, Settings] = dict(RATES)
+        scores = self.measure(method, settings, [0])
+        best = settings[best_of(scores, settings)[0]]
+        changed = {
+            "160 steps": {**best, "max_steps": 160},
+            "4 attack steps": {**best, "attack_steps": 4},
+            "other prompts": {**best, **other_prompts(method)},
+        }
+        settings |= changed
+        scores |= self.measure(method, changed, [0])
+        final = {name: settings[name] for name in best_of(scores, settings)[:2]}
+        finals = self.measure(method, final, [0, 1, 2])
+        for name in settings:
+            every = finals.get(name, scores[name])
+            print(f"{method:13} {name:15} H {fmean(every):5.1f} over {len(every)} cells  {dict(settings[name])}")
+        winner = best_of(finals, final)[0]
+        print(f"{method:13} takes {winner}")
+        return winner, settings[winner]
+
+
+def best_of(scores: Mapping[str, Iterable[float]], settings: Mapping[str, Settings]) -> list[str]:
+    """Returns the names of settings, the highest mean H first; of equal ones, that of fewer steps."""
+    return sorted(settings, key=lambda name: (-fmean(scores[name]), settings[name]["max_steps"]))
+
+
+def confirm(
+    chosen: Mapping[str, Settings], path: Path, tasks: Sequence[str], seeds: Sequence[int], workers: int
+) -> None:
+    """Measures what was chosen on test images."""
+    asked = plan(["zero-shot", *chosen], tasks, seeds, method_settings=chosen, attacks=("pgd-20", *ATTACKS))
+    run_cells(asked.cells(), path, workers=workers)
+
+
+def main() -> None:
+    """Searches, and confirms what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lines", type=Path, help="file of the search's lines")
+    parser.add_argument("--methods", default=",".join(METHODS), help="a part of the methods")
+    parser.add_argument("--confirm", type=Path, help="file of the confirmation's lines")
+    parser.add_argument("--tasks", default=",".join(CONFIRMATION), help="what is confirmed on")
+    parser.add_argument("--seeds", default="3,4,5,6,7", help="seeds of the confirmation")
+    parser.add_argument("--workers", type=int, default=1, help="cells at a time")
+    args = parser.parse_args()
+    search = Search(args.lines, args.workers)
+    chosen = {method: search.choose(method)[1] for method in args.methods.split(",")}
+    if args.confirm:
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+        confirm(chosen, args.confirm, args.tasks.split(","), seeds, args.workers)
+        finished = sum(line["status"] == "finished" for line in Lines(args.confirm).read().values())
+        print(f"{args.confirm} has {finished} finished lines.")
+
+
+if __name__ == "__main__":
+    main()
