@@ -6,17 +6,16 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
-from ..utils.patterns import from_name, shapes_of
+from ..utils.patterns import Kind, add_kind, from_name, shapes_of
 from .base import Attack
 from .threat import NORMS, ThreatModel
 
 _KINDS: dict[str, type[Attack]] = {}  # by their patterns
-_Kind = TypeVar("_Kind", bound=type[Attack])
 
 
-def register_attack(kind: _Kind) -> _Kind:
+def register_attack(kind: Kind) -> Kind:
     """Adds an attack to those that `parse_attack` and the commands know by name; a decorator of its class.
 
     Args:
@@ -29,13 +28,7 @@ def register_attack(kind: _Kind) -> _Kind:
         TypeError: Not such a class.
         ValueError: Another attack has the same pattern.
     """
-    if not (isinstance(kind, type) and issubclass(kind, Attack) and kind.pattern and kind.help):
-        raise TypeError(f"{kind!r} must be a subclass of Attack with a pattern and a help.")
-    other = _KINDS.get(kind.pattern)
-    if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"The pattern {kind.pattern!r} of {kind.__name__} is that of {other.__name__} already.")
-    _KINDS[kind.pattern] = kind
-    return kind
+    return add_kind(kind, Attack, _KINDS)
 
 
 def attack_names() -> dict[str, str]:

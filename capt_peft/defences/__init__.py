@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from ..utils.patterns import from_name, shapes_of
+from ..utils.patterns import Kind, add_kind, from_name, shapes_of
 from .base import Defence, Defended, Purifier, Undefended, gradient_of
 from .clipure import CLIPure
 from .ensemble import Ensemble
@@ -53,10 +51,9 @@ __all__ = [
 
 
 _KINDS: dict[str, type[Defence]] = {kind.pattern: kind for kind in DEFENCES}
-_Kind = TypeVar("_Kind", bound=type[Defence])
 
 
-def register_defence(kind: _Kind) -> _Kind:
+def register_defence(kind: Kind) -> Kind:
     """Adds a defence to those that `parse_defence` and the commands know by name; a decorator of its class.
 
     Args:
@@ -69,14 +66,7 @@ def register_defence(kind: _Kind) -> _Kind:
         TypeError: Not such a class.
         ValueError: Another defence has the same pattern.
     """
-    texts = (getattr(kind, "pattern", ""), getattr(kind, "help", {}))
-    if not (isinstance(kind, type) and issubclass(kind, Defence) and all(texts)):
-        raise TypeError(f"{kind!r} must be a subclass of Defence with a pattern and a help.")
-    other = _KINDS.get(kind.pattern)
-    if other is not None and (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise ValueError(f"The pattern {kind.pattern!r} of {kind.__name__} is that of {other.__name__} already.")
-    _KINDS[kind.pattern] = kind
-    return kind
+    return add_kind(kind, Defence, _KINDS)
 
 
 def defence_names() -> dict[str, str]:

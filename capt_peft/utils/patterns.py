@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 
 class Named(Protocol):
@@ -18,6 +18,26 @@ class Named(Protocol):
 
     pattern: ClassVar[str]
     help: ClassVar[Mapping[str, str]]
+
+
+Kind = TypeVar("Kind", bound=type[Any])
+
+
+def add_kind(kind: Kind, base: type, kinds: dict[str, Any]) -> Kind:
+    """Adds a class to kinds by their patterns, and returns it.
+
+    Raises:
+        TypeError: It is no subclass of `base` with a pattern and a help.
+        ValueError: Another class has the same pattern.
+    """
+    texts: list[Any] = [getattr(kind, name, None) for name in ("pattern", "help")]
+    if not (isinstance(kind, type) and issubclass(kind, base) and all(texts)):
+        raise TypeError(f"{kind!r} must be a subclass of {base.__name__} with a pattern and a help.")
+    other = kinds.setdefault(texts[0], kind)
+    if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ValueError(f"The pattern {texts[0]!r} of {kind.__name__} is that of {other.__name__} already.")
+    kinds[texts[0]] = kind
+    return kind
 
 
 def shapes_of(kinds: Collection[type[Named]]) -> dict[str, str]:
