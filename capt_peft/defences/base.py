@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -185,15 +185,10 @@ def gradient_of(values: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     with PyTorch's plain attention: its fast kernels have none); else it is a constant.
     """
     create_graph = torch.is_grad_enabled() and pixels.requires_grad
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if create_graph else _nothing():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext():
         point = pixels if create_graph else pixels.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(values(point).sum(), point, create_graph=create_graph)
     return gradient
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -206,7 +201,7 @@ class Defended(nn.Module):
     """A classifier with a defence in front of it: `pixels in [0, 1] -> logits`, as the classifier itself.
 
     `evaluate` attacks it in ways that know the defence (`WAYS`). As a plain callable it is attacked like any other: through
-    whatever gradients it has, which for many defences are none of use.
+    whatever gradients it has, which for many defences are of no use.
 
     Args:
         classifier: An adapter's classifier, or one of a bare CLIP.
