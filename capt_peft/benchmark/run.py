@@ -9,7 +9,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..methods import make_trainer
 from ..results.accuracy import Accuracy
 from ..results.defence import WithoutDefence
 from ..results.run import count_parameters
-from ..training import CaptTrainingArguments
+from ..training import CaptTrainer, CaptTrainingArguments
 from ..tuner.fingerprint import adapter_fingerprint
 from ..utils.files import make_writable, write_json, written_whole
 from ..utils.machine import describe_machine, versions
@@ -44,13 +44,64 @@ logger = logging.getLogger(__name__)
 
 TRAINING = "training.json"
 ADAPTER = "adapter_fingerprint"
+Tune = Callable[[Cell, nn.Module, Any, Root], tuple[PeftModel, dict[str, Any]]]  # as `tune_adapter`
 TUNED_ON = "tuned_on"  # in an adapter's record: the digests of what it was tuned with
 TAKEN = "taken"  # by another process
 _POLL_SECONDS = 1.0
 _CLASSES, _ALL_SHOTS, _TEST_IMAGES = 10, 64, 400  # guesses of how long a cell takes, without its data set
 
 
-def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = None) -> dict[str, Any]:
+def tune_adapter(
+    cell: Cell,
+    base: nn.Module,
+    processor: Any,
+    root: Root = None,
+    *,
+    change: Callable[[CaptTrainer], object] | None = None,
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Tunes the adapter of a cell, in all processes of `accelerate launch`.
+
+    Args:
+        cell: The cell, of a method that tunes something.
+        base: The CLIP, on which the adapter is put.
+        processor: Its processor.
+        root: See `run_cell`.
+        change: Called with the trainer before it trains, to give it another objective, attack or callback; None: nothing.
+
+    Returns:
+        The tuned model, and the `training` of the cell's line.
+    """
+    task = training_task(cell, root)
+    with tempfile.TemporaryDirectory() as output:
+        args = _training_arguments(cell, output)
+        set_seed(cell.seed)
+        trainer = make_trainer(
+            cell.method, base, args, task=task, processor=processor, prompts=cell.prompts, teacher=cell.settings.get("teacher")
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        if change is not None:
+            change(trainer)
+        start = time.perf_counter()
+        trainer.train()
+    model: Any = trainer.model
+    training = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "steps": trainer.state.global_step,
+        "images": len(task["train"]),
+        "processes": args.world_size,
+        "collapsed": trainer.collapsed,
+        "at_chance": trainer.at_chance,
+        "parameters": count_parameters(model)["trainable"],
+        "attack": trainer.attack.to_dict(),
+        "arguments": non_default(args),
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry][-1:],
+    }
+    return model, training
+
+
+def run_cell(
+    cell: Cell, *, adapters: str | Path | None = None, root: Root = None, tune: Tune = tune_adapter
+) -> dict[str, Any]:
     """Runs a cell, in all processes of `accelerate launch`.
 
     Args:
@@ -58,6 +109,7 @@ def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = Non
         adapters: Folder where adapters are kept, by what they were tuned with; cells that differ only in what is measured
             share one. None: they are not kept.
         root: Where the data sets of the catalog lie (CoOp's `$DATA`), or the place of each data set by its name; None: the Hub.
+        tune: Tunes the adapter, unless one is kept, in place of `tune_adapter`. What the result depends on must be in the cell.
 
     Returns:
         The line of the cell: `status` is "finished", with `results` and `training`, or "failed", with `error`. Only an
@@ -66,7 +118,7 @@ def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = Non
     start = time.perf_counter()
     line = {"key": cell.key, "status": "finished", "cell": cell.to_dict()}
     try:
-        line |= _run(cell, adapters, root)
+        line |= _run(cell, adapters, root, tune)
     except Exception as error:
         logger.warning("%s failed: %s", cell, error, exc_info=logger.isEnabledFor(logging.DEBUG))
         line |= {"status": "failed", "error": {"type": type(error).__name__, "message": str(error)}}
@@ -74,14 +126,14 @@ def run_cell(cell: Cell, *, adapters: str | Path | None = None, root: Root = Non
     return line | {"seconds": seconds, "versions": versions(), "machine": describe_machine()}
 
 
-def _run(cell: Cell, adapters: str | Path | None, root: Root) -> dict[str, Any]:
+def _run(cell: Cell, adapters: str | Path | None, root: Root, tune: Tune) -> dict[str, Any]:
     base, processor = load_base(cell.model)
     digests = Inputs(root).digests(cell, (base, processor))
     model, training, fingerprint = base, None, None
     if cell.tuned:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(adapters or temporary) / cell.training_key
-            model, training = _adapter(cell, base, processor, folder, digests, root)
+            model, training = _adapter(base, folder, digests, lambda: tune(cell, base, processor, root))
         fingerprint = training.pop(ADAPTER)
     results = [_measure(cell, model, processor, target, root) for target in cell.targets]
     return {"results": results, "training": training, **digests, ADAPTER: fingerprint}
@@ -91,15 +143,15 @@ def _run(cell: Cell, adapters: str | Path | None, root: Root) -> dict[str, Any]:
 
 
 def _adapter(
-    cell: Cell, base: nn.Module, processor: Any, folder: Path, digests: Mapping[str, Any], root: Root
+    base: nn.Module, folder: Path, digests: Mapping[str, Any], tune: Callable[[], tuple[PeftModel, dict[str, Any]]]
 ) -> tuple[PeftModel, dict[str, Any]]:
-    """Returns the base with the cell's adapter on it, and the record of its training with the adapter's fingerprint."""
+    """Returns the base with an adapter on it, kept or tuned now, and the record of its training with its fingerprint."""
     needed = {name: digests[name] for name in TUNED_WITH}
     training = _kept_training(folder, needed)
     PartialState().wait_for_everyone()  # or a process could find what another has just written
     if training is not None:
         return PeftModel.from_pretrained(base, str(folder)), training
-    model, training = _tune(cell, base, processor, root)
+    model, training = tune()
     training[ADAPTER] = adapter_fingerprint(model)
     if PartialState().is_main_process:
         with written_whole(folder) as temporary:
@@ -124,33 +176,6 @@ def _kept_training(folder: Path, needed: Mapping[str, Any]) -> dict[str, Any] | 
         why = f"it is damaged ({type(error).__name__}: {str(error)[:200]})"
     logger.warning("The adapter kept in %s is not used, as %s. It is tuned again.", folder, why)
     return None
-
-
-def _tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[PeftModel, dict[str, Any]]:
-    task = training_task(cell, root)
-    with tempfile.TemporaryDirectory() as output:
-        args = _training_arguments(cell, output)
-        set_seed(cell.seed)
-        trainer = make_trainer(
-            cell.method, base, args, task=task, processor=processor, prompts=cell.prompts, teacher=cell.settings.get("teacher")
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        trainer.train()
-    model: Any = trainer.model
-    training = {
-        "seconds": round(time.perf_counter() - start, 2),
-        "steps": trainer.state.global_step,
-        "images": len(task["train"]),
-        "processes": args.world_size,
-        "collapsed": trainer.collapsed,
-        "at_chance": trainer.at_chance,
-        "parameters": count_parameters(model)["trainable"],
-        "attack": trainer.attack.to_dict(),
-        "arguments": non_default(args),
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry][-1:],
-    }
-    return model, training
 
 
 def _training_arguments(cell: Cell, output: str) -> CaptTrainingArguments:
@@ -218,6 +243,7 @@ def run_cells(
     backend: str = "loky",
     workers: int = 1,
     root: Root = None,
+    tune: Tune = tune_adapter,
     progress: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Runs the cells that are not finished, and appends a line for each to a file as soon as it ends.
@@ -234,6 +260,7 @@ def run_cells(
             `DASK_SCHEDULER_ADDRESS`, or else this machine). All machines need `output` on a shared disk.
         workers: Cells at a time; 1 with loky: in this process.
         root: See `run_cell`.
+        tune: See `run_cell`.
         progress: Show a progress bar.
 
     Returns:
@@ -255,7 +282,7 @@ def run_cells(
     main_process_says(lambda: make_writable(lines.path.parent, lines.path.name))
     _load_task.cache_clear()  # a data set may have changed since an earlier call of this process
     todo = main_process_says(lambda: _unfinished(cells, lines.read(), root))
-    run = partial(_run_claimed, output=lines.path.absolute(), root=root)
+    run = partial(_run_claimed, output=lines.path.absolute(), root=root, tune=tune)
     while todo:
         with tqdm(
             total=len(todo), desc="benchmark", unit="cell", disable=not (progress and state.is_main_process)
@@ -277,7 +304,7 @@ def run_cells(
     return {cell.key: found[cell.key] for cell in cells if cell.key in found}
 
 
-def _run_claimed(one: tuple[Cell, Any], output: Path, root: Root) -> str:
+def _run_claimed(one: tuple[Cell, Any], output: Path, root: Root, tune: Tune) -> str:
     """Runs a cell and appends its line, unless another process does, or has since the line that is given with it was read.
 
     Returns the status of the line, or `TAKEN`.
@@ -294,7 +321,7 @@ def _run_claimed(one: tuple[Cell, Any], output: Path, root: Root) -> str:
     try:
         status: str | None = main_process_says(ended)
         if status is None:
-            line = run_cell(cell, adapters=output.with_suffix(".adapters"), root=root)
+            line = run_cell(cell, adapters=output.with_suffix(".adapters"), root=root, tune=tune)
             if PartialState().is_main_process:
                 lines.append(line)
             status = str(line["status"])

@@ -59,7 +59,7 @@ class Engine:
     def __init__(self, *failing):
         self.failing, self.given = failing, []
 
-    def __call__(self, cell, adapters, root):
+    def __call__(self, cell, adapters, root, tune):
         self.given.append(cell)
         return line(cell, "failed" if cell in self.failing else "finished", root=root)
 
@@ -227,7 +227,7 @@ def test_images_swapped_at_the_same_path_or_under_another_root_are_measured_agai
 def test_each_line_is_on_the_disk_before_the_next_cell_runs(output):
     cells, found = make_cells(), []
 
-    def engine(cell, adapters, root):
+    def engine(cell, adapters, root, tune):
         found.append(list(Lines(output).read()))
         return line(cell)
 
@@ -253,7 +253,7 @@ def test_one_cell_that_fails_does_not_stop_the_others(output):
 def test_an_interrupt_ends_the_run_and_leaves_the_lines_that_there_are(output):
     cells = make_cells()
 
-    def engine(cell, adapters, root):
+    def engine(cell, adapters, root, tune):
         if cell == cells[1]:
             raise KeyboardInterrupt
         return line(cell)
