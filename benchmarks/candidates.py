@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from capt_peft import CaptTrainer, parse_attack, set_strength
+from capt_peft.attacks import Attack, AttackResult
 from capt_peft.benchmark import Cell, listing, run_cells, tune_adapter
 from capt_peft.benchmark.inputs import Root, drawn
 from capt_peft.benchmark.plan import ZERO_SHOT
@@ -251,6 +252,57 @@ class RandomStrength(TrainerCallback):
         set_strength(self.model, 1)
 
 
+class PerturbedPrompts(TrainerCallback):
+    """Takes each step's gradient at prompts that are worse by 5% of their length (AWP, Wu et al. 2020, arXiv 2004.05884).
+
+    v = 0.05 ‖θ‖ g / ‖g‖ for each tensor θ of the prompts, with g the gradient of the step's loss at θ; the step is that of θ with
+    the gradient at θ + v, on the adversarial images that were made at θ. The log's means are over both passes.
+    """
+
+    share = 0.05
+
+    def __init__(self, trainer: CaptTrainer, cell: Cell) -> None:
+        self.trainer, self.step = trainer, trainer.training_step
+        self.parameters = [p for p in trainer.classifier.model.parameters() if p.requires_grad]
+        trainer.training_step = self.training_step  # type: ignore[method-assign]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Runs a step in the place of the trainer's own."""
+        trainer, attack, before = self.trainer, self.trainer.attack, [p.detach().clone() for p in self.parameters]
+        kept: Any = Kept(attack)
+        inputs = trainer._prepare_inputs(inputs)
+        try:
+            trainer.attack = kept
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, inputs)
+            gradients = torch.autograd.grad(loss, self.parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                    length = self.share * parameter.norm() / gradient.norm().clamp_min(1e-30)
+                    parameter.add_(gradient * length)
+            kept.again = True
+            return self.step(model, inputs, *args)
+        finally:
+            trainer.attack = attack
+            with torch.no_grad():
+                for parameter, own in zip(self.parameters, before, strict=True):
+                    parameter.copy_(own)
+
+
+class Kept:
+    """An attack whose images of a first pass are those of a second too."""
+
+    def __init__(self, attack: Attack) -> None:
+        self.attack, self.results, self.again = attack, list[AttackResult](), False
+
+    def run(self, *args: Any, **kwargs: Any) -> AttackResult:
+        """Attacks, or returns what the first pass had."""
+        if self.again:
+            return self.results.pop(0)
+        self.results.append(self.attack.run(*args, **kwargs))
+        return self.results[-1]
+
+
 class EarlyStop(TrainerCallback):
     """Leaves the prompts of the best H on validation images that are not measured, of equal ones the first.
 
@@ -361,6 +413,7 @@ CANDIDATES: dict[str, Candidate] = {
     "late attack steps": Candidate({"attack_steps": 2}, callback=LateSteps, any_method=True),
     "ema": Candidate(callback=Average, any_method=True),
     "random strength": Candidate(callback=RandomStrength, any_method=True),
+    "perturbed prompts": Candidate(callback=PerturbedPrompts, any_method=True),
     "320 steps": Candidate({"max_steps": 320}, any_method=True),
     "early stop": Candidate({"max_steps": 320}, callback=EarlyStop, any_method=True),
     "lambda 0.5": Candidate({"consistency": 0.5}),
@@ -444,15 +497,13 @@ def comparison(paths: Sequence[str], variant: str, tasks: Sequence[str]) -> str:
     for section in read_sections(paths):
         for shots, method in product(section.shots, section.runs.method.unique()):
             scores = {label: of.droplevel("label") for label, of in rows_of(section, shots).scores.groupby("label")}
-            plain, head = (
-                scores.get(label_of(method, variant)),
-                f"{label_of(method, variant)} at {shots} shots, {section}",
-            )
+            plain = scores.get(label_of(method, variant))
             theirs = {name: scores[label] for name in CANDIDATES if (label := label_of(method, name)) in scores}
             if plain is not None and theirs:
                 rows = [row_of(name, of, plain, tasks) for name, of in theirs.items()]
                 columns = "| candidate | clean | robust | H | runs | rule |\n|---|---|---|---|---|---|"
-                tables.append("\n".join([f"{head}, {section.attack}:\n", columns, *rows]))
+                head = f"{label_of(method, variant)} at {shots} shots, {section}, {section.attack}:\n"
+                tables.append("\n".join([head, columns, *rows]))
     return "\n\n".join(tables) or f"No candidate stands beside {label_of(OURS, variant)!r}. --variant names plain."
 
 
@@ -461,10 +512,8 @@ def row_of(name: str, candidate: pd.DataFrame, plain: pd.DataFrame, tasks: Seque
     found = difference(candidate, plain, name)
     if found is None:
         return f"| {name} | | | | no pairs | unfinished |"
-    figures = [str(found.measures[measure]) for measure in MEASURES]
-    return (
-        f"| {' | '.join([name, *figures, found.pairs, verdict(found, {*candidate.index} & {*plain.index}, tasks)])} |"
-    )
+    figures, pairs = [str(found.measures[measure]) for measure in MEASURES], {*candidate.index} & {*plain.index}
+    return f"| {' | '.join([name, *figures, found.pairs, verdict(found, pairs, tasks)])} |"
 
 
 def label_of(method: str, variant: str) -> str:

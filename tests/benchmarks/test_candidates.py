@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from capt_peft import PGD, ZeroShotClassifier
 from capt_peft.benchmark import Lines, Plan, get_suite, run_cell, tune_adapter
 from capt_peft.benchmark.inputs import drawn, load_base, read_task
 from capt_peft.objectives import CaptObjective, Views
@@ -268,7 +269,7 @@ def test_two_steps_of_every_candidate(name, monkeypatch):
         assert training["candidate"]["images"] == 8 and training["candidate"]["step"] == 2
 
 
-@pytest.mark.parametrize("name", ["ema", "late attack steps", "random strength"])
+@pytest.mark.parametrize("name", ["ema", "perturbed prompts", "late attack steps", "random strength"])
 def test_what_suits_any_method_runs_with_another(name):
     cell = cell_of(name, "adv-tp", max_steps=2)
     model, _ = candidates.tune(cell, *load_base(cell.model, "cpu"), None)
@@ -329,6 +330,55 @@ def test_without_images_left_an_early_stop_is_refused():
             candidates.unmeasured(validation, replace(cell, limit=limit), 100)
 
 
+def test_a_perturbed_step_takes_the_gradient_of_the_same_images_at_worse_prompts(monkeypatch):
+    made, real = [], PGD.run
+
+    def run(self, logits_fn, pixels, labels, *args, **kwargs):
+        made.append((pixels, labels, real(self, logits_fn, pixels, labels, *args, **kwargs)))
+        return made[-1][-1]
+
+    class Noting(candidates.PerturbedPrompts):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.start = prompts(model)
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.restored = torch.equal(prompts(model), self.start)
+            self.gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    monkeypatch.setattr(PGD, "run", run)
+    model, _, noting = tuned(Noting, max_steps=1, max_grad_norm=0.0)
+    ((pixels, labels, attacked),) = made  # the attack has run once
+    assert noting.restored and not torch.equal(prompts(model), noting.start)
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    (cell,), task = plain_cells(), read_task("digits", "all", None)
+    _, processor = load_base(cell.model, "cpu")
+    classifier = ZeroShotClassifier(model, processor, task.class_names, task.template)
+    with torch.no_grad():
+        for parameter, start in zip(parameters, noting.start.split([p.numel() for p in parameters]), strict=True):
+            parameter.copy_(start.view_as(parameter))
+        with classifier.frozen() as frozen:
+            of_frozen = frozen(pixels)
+
+    def gradients():
+        seen = Views(classifier(pixels), classifier(attacked.images), labels, of_frozen)
+        return torch.autograd.grad(CaptObjective(1.5)(seen)[0], parameters)
+
+    for parameter, gradient in zip(parameters, gradients(), strict=True):
+        with torch.no_grad():
+            moved = 0.05 * parameter.norm() * gradient / gradient.norm()
+            assert 0 < moved.norm() < parameter.norm()
+            parameter.add_(moved)
+    for found, expected in zip(noting.gradients, gradients(), strict=True):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_prompts_that_are_perturbed_by_nothing_are_plain(monkeypatch):
+    monkeypatch.setattr(candidates.PerturbedPrompts, "share", 0.0)
+    (model, *_), (plain, _) = tuned(candidates.PerturbedPrompts), tuned()
+    assert torch.equal(prompts(model), prompts(plain))
+
+
 def test_late_steps_come_in_the_second_half():
     _, spy, _ = tuned(candidates.LateSteps, max_steps=4, attack_steps=2)
     assert spy.attacks == ["pgd-2", "pgd-2", "pgd-4", "pgd-4"]
@@ -372,6 +422,7 @@ def test_other_methods_have_the_candidates_that_suit_them():
         "late attack steps",
         "ema",
         "random strength",
+        "perturbed prompts",
         "320 steps",
         "early stop",
     ]
