@@ -20,8 +20,8 @@ from ..utils.text import differences
 BY_PROTOCOL = "the protocol "  # the share of images that none of a published protocol's attacks broke
 WORST = "worst of "  # the share of images that none of several attacks broke
 COLUMNS = [
-    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "autoattack", "n_clean", "n", "limit",
-    "collapsed", "failure", "defence",
+    "name", "label", "method", "shots", "seed", "task", "classes", "clean", "robust", "autoattack", "single", "n_clean", "n",
+    "limit", "collapsed", "failure", "defence",
 ]  # fmt: skip
 Place = tuple[str, str, str, str, str, str, str]  # of a section: suite to source, and the published protocol
 Figures = dict[tuple[str, str], dict[str, Accuracy]]  # by task and classes, and by attack; "" for clean images
@@ -39,8 +39,8 @@ class Section:
         runs: A row for each run and target, of `COLUMNS`: `label` is method and variant, `shots` 0 where nothing was trained,
             `clean` and `robust` are percent of `n_clean` and `n` images; `limit` is the most that it would have taken. A run
             without a figure has a row without a target; `failure` says why, if it failed. With a `defence`, `robust` is the worst
-            case over every way to attack it. `autoattack` is beside the figure of a published protocol, in percent of the same
-            images.
+            case over every way to attack it. Where `robust` is the worst of several attacks, `single` has the figures
+            of each by name. `autoattack` is beside the figure of a published protocol, in percent of the same images.
         evaluation_protocol: The published protocol that they are measured by; "" for none.
     """
 
@@ -67,6 +67,11 @@ class Section:
     def has_gap(self) -> bool:
         """Whether AutoAttack's figure is there beside that of the published protocol."""
         return bool(self.runs.autoattack.notna().any())
+
+    @property
+    def attacks(self) -> list[str]:
+        """The attacks that robust accuracy is the worst of, if there are several."""
+        return list(dict.fromkeys(name for single in self.runs.single.dropna() for name in single))
 
     @property
     def shots(self) -> list[Shots]:
@@ -180,6 +185,7 @@ def _rows(lines: Sequence[Line], figures: Figures, attack: str) -> list[dict[str
         {**run, "task": task, "classes": classes}
         | {"clean": 100 * of[""].value, "n_clean": of[""].n, "robust": 100 * of[attack].value, "n": of[attack].n}
         | _autoattack(of, attack)
+        | {"single": _single(of, attack)}
         for (task, classes), of in figures.items()
         if attack in of
     ]
@@ -195,6 +201,13 @@ def _autoattack(figures: Mapping[str, Accuracy], attack: str) -> dict[str, float
     found = figures.get(AUTOATTACK)
     same = attack.startswith(BY_PROTOCOL) and found is not None and found.n == figures[attack].n
     return {"autoattack": 100 * found.value} if same and found is not None else {}
+
+
+def _single(figures: Mapping[str, Accuracy], attack: str) -> dict[str, float]:
+    """Returns the figure of each attack, in percent, where the worst of several was asked for and is of the same images."""
+    names = attack.removeprefix(WORST).split(", ") if attack.startswith(WORST) else []
+    same = [name for name in names if name in figures and figures[name].n == figures[attack].n]
+    return {name: 100 * figures[name].value for name in same}
 
 
 def _check_settings(lines: Sequence[Line]) -> None:

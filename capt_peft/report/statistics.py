@@ -100,7 +100,9 @@ def rows_of(section: Section, shots: Shots | None = None) -> Rows:
     measured = runs.dropna(subset="robust").sort_values("label", key=lambda of: of.map(labels.index), kind="stable")
     every = [seeds if s == 0 else [seed] for s, seed in zip(measured.shots, measured.seed, strict=True)]
     indexed = measured.assign(seed=every).explode("seed").set_index(["label", "task", "seed"])
-    kept = [CLEAN, ROBUST, *([AUTOATTACK] if section.has_gap else [])]
+    single = pd.DataFrame(indexed.single.tolist(), indexed.index, section.attacks)
+    indexed = pd.concat([indexed, single], axis=1)
+    kept = [CLEAN, *section.attacks, ROBUST, *([AUTOATTACK] if section.has_gap else [])]
     parts = {of: indexed.loc[indexed.classes == of, kept].astype(float) for of in ("all", "base", "new")}
     parts = {of: part[~part.index.duplicated(keep="last")] for of, part in parts.items()}
     scores = parts["all"]

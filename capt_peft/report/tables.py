@@ -123,7 +123,13 @@ def _few_shot_tables(section: Section) -> list[Table]:
     labels = rows_of(section).labels
     shown = {name: numbers(*of.averages).reindex(labels, fill_value=MISSING) for name, of in named.items()}
     notes = [*_about(section, section.runs, harmonic=True), *_coverage(named)]
+    singles = {name: of[[CLEAN, *section.attacks]] for name, of in shown.items()}
+    shown = {name: of.drop(columns=section.attacks) for name, of in shown.items()}
     tables = [Table(f"{section.title}, average over tasks", pd.concat(shown, axis=1), notes)]
+    if section.attacks:
+        tables.append(
+            Table(f"{section.title}, under each attack, average over tasks", pd.concat(singles, axis=1), notes)
+        )
     tables += [table for shots, of in rows.items() for table in _differences(section, of, shots)]
     for shots, of in rows.items():
         columns, partial = _task_columns(of, {task: task for task in of.tasks})

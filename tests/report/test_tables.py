@@ -150,6 +150,17 @@ def test_rows_of_different_numbers_of_images_are_told(tmp_path):
     assert "same number" not in notes(tables(tmp_path, [line(n=200), line("tecoa", n=200)])[0])
 
 
+def test_of_several_attacks_each_has_a_column_in_a_table_of_its_own(tmp_path):
+    result = {"task": "shapes", "classes": "all", **figures(80, 50, attack="apgd-ce")}
+    result["attacks"]["apgd-t"] = {"correct": 84, "n": 200}
+    result["worst_case"] = {"correct": 82, "n": 200}
+    average, each, *_ = tables(tmp_path, [line(results=[result], attacks=["apgd-ce", "apgd-t"])])
+    assert names(average) == ["clean", "robust", "H"] and cells(average)["capt"][:2] == ["80.0", "41.0"]
+    assert names(each) == ["clean", "apgd-ce", "apgd-t"] and cells(each)["capt"] == ["80.0", "50.0", "42.0"]
+    assert "under each attack" in each.title
+    assert not any("under each attack" in table.title for table in tables(tmp_path, [line()]))
+
+
 def test_the_attack_that_is_asked_for_is_the_one_in_the_table(tmp_path):
     lines = [line(robust=40), line(robust=30, attack="autoattack", n=50)]
     table = tables(tmp_path, lines, "autoattack")[0]
