@@ -1,0 +1,76 @@
+"""The search for settings keeps to the rules of docs/search.md, whatever the figures are."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "search.py"
+
+
+@pytest.fixture
+def search(monkeypatch, tmp_path):
+    """The script, with cells that are not run: their H is what `scores(cell)` says."""
+    script = runpy.run_path(str(SCRIPT), run_name="search")
+    script["asked"] = []
+
+    def run_cells(cells, path, **kwargs):
+        script["asked"] += cells
+        return {cell.key: line(cell, script["scores"](cell)) for cell in cells}
+
+    script["Search"].measure.__globals__["run_cells"] = run_cells
+    return script
+
+
+def line(cell, score):
+    figure = {"correct": round(10 * score), "n": 1000}  # H of two equal accuracies is that accuracy
+    return {
+        "status": "finished",
+        "cell": json.loads(json.dumps(cell.to_dict())),
+        "results": [{"clean": figure, "worst_case": figure}],
+    }
+
+
+@pytest.mark.parametrize("method", ["capt", "adv-vp", "fap", "adv-tp"])
+def test_every_method_has_six_settings_and_its_two_best_are_measured_with_three_seeds(search, method):
+    best = {"rate 0.1": 50, "rate 0.3": 60, "rate 1": 40, "160 steps": 61, "4 attack steps": 55, "other prompts": 62}
+    later = {"160 steps": 64, "other prompts": 58}
+    search["scores"] = lambda cell: later[cell.variant] if cell.seed else best[cell.variant]
+    name, settings = search["Search"](Path("lines"), 1).choose(method)
+    assert name == "160 steps" and settings == {"learning_rate": 0.3, "max_steps": 160}
+    cells = {cell.key: cell for cell in search["asked"]}.values()
+    assert {cell.variant for cell in cells if cell.seed == 0} == set(best)
+    assert {(cell.variant, cell.seed) for cell in cells if cell.seed} == {(v, s) for v in later for s in (1, 2)}
+    assert {cell.split for cell in cells} == {"validation"} and {cell.limit for cell in cells} == {100}
+    assert {cell.task for cell in cells} == set(search["DEVELOPMENT"])
+    assert {cell.attacks for cell in cells} == {("apgd-ce-20", "apgd-t-20")}
+    (changed,) = {str({**cell.settings, **cell.prompts}) for cell in cells if cell.variant == "other prompts"}
+    assert all(
+        f"'{key}': {value}" in changed
+        for key, value in {**search["other_prompts"](method), "learning_rate": 0.3}.items()
+    )
+
+
+def test_of_equal_settings_the_shorter_is_taken(search):
+    search["scores"] = lambda cell: 50
+    assert search["Search"](Path("lines"), 1).choose("capt")[1]["max_steps"] == 80
+
+
+def test_no_task_is_chosen_on_and_confirmed_on(search):
+    assert not set(search["DEVELOPMENT"]) & set(search["CONFIRMATION"])
+    assert {*search["DEVELOPMENT"], *search["CONFIRMATION"]} == set(search["TOY"].tasks)
+
+
+def test_a_failed_cell_ends_the_search_instead_of_being_left_out(search):
+    search["scores"] = lambda cell: 50
+    run = search["Search"].measure.__globals__["run_cells"]
+
+    def failing(cells, path, **kwargs):
+        lines = run(cells, path)
+        next(iter(lines.values())).update(status="failed", error={"message": "no memory"})
+        return lines
+
+    search["Search"].measure.__globals__["run_cells"] = failing
+    with pytest.raises(RuntimeError, match="capt on digits failed: no memory"):
+        search["Search"](Path("lines"), 1).choose("capt")
