@@ -41,6 +41,7 @@ from capt_peft.benchmark.inputs import Root, drawn
 from capt_peft.benchmark.plan import ZERO_SHOT
 from capt_peft.commands.benchmark import make_plan, names, parse_args, places
 from capt_peft.evaluation import evaluate
+from capt_peft.methods import PROMPT_FIELDS
 from capt_peft.objectives import CaptObjective, Objective, Views, kl_to, true_probability
 from capt_peft.report import read_sections
 from capt_peft.report.statistics import HARMONIC, MEASURES, Difference, difference, rows_of
@@ -414,6 +415,7 @@ CANDIDATES: dict[str, Candidate] = {
     "ema": Candidate(callback=Average, any_method=True),
     "random strength": Candidate(callback=RandomStrength, any_method=True),
     "perturbed prompts": Candidate(callback=PerturbedPrompts, any_method=True),
+    "16 vision prompts": Candidate({"num_vision_tokens": 16}, any_method=True),
     "320 steps": Candidate({"max_steps": 320}, any_method=True),
     "early stop": Candidate({"max_steps": 320}, callback=EarlyStop, any_method=True),
     "lambda 0.5": Candidate({"consistency": 0.5}),
@@ -456,9 +458,11 @@ def cells_of(plain: Iterable[Cell], asked: Sequence[str]) -> list[Cell]:
         changed = cell
         if name != PLAIN:
             own = CANDIDATES[name].settings
-            settings = {**cell.settings, **(own(cell.settings) if callable(own) else own)}
+            new = own(cell.settings) if callable(own) else own
+            prompts = {**cell.prompts, **{name: value for name, value in new.items() if name in PROMPT_FIELDS}}
+            settings = {**cell.settings, **{name: value for name, value in new.items() if name not in PROMPT_FIELDS}}
             settings |= {} if CANDIDATES[name].is_settings else {CANDIDATE: name}
-            changed = replace(cell, variant=name, settings=settings)
+            changed = replace(cell, variant=name, settings=settings, prompts=prompts)
         found.setdefault((cell.seed, place), []).append(changed)
     return [cell for of in sorted(found) for cell in found[of]]
 
