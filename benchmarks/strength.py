@@ -1,13 +1,13 @@
-"""What a strength that validation images chose is worth: CAPT on the toy suite, beside zero-shot and the whole adapter.
+"""What a strength that validation images chose is worth, for every method alike: adapters of a benchmark, whole and turned down.
 
-capt-peft benchmark --suite toy --methods capt --shots 1,4,16 --output outputs/toy.jsonl     # tunes the adapters
-python benchmarks/strength.py outputs/toy.adapters --output outputs/strength.jsonl
+capt-peft benchmark --suite toy --shots 1,4,16 --output outputs/toy.jsonl     # tunes the adapters
+python benchmarks/strength.py outputs/toy.jsonl --output outputs/strength.jsonl
 capt-peft report outputs/strength.jsonl
 
-The lines are those of a benchmark, so that `capt-peft report` makes tables of them, with variants of the method:
+The lines are those of a benchmark on test images, so that `capt-peft report` makes tables of them, with these variants:
 
-- "": the whole adapter.
-- "dial": the strength of the best H on validation images of what it was tuned on.
+- that of the adapter, and zero-shot: as the benchmark measures them. What is in its lines already is taken from there.
+- "dial": at the strength of the best H on validation images of what the adapter was tuned on, under the first attack.
 - "dial, target": that of the best H on a few labelled images of each target, where it is not what was tuned on.
 
 Each line has the chosen strengths and the fronts. Run again, it resumes where it stopped.
@@ -16,48 +16,38 @@ Each line has the chosen strengths and the fronts. Run again, it resumes where i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from peft import PeftModel
+from kept import Kept, read_kept
 from tqdm.auto import tqdm
 
-from capt_peft import ZeroShotClassifier, parse_attack
-from capt_peft.benchmark import PROTOCOLS, Plan, get_suite
-from capt_peft.benchmark.inputs import drawn, load_base, read_task, template_of
-from capt_peft.benchmark.lines import Lines
-from capt_peft.benchmark.plan import TRANSFERS, Cell, Target
+from capt_peft import ZeroShotClassifier, set_strength
+from capt_peft.benchmark import Cell, Lines, Target
+from capt_peft.benchmark.inputs import Inputs, drawn, read_task, template_of
+from capt_peft.benchmark.lines import is_whole
+from capt_peft.benchmark.run import measure
 from capt_peft.data import Task
-from capt_peft.evaluation import evaluate
 from capt_peft.evaluation.strength import strength_front
+from capt_peft.results.accuracy import Accuracy
 from capt_peft.utils.machine import describe_machine, versions
 
-ATTACKS = ("pgd-20", "apgd-ce-20")  # the first one chooses
 STRENGTHS = (0, 0.1, 0.25, 0.5, 1)
-WHOLE, SOURCE, TARGET = "", "dial", "dial, target"
+SOURCE, TARGET = "dial", "dial, target"
 FEW = 50  # labelled images of a target
 CHOOSING = 100  # validation images of what an adapter was tuned on
-MEASURED = 100  # test images of a target
 
 
-def cells(protocols: list[str], shots: list[int], seeds: list[int]) -> list[Cell]:
-    """Returns a cell for each line, those of one adapter behind each other."""
-    plan = Plan(
-        get_suite("toy"), "tiny_clip", ["zero-shot", "capt"], protocols, shots, seeds, attacks=ATTACKS, limit=MEASURED
-    )
-    found = []
-    for cell in plan.cells():
-        if not cell.tuned:
-            found.append(cell)
-            continue
-        found += [cell, replace(cell, variant=SOURCE)]
-        others = [target for target in cell.targets if is_other(cell, target)]
-        if others:
-            found.append(replace(cell, variant=TARGET))
-    return found
+def cells(cell: Cell, attacks: Sequence[str] = ()) -> dict[str, Cell]:
+    """Returns the cells that an adapter is measured as on test images, by what chooses its strength; "": it is whole."""
+    whole = replace(cell, split="test", attacks=tuple(attacks) or cell.attacks)
+    if not cell.tuned:
+        return {"": whole}
+    named = [SOURCE, *([TARGET] if any(is_other(cell, target) for target in cell.targets) else [])]
+    return {"": whole} | {how: replace(whole, variant=", ".join(filter(None, (cell.variant, how)))) for how in named}
 
 
 def is_other(cell: Cell, target: Target) -> bool:
@@ -65,75 +55,71 @@ def is_other(cell: Cell, target: Target) -> bool:
     return target.task != cell.task or target.classes == "new"
 
 
-def few_images(task: Task) -> datasets.Dataset:
+def few_images(task: Task, measured: int | None) -> datasets.Dataset:
     """Returns labelled images of a target, which are not measured: of its validation split, or the rest of its test split."""
     if "validation" in task.splits:
         return drawn(task["validation"], FEW)
-    return task["test"].shuffle(seed=0).select(range(MEASURED, MEASURED + FEW))  # `drawn` measures those before
+    if measured is None or measured + FEW > len(task["test"]):
+        raise ValueError(
+            f"{task.name} has no validation images, and fewer than {FEW} test images that are not measured. Tune and measure "
+            "with a smaller --limit."
+        )
+    return task["test"].shuffle(seed=0).select(range(measured, measured + FEW))  # `drawn` measures those before
 
 
 class Measurement:
-    """One adapter, or the base model, of a cell."""
+    """One adapter, or the base model, that is measured as several cells."""
 
-    def __init__(self, cell: Cell, adapters: Path) -> None:
-        self.cell = cell
-        base, self.processor = load_base(cell.model)
-        self.model = PeftModel.from_pretrained(base, str(adapters / cell.training_key)) if cell.tuned else base
-        self.attacks = [parse_attack(name, cell.threat) for name in cell.attacks]
+    def __init__(self, kept: Kept, whole: Cell) -> None:
+        self.cell = whole
+        self.model, self.processor = kept.load()
         self.fronts: dict[str, Any] = {}
-        self.results: dict[tuple[Target, float | None], dict[str, Any]] = {}
+        self.results: dict[tuple[Target, float], Any] = {}
+        if is_whole(kept.line, whole):
+            self.results = {(target, 1.0): row for target, row in zip(whole.targets, kept.line["results"], strict=True)}
 
-    def classifier(self, target: Target) -> tuple[ZeroShotClassifier, Task]:
-        """Returns the classifier of a target's classes, and the target."""
-        task = read_task(target.task, target.classes, None)
-        return ZeroShotClassifier(self.model, self.processor, task.class_names, template_of(self.cell, task)), task
-
-    def chosen(self, variant: str, target: Target) -> float:
+    def chosen(self, how: str, target: Target) -> float:
         """Returns the strength at which a target is measured."""
-        if variant == WHOLE:
+        if not how:
             return 1.0
         own = self.cell.targets[0]
-        place = target if variant == TARGET and is_other(self.cell, target) else own
+        place = target if how == TARGET and is_other(self.cell, target) else own
         name = f"{place.task}, {place.classes}"
         if name not in self.fronts:
-            classifier, task = self.classifier(place)
-            data = drawn(task["validation"], CHOOSING) if place == own else few_images(task)
+            task = read_task(place.task, place.classes, None)
+            data = drawn(task["validation"], CHOOSING) if place == own else few_images(task, self.cell.limit)
+            classifier = ZeroShotClassifier(
+                self.model, self.processor, task.class_names, template_of(self.cell, task), class_texts=task.class_texts
+            )
             self.fronts[name] = strength_front(
-                classifier, data, self.attacks[0], STRENGTHS, seed=self.cell.seed, progress=False
+                classifier, data, self.cell.parsed_attacks()[0], STRENGTHS, seed=self.cell.seed, progress=False
             )
         return float(self.fronts[name].chosen.strength)
 
-    def measured(self, target: Target, strength: float | None) -> dict[str, Any]:
-        """Returns clean and robust accuracy on a target's test images, at a strength; None: without an adapter."""
+    def measured(self, target: Target, strength: float) -> dict[str, Any]:
+        """Returns clean and robust accuracy on a target's test images, at a strength."""
         if (target, strength) not in self.results:
-            classifier, task = self.classifier(target)
-            if strength is not None:
-                classifier.strength = strength
-            data = drawn(task["test"], self.cell.limit)
-            found = evaluate(classifier, data, self.attacks, seed=self.cell.seed, signs=False, progress=False)
-            self.results[target, strength] = {
-                "task": target.task,
-                "classes": target.classes,
-                "template": classifier.template,
-                "clean": count(found.clean),
-                "attacks": {outcome.name: count(outcome.accuracy) for outcome in found.attacks},
-                "worst_case": count(found.robust),
-            }
+            if self.cell.tuned:
+                set_strength(self.model, strength)
+            self.results[target, strength] = measure(self.cell, self.model, self.processor, target)
+            if self.cell.tuned:
+                set_strength(self.model, 1)
         return self.results[target, strength]
 
-    def line(self, cell: Cell) -> dict[str, Any]:
+    def line(self, cell: Cell, how: str, digests: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the line of a cell."""
-        strengths = {target: self.chosen(cell.variant, target) if cell.tuned else None for target in cell.targets}
+        strengths = {target: self.chosen(how, target) for target in cell.targets}
         results = [self.measured(target, strength) for target, strength in strengths.items()]
-        fronts = {
-            name: [
-                {"strength": point.strength, "clean": count(point.clean), "robust": count(point.robust)}
-                for point in front.points
-            ]
-            for name, front in self.fronts.items()
-        }
-        chosen = {f"{target.task}, {target.classes}": strength for target, strength in strengths.items()}
-        more = {"strengths": chosen, "fronts": fronts} if cell.tuned else {}
+        more = {}
+        if cell.tuned:
+            more["strengths"] = {f"{target.task}, {target.classes}": strength for target, strength in strengths.items()}
+            more["fronts"] = {
+                name: [
+                    {"strength": point.strength, "clean": count(point.clean), "robust": count(point.robust)}
+                    for point in front.points
+                ]
+                for name, front in self.fronts.items()
+            }
         line = {
             "key": cell.key,
             "status": "finished",
@@ -142,45 +128,40 @@ class Measurement:
             "training": {},
             **more,
         }
-        return line | {"versions": versions(), "machine": describe_machine()}
+        return {**line, **digests, "versions": versions(), "machine": describe_machine()}
 
 
-def count(accuracy: Any) -> dict[str, int]:
+def count(accuracy: Accuracy) -> dict[str, int]:
     """Returns an accuracy as the lines of a benchmark have it."""
     return {"correct": accuracy.correct, "n": accuracy.n}
-
-
-def by_adapter(todo: list[Cell]) -> Iterator[list[Cell]]:
-    """Yields cells of the same adapter and targets together, so that a front is measured once."""
-    groups: dict[Any, list[Cell]] = {}
-    for cell in todo:
-        groups.setdefault((cell.protocol, cell.method, cell.task, cell.shots, cell.seed), []).append(cell)
-    yield from groups.values()
 
 
 def main() -> None:
     """Measures what is left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapters", type=Path, help="folder of the adapters, OUTPUT.adapters of capt-peft benchmark")
+    parser.add_argument("lines", type=Path, help="file of lines of capt-peft benchmark; its adapters are beside it")
     parser.add_argument("--output", type=Path, default=Path("outputs/strength.jsonl"), help="file of lines")
-    parser.add_argument(
-        "--protocols", default=",".join([*TRANSFERS, "few-shot", "base-to-new"]), help="as for capt-peft benchmark"
-    )
-    parser.add_argument("--shots", default="1,4,16", help="of the protocol few-shot")
-    parser.add_argument("--seeds", default="0,1,2", help="seeds")
+    parser.add_argument("--methods", help='methods, or rows of its tables such as "capt (rate 0.3)"; by default all')
+    parser.add_argument("--seeds", help="seeds, such as 0,1,2; by default all")
+    parser.add_argument("--attacks", help="attacks in place of the benchmark's, such as pgd-20,apgd-ce-20")
     args = parser.parse_args()
-    numbers = [[int(number) for number in text.split(",")] for text in (args.shots, args.seeds)]
-    asked = args.protocols.split(",")
-    if unknown := [name for name in asked if name not in PROTOCOLS]:
-        parser.error(f"unknown protocols {', '.join(unknown)}; allowed: {', '.join(PROTOCOLS)}")
-    lines = Lines(args.output)
+    methods, seeds, attacks = (
+        [part for part in (text or "").split(",") if part] for text in (args.methods, args.seeds, args.attacks)
+    )
+    lines, inputs = Lines(args.output), Inputs()
     done = lines.read()
-    todo = [cell for name in asked for cell in cells([name], *numbers) if cell.key not in done]
-    with tqdm(total=len(todo), unit="cell") as bar:
-        for group in by_adapter(todo):
-            measurement = Measurement(group[0], args.adapters)
-            for cell in group:
-                lines.append(measurement.line(cell))
+    todo = {}
+    for kept in read_kept(args.lines, methods, [int(seed) for seed in seeds]):
+        of = cells(kept.cell, attacks)
+        left = {how: cell for how, cell in of.items() if cell.key not in done}
+        # of lines of the same adapter, the one that has the figures of the whole already
+        if left and (of[""].key not in todo or kept.cell == of[""]):
+            todo[of[""].key] = kept, of[""], left
+    with tqdm(total=sum(len(left) for *_, left in todo.values()), unit="cell") as bar:
+        for kept, whole, left in todo.values():
+            measurement = Measurement(kept, whole)
+            for how, cell in left.items():
+                lines.append(measurement.line(cell, how, inputs.digests(cell)))
                 bar.update()
 
 

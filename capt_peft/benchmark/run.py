@@ -135,7 +135,7 @@ def _run(cell: Cell, adapters: str | Path | None, root: Root, tune: Tune) -> dic
             folder = Path(adapters or temporary) / cell.training_key
             model, training = _adapter(base, folder, digests, lambda: tune(cell, base, processor, root))
         fingerprint = training.pop(ADAPTER)
-    results = [_measure(cell, model, processor, target, root) for target in cell.targets]
+    results = [measure(cell, model, processor, target, root) for target in cell.targets]
     return {"results": results, "training": training, **digests, ADAPTER: fingerprint}
 
 
@@ -197,8 +197,16 @@ def non_default(args: CaptTrainingArguments) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root: Root) -> dict[str, Any]:
-    """Returns clean and robust accuracy on one target, white box through the prompts."""
+def measure(cell: Cell, model: nn.Module, processor: Any, target: Target, root: Root = None) -> dict[str, Any]:
+    """Returns one of the `results` of a cell's line: clean and robust accuracy, white box through the prompts.
+
+    Args:
+        cell: The cell, which says of which images and under which attacks.
+        model: The CLIP, with the cell's adapter if it tunes one.
+        processor: Its processor.
+        target: What it is measured on.
+        root: See `run_cell`.
+    """
     task = read_task(target.task, target.classes, root)
     template = template_of(cell, task)
     classifier = ZeroShotClassifier(model, processor, task.class_names, template, class_texts=task.class_texts)
