@@ -9,8 +9,8 @@ one of `capt-peft benchmark`, on top of benchmarks/search/candidates.yaml, and n
 is a change of. "plain" is these settings alone: a cell of the benchmark itself, whose line and adapter are found where --output
 has them and --variant is the name that they have there. A candidate is the variant of its name, which `capt-peft report` reads.
 
---compare prints what each candidate adds to plain in clean, robust and H, with the 95% interval of the paired difference, and
-what the rule of docs/search.md says.
+--compare prints what each candidate, and any other variant, adds to plain in clean, robust and H, with the 95% interval of the
+paired difference, and what the rule of docs/search.md says of candidates.
 """
 
 from __future__ import annotations
@@ -490,7 +490,7 @@ def tune(cell: Cell, base: nn.Module, processor: Any, root: Root) -> tuple[PeftM
 
 
 def comparison(paths: Sequence[str], variant: str, tasks: Sequence[str]) -> str:
-    """Returns tables of what candidates add to plain, one for each method and number of shots.
+    """Returns tables of what candidates and other variants add to plain, one for each method and number of shots.
 
     Args:
         paths: Files of lines.
@@ -502,7 +502,9 @@ def comparison(paths: Sequence[str], variant: str, tasks: Sequence[str]) -> str:
         for shots, method in product(section.shots, section.runs.method.unique()):
             scores = {label: of.droplevel("label") for label, of in rows_of(section, shots).scores.groupby("label")}
             plain = scores.get(label_of(method, variant))
-            theirs = {name: scores[label] for name in CANDIDATES if (label := label_of(method, name)) in scores}
+            others = [label[len(method) + 2 : -1] for label in scores if label.startswith(f"{method} (")]
+            known = dict.fromkeys(name for name in (*CANDIDATES, *others, "") if name != variant)
+            theirs = {name: scores[label] for name in known if (label := label_of(method, name)) in scores}
             if plain is not None and theirs:
                 rows = [row_of(name, of, plain, tasks) for name, of in theirs.items()]
                 columns = "| candidate | clean | robust | H | runs | rule |\n|---|---|---|---|---|---|"
@@ -517,7 +519,8 @@ def row_of(name: str, candidate: pd.DataFrame, plain: pd.DataFrame, tasks: Seque
     if found is None:
         return f"| {name} | | | | no pairs | unfinished |"
     figures, pairs = [str(found.measures[measure]) for measure in MEASURES], {*candidate.index} & {*plain.index}
-    return f"| {' | '.join([name, *figures, found.pairs, verdict(found, pairs, tasks)])} |"
+    rule = verdict(found, pairs, tasks) if name in CANDIDATES else ""
+    return f"| {' | '.join([name or PLAIN, *figures, found.pairs, rule])} |"
 
 
 def label_of(method: str, variant: str) -> str:

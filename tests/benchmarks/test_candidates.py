@@ -453,9 +453,10 @@ def test_the_rule_is_that_of_the_docs(tmp_path, monkeypatch):
     }  # fmt: skip
     only = {"alpha margin": [0], "lambda 1": [0], "lambda 0.5": [0, 1]}
     lines = Lines(tmp_path / "lines.jsonl")
-    for cell in cells_of(plain, [PLAIN, *gains]):
+    part = [replace(cell, variant="alpha 0") for cell in plain]  # no candidate
+    for cell in [*cells_of(plain, [PLAIN, *gains]), *part]:
         if cell.seed in only.get(cell.variant, [0, 1, 2]):
-            robust = 40 + (gains[cell.variant](cell) if cell.variant else 0)
+            robust = 40 + (gains[cell.variant](cell) if cell.variant in gains else 0)
             count = {"correct": robust, "n": 100}
             row = {"task": cell.task, "classes": "all", "clean": {"correct": 60, "n": 100}}
             row |= {"attacks": {"pgd-1": count}, "worst_case": count}
@@ -473,4 +474,5 @@ def test_the_rule_is_that_of_the_docs(tmp_path, monkeypatch):
     assert {name: rows[name][-1] for name in gains} == verdicts
     assert rows["ema"][:2] == ["+0.0 (0.0 to 0.0)", "+10.0 (10.0 to 10.0)"]
     assert rows["ema"][3] == "5 tasks x 3 seeds"
+    assert rows["alpha 0"][1:] == ["+0.0 (0.0 to 0.0)", "+0.0 (0.0 to 0.0)", "5 tasks x 3 seeds", ""]
     assert "No candidate stands beside" in candidates.comparison([str(lines.path)], "rate 0.3", tasks)
