@@ -22,7 +22,7 @@ from ..tuner import clip
 from ..utils.patterns import named_settings
 from ..utils.text import shown
 
-NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"  # in a name, as `number` writes it
+NUMBER = r"\d{1,9}(?:\.\d{1,30})?(?:e-\d{1,3})?"  # in a name, as `number` writes it
 
 AT_ONCE = 64  # views that run at once, of a batch that is smaller
 MOST = 10_000  # of views, copies or steps
@@ -191,10 +191,10 @@ def gradient_of(values: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
     return gradient
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raises a ValueError unless a setting is a whole number from `least` to 10,000: names may come from strangers' records."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
-        raise ValueError(f"{name}={shown(value, 40)} must be a whole number from {least} to {MOST:,}")
+def check_count(name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """Raises a ValueError unless a setting is a whole number from `least` to `most`: names may come from strangers' records."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name}={shown(value, 40)} must be a whole number from {least} to {most:,}")
 
 
 class Defended(nn.Module):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..utils.fractions import format_fraction, parse_fraction
-from .base import Defence, Undefended, check_count
+from .base import NUMBER, Defence, Undefended, check_count, number
 
-_STD = r"(?P<std>\d+(?:\.\d+)?(?:/255)?)"
+_STD = rf"(?P<std>{NUMBER}(?:/255)?)"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class _Noisy(Defence):
         object.__setattr__(self, "std", parse_fraction(self.std))
         if not 0 < self.std <= 1:
             raise ValueError(f"the standard deviation of the noise is {self.std:g}: it must be above 0 and at most 1")
+
+    @property
+    def _std(self) -> str:
+        """Returns the standard deviation as a name holds it: nothing of it is rounded away."""
+        text = format_fraction(self.std)
+        return text if parse_fraction(text) == self.std else number(self.std)
 
     def noisy(self, pixels: Tensor) -> Tensor:
         """Returns images with Gaussian noise, which may leave [0, 1]."""
@@ -48,7 +54,7 @@ class GaussianNoise(_Noisy):
     @property
     def name(self) -> str:
         """Such as "noise-8/255"."""
-        return f"noise-{format_fraction(self.std)}"
+        return f"noise-{self._std}"
 
     def logits(self, model: Undefended, pixels: Tensor) -> Tensor:
         """Returns the logits of one noisy copy of each image."""
@@ -82,7 +88,7 @@ class Smoothing(_Noisy):
     @property
     def name(self) -> str:
         """Such as "smoothing-0.1x32"."""
-        return f"smoothing-{format_fraction(self.std)}x{self.copies}"
+        return f"smoothing-{self._std}x{self.copies}"
 
     def logits(self, model: Undefended, pixels: Tensor) -> Tensor:
         """Returns log((votes + p) / (copies + 1)), where p are the mean probabilities, which decide between equal votes."""

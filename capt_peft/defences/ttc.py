@@ -54,10 +54,9 @@ class TTC(Purifier):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", float(self.threshold))
-        if not 1 <= self.budget <= 255:
-            raise ValueError(f"the budget is {self.budget}, in 1/255 of a pixel's range: it must be 1 to 255")
+        check_count("budget", self.budget, most=255)
         check_count("steps", self.steps)
-        if not self.threshold >= 0:
+        if not 0 <= self.threshold < float("inf"):
             raise ValueError(f"the threshold of the drift is {self.threshold}: it must be 0 or more")
 
     @property

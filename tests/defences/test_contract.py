@@ -23,6 +23,7 @@ from capt_peft.defences import (
 )
 
 NAMES = ("ttc", "ttc-8x3-9", "lowpass", "lowpass-0.5", "tv", "tv-0.1", "clipure", "clipure-3x0.1")
+NOISES = ("noise-8/255", "noise-0.1", "noise-0.1234567", "noise-1e-05", "smoothing-0.1234567x3")
 CLASSES = ("red circle", "green square", "seven")
 
 
@@ -54,7 +55,7 @@ def seeded(function, *arguments):
     return function(*arguments)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *NOISES, "lowpass-1e-05"])
 def test_a_name_gives_the_defence_back(name):
     defence = parse_defence(name)
     assert defence.name == name and parse_defence(defence.name) == defence
@@ -64,9 +65,11 @@ def test_a_name_gives_the_defence_back(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ttc-0x2", "budget is 0"), ("ttc-4x0", "steps=0"), ("lowpass-0", "share of the frequencies is 0.0"),
+        ("ttc-0x2", "budget=0"), ("ttc-256x2", "to 255"), ("ttc-4x0", "steps=0"),
+        ("lowpass-0", "share of the frequencies is 0.0"),
         ("lowpass-1.5", "at most 1"), ("tv-0", "must be above 0"), ("clipure-0x30", "steps=0"),
         ("clipure-10x0", "must be above 0"), ("ttc-4", "unknown defence"), ("tv-", "unknown defence"),
+        ("clipure-10x" + "9" * 400, "unknown defence"), ("noise-" + "9" * 400, "unknown defence"),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused(name, message):
