@@ -81,14 +81,14 @@ def adaptive(attacks: Sequence[Attack], defence: Defence) -> list[Attack]:
 
     An attack with gradients goes by transfer, by the defence's own ways (`Defence.ways`) and, for a random defence, by
     expectation; one without, by transfer and as a black box. Threat models without a black-box attack get `Square` with 200
-    queries.
+    queries; a patch does not, as Square is built for balls.
     """
     ways = ["transfer", *defence.ways, *(["expectation"] if defence.random else [])]
-    found = []
+    found: list[Through] = []
     for attack in attacks:
         for way in ways if attack.uses_gradients else ("transfer", "black-box"):
             found.append(Through(attack, way, samples=defence.samples if way == "expectation" else 1))
     for threat in dict.fromkeys(attack.threat_model for attack in attacks):
-        if not any(a.way == "black-box" and a.threat_model == threat for a in found):
+        if threat.norm in Square.norms and not any(a.way == "black-box" and a.threat_model == threat for a in found):
             found.append(Through(Square(threat, queries=QUERIES), "black-box"))
     return list(found)

@@ -259,11 +259,12 @@ def signs_of_defence(
         said = {"threat": threat, "transfer": 100 * transfer, "without": 100 * without, "worst": 100 * worst.value}
         lost.append((gone(transfer, without, worst.value), said))
         wrong = {way: set[int]().union(*(record.wrong() for record in of_way)) for way, of_way in by_way.items()}
-        black_box, transferred = wrong.pop("black-box", set()), wrong.pop("transfer")
+        black_box, transferred = wrong.pop("black-box", None), wrong.pop("transfer")
         if wrong:
             knowing = set[int]().union(*wrong.values())
-            gains.append(len(black_box - transferred - knowing) / n)
-            missed.append(len(transferred - knowing - black_box) / n)
+            missed.append(len(transferred - knowing - (black_box or set())) / n)
+            if black_box is not None:
+                gains.append(len(black_box - transferred - knowing) / n)
     value, words = max(lost, key=lambda found: found[0]) if lost else (None, {})
     return (
         _sign("gains_in_transfer_only", value, _TRANSFER_ONLY, **words),

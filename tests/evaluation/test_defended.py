@@ -10,6 +10,7 @@ from helpers import TINY_CLIP
 from transformers import CLIPModel
 
 from capt_peft import PGD, Defended, ThreatModel, ZeroShotClassifier, evaluate, load_task
+from capt_peft.attacks import Patch
 from capt_peft.defences import Defence, Identity, Purifier, Through, adaptive
 from capt_peft.evaluation import Evaluation
 from capt_peft.evaluation.batch import BatchRecord
@@ -253,6 +254,15 @@ def test_what_has_no_meaning_with_a_defence_is_refused(classifier, data, setting
 def test_half_precision_is_refused(classifier, data):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="measured in float32"):
         measured(Defended(classifier, Identity()), data, [PGD5])
+
+
+def test_a_patch_goes_by_every_way_but_as_a_black_box_for_which_nothing_is_built(classifier, data):
+    patch = ThreatModel("patch", "1/4")
+    found = measured(Defended(classifier, Identity()), data, [Patch(patch, steps=2, places=1)])
+    assert [outcome.way for outcome in found.attacks] == ["transfer", "straight-through", "unrolled"]
+    assert found.robust == min((o.accuracy for o in found.attacks), key=lambda a: a.correct)
+    (square,) = (sign for sign in found.signs if sign.name == "square_beats_white_box")
+    assert square.raised is None and "Not checked" in square.sentence
 
 
 def test_attacks_without_gradients_go_as_a_black_box_and_threat_models_without_one_get_square():
