@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data.corruptions import CORRUPTIONS, SEVERITIES, parse_corruptions
 from ..utils.markup import Markdown, table_row
+from ..utils.text import some
 from .accuracy import Accuracy, FigureError
 
 _ROUNDING = 1e-9
@@ -38,7 +39,8 @@ class CorruptedAccuracy:
             raise FigureError(
                 "has accuracies under corruptions that are not of the same images, or an impossible error."
             )
-        parse_corruptions(",".join(self.accuracies))
+        if parse_corruptions(",".join(self.accuracies)) != list(self.accuracies):  # "fog" would be five of them
+            raise FigureError(f"has accuracies under corruptions without a severity: {some(self.accuracies)}.")
 
     @property
     def mean(self) -> float:

@@ -344,19 +344,7 @@ class Evaluation:
             corruptions=_read(CorruptedAccuracy, content.get("corruptions")),
             undefended=_read(WithoutDefence, content.get("undefended")),
         )
-        evaluation._check_union()
-        corrupted = {} if evaluation.corruptions is None else evaluation.corruptions.accuracies
-        if any(each.n != evaluation.clean.n for each in corrupted.values()):
-            raise FigureError("has accuracies under corruptions of other images than clean accuracy.")
-        for outcome in evaluation.attacks:
-            outcome.accuracy.check_at_most(evaluation.clean, f"has {outcome.name} and clean accuracy of")
-        for threat, worst in evaluation.worst_case.items():
-            worst.check_at_most(evaluation.clean, "has a worst case and clean accuracy of")
-            for outcome in evaluation.of_worst_case(threat):
-                worst.check_at_most(outcome.accuracy, f"has a worst case and {outcome.name} of")
-        _check_reliability(evaluation.reliability, evaluation.clean)
-        for outcome in evaluation.attacks:
-            _check_reliability(outcome.reliability, outcome.accuracy)
+        evaluation._check()
         return evaluation
 
     def save(self, path: str | Path) -> None:
@@ -393,6 +381,26 @@ class Evaluation:
                 f"{path}, or the examples in {examples_path(path).name} beside it, are damaged ({str(error)[:200]})."
             ) from error
         return evaluation
+
+    def _check(self) -> None:
+        """Raises a FigureError if figures contradict each other, or are of other images."""
+        for outcome in self.attacks:
+            outcome.accuracy.check_at_most(self.clean, f"has {outcome.name} and clean accuracy of")
+        if self.worst_case.keys() != {outcome.threat_model for outcome in self.attacks if outcome.counts}:
+            raise FigureError("has worst cases under other threat models than those of its attacks.")
+        for threat, worst in self.worst_case.items():
+            for outcome in self.of_worst_case(threat):
+                worst.check_at_most(outcome.accuracy, f"has a worst case and {outcome.name} of")
+        self._check_union()
+        _check_reliability(self.reliability, self.clean)
+        for outcome in self.attacks:
+            _check_reliability(outcome.reliability, outcome.accuracy)
+        beside = [] if self.corruptions is None else [*self.corruptions.accuracies.values()]
+        beside += [] if self.undefended is None else [self.undefended.clean]
+        if any(accuracy.n != self.clean.n for accuracy in beside):
+            raise FigureError(
+                "has accuracies under corruptions, or without the defence, of other images than clean accuracy."
+            )
 
     def _check_union(self) -> None:
         """Raises a FigureError unless the union is at most every worst case, and no less than their losses together leave."""

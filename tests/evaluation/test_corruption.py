@@ -95,7 +95,7 @@ def test_the_pieces_of_a_killed_evaluation_are_used_again(model, data, tmp_path,
     assert result.corruptions == quiet(model, data, corruptions=FEW, signs=False).corruptions
 
 
-@pytest.mark.parametrize("way", ["mean", "n", "error", "name"])
+@pytest.mark.parametrize("way", ["mean", "n", "error", "name", "severity"])
 def test_figures_that_cannot_be_are_refused(model, data, tmp_path, way):
     output = tmp_path / "r.json"
     quiet(model, data, corruptions=FEW, output=output)
@@ -109,6 +109,8 @@ def test_figures_that_cannot_be_are_refused(model, data, tmp_path, way):
         for name in FEW:
             found["accuracies"][name] = Accuracy(20, 25).to_dict()
         found |= CorruptedAccuracy({name: Accuracy(20, 25) for name in FEW}, 0.01).to_dict()
+    elif way == "severity":
+        found["accuracies"]["snow"] = found["accuracies"].pop("fog-1")
     else:
         found["accuracies"]["rain-3"] = found["accuracies"].pop("fog-1")
     output.write_text(json.dumps(content))

@@ -7,13 +7,14 @@ import shutil
 import pytest
 from helpers import TINY_CLIP
 from huggingface_hub import ModelCard
-from records import THREAT, card_from
+from records import THREAT, card_from, evaluation_record
 from safetensors.torch import load_file, save_file
 
 from capt_peft import PGD, Evaluation, ZeroShotClassifier, evaluate, load_task
 from capt_peft.commands.evaluate import main as measure
 from capt_peft.evaluation import Accuracy
 from capt_peft.results.card import CardDetails, write_card
+from capt_peft.results.defence import WithoutDefence
 from capt_peft.results.hub import update_card
 
 
@@ -101,6 +102,18 @@ def test_an_evaluation_with_an_impossible_share_is_refused(results, evaluation):
         accuracy["correct"] = accuracy["n"] + 1
         with pytest.raises(ValueError, match=r"evaluation\.json says .* they must agree"):
             card_from(results, "a", changed)
+
+
+def test_a_worst_case_under_no_attack_and_a_defence_measured_on_other_images_are_refused():
+    record = evaluation_record("a" * 16, "b" * 16)
+    assert Evaluation.from_dict(record).to_dict() == record
+    other = {**record["worst_case"][0], "threat_model": {"norm": "l2", "epsilon": 0.5}}
+    for rows in ([], [other], [*record["worst_case"], other]):
+        with pytest.raises(ValueError, match="has worst cases under other threat models than those of its attacks"):
+            Evaluation.from_dict({**record, "worst_case": rows})
+    without = WithoutDefence(Accuracy(5, 8), {}, 1.0).to_dict()
+    with pytest.raises(ValueError, match="without the defence, of other images"):
+        Evaluation.from_dict({**record, "undefended": without})
 
 
 def test_evaluate_updates_the_card(adapter, tmp_path):
