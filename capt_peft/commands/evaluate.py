@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,98 +75,65 @@ WITHOUT_DEFENCE = {
 
 @dataclass
 class Arguments(RetrievalArguments):
-    """What is measured, on what, and how."""
+    """What is measured, on what, and how.
 
-    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPT adapter."})
-    base: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a CLIP: measured zero-shot, or the base of --adapter."}
-    )
-    split: str = field(default="test", metadata={"help": "Split that is measured."})
-    limit: int | None = field(default=None, metadata={"help": "Measure on this many images, drawn by seed 0."})
-    attacks: str = field(
-        default="clean,pgd-20",
-        metadata={
-            "help": "Comma-separated, e.g. clean,pgd-20,autoattack; an unknown name is answered with all that there are."
-        },
-    )
-    norm: str = field(
-        default="linf", metadata={"help": "Norm of the threat model: linf, l2, l1, or patch (a square of any pixels)."}
-    )
-    epsilon: str = field(
-        default="4/255",
-        metadata={
-            "help": "Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255; by default that of the adapter's tuning."
-        },
-    )
-    threats: str | None = field(
-        default=None,
-        metadata={
-            "help": "Several threat models in place of --norm and --epsilon, with their union: linf:4/255,l2:0.5,l1:12,patch:1/8."
-        },
-    )
-    attack_target: str = field(
-        default="tuned", metadata={"help": "tuned (white box), or frozen: attack the base model and transfer."}
-    )
-    attack_template: str | None = field(
-        default=None, metadata={"help": "Text of a class that attacks see, if not the classifying one; as --template."}
-    )
-    curve: bool = field(
-        default=False, metadata={"help": "Also sweep epsilon and steps, and draw both (zero-shot and adapter)."}
-    )
-    defence: str | None = field(
-        default=None,
-        metadata={
-            "help": "A defence at test time in front of the classifier, e.g. ttc; attacked by every way that knows it. An "
-            "unknown name is answered with all that there are."
-        },
-    )
-    decisions: int = field(
-        default=DECISIONS,
-        metadata={"help": "How often an image is classified where the defence is random; an even number."},
-    )
-    out_of_class: str | None = field(
-        default=None,
-        metadata={
-            "help": 'Data set of images of no class (name, Hub id, folder or file): measure the answer "none of these" too.'
-        },
-    )
-    protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": "A published evaluation protocol, such as fap (capt-peft protocols lists them): it sets attacks, step size, "
-            "norm, epsilon, split, images and a bare CLIP's text, and what contradicts it is refused."
-        },
-    )
-    corruptions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Measure accuracy under common corruptions too: all, or kinds and severities such as fog,snow-3."
-        },
-    )
-    strength: float | None = field(
-        default=None,
-        metadata={"help": "Measure the adapter at this strength, 0 to 1, without writing it; by default at its own."},
-    )
-    signs: bool = field(default=True, metadata={"help": "Look for signs of masked gradients."})
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file for the results; by default one for these settings, in ADAPTER/evaluations or outputs/evaluation."
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Measure again, and replace what is there."})
-    update_card: bool = field(
-        default=False, metadata={"help": "Put the results into the adapter's folder and its model card."}
-    )
-    save_images: bool = field(
-        default=False, metadata={"help": "Keep the worst-case images, for capt-peft verify; their size is said."}
-    )
-    batch_size: int = field(default=128, metadata={"help": "Images per piece of work."})
-    dtype: str = field(
-        default="float32", metadata={"help": "float32; tf32 (GPUs), bfloat16 or float16 are faster and less honest."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the attacks."})
-    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    Args:
+        adapter: Folder or Hub id of a CAPT adapter.
+        base: Folder or Hub id of a CLIP: measured zero-shot, or the base of --adapter.
+        split: Split that is measured.
+        limit: Measure on this many images, drawn by seed 0.
+        attacks: Comma-separated, e.g. clean,pgd-20,autoattack; an unknown name is answered with all that there are.
+        norm: Norm of the threat model: linf, l2, l1, or patch (a square of any pixels).
+        epsilon: Comma-separated radii in [0, 1] pixels, e.g. 1/255,4/255; by default that of the adapter's tuning.
+        threats: Several threat models in place of --norm and --epsilon, with their union: linf:4/255,l2:0.5,l1:12,patch:1/8.
+        attack_target: tuned (white box), or frozen: attack the base model and transfer.
+        attack_template: Text of a class that attacks see, if not the classifying one; as --template.
+        curve: Also sweep epsilon and steps, and draw both (zero-shot and adapter).
+        defence: A defence at test time in front of the classifier, e.g. ttc; attacked by every way that knows it. An unknown
+            name is answered with all that there are.
+        decisions: How often an image is classified where the defence is random; an even number.
+        out_of_class: Data set of images of no class (name, Hub id, folder or file): measure the answer "none of these" too.
+        protocol: A published evaluation protocol, such as fap (capt-peft protocols lists them): it sets attacks, step size,
+            norm, epsilon, split, images and a bare CLIP's text, and what contradicts it is refused.
+        corruptions: Measure accuracy under common corruptions too: all, or kinds and severities such as fog,snow-3.
+        strength: Measure the adapter at this strength, 0 to 1, without writing it; by default at its own.
+        signs: Look for signs of masked gradients.
+        output: JSON file for the results; by default one for these settings, in ADAPTER/evaluations or outputs/evaluation.
+        overwrite: Measure again, and replace what is there.
+        update_card: Put the results into the adapter's folder and its model card.
+        save_images: Keep the worst-case images, for capt-peft verify; their size is said.
+        batch_size: Images per piece of work.
+        dtype: float32; tf32 (GPUs), bfloat16 or float16 are faster and less honest.
+        seed: Seed of the attacks.
+        use_cpu: Do not use an accelerator.
+    """
+
+    adapter: str | None = None
+    base: str | None = None
+    split: str = "test"
+    limit: int | None = None
+    attacks: str = "clean,pgd-20"
+    norm: str = "linf"
+    epsilon: str = "4/255"
+    threats: str | None = None
+    attack_target: str = "tuned"
+    attack_template: str | None = None
+    curve: bool = False
+    defence: str | None = None
+    decisions: int = DECISIONS
+    out_of_class: str | None = None
+    protocol: str | None = None
+    corruptions: str | None = None
+    strength: float | None = None
+    signs: bool = True
+    output: str | None = None
+    overwrite: bool = False
+    update_card: bool = False
+    save_images: bool = False
+    batch_size: int = 128
+    dtype: str = "float32"
+    seed: int = 0
+    use_cpu: bool = False
 
     @property
     def model(self) -> str:
