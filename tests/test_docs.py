@@ -28,7 +28,8 @@ PAGES = [*DOCS, *READMES]
 ROOMS = ("attacks", "backbones", "benchmark", "data", "defences", "evaluation", "report", "toy", "training", "tuner")
 WITH_ALL = ("capt_peft", *(f"capt_peft.{room}" for room in ROOMS))
 WITHOUT_ALL = {
-    "capt_peft.report.entries": ("collect", "Found", "Board", "BoardEntry", "Score", "Source"),
+    "capt_peft.report.boards": ("collect", "Found", "Board", "Source"),
+    "capt_peft.report.entries": ("BoardEntry", "Score"),
     "capt_peft.report.leaderboard": ("write_leaderboard",),
     "capt_peft.results.card": ("write_card", "CardDetails"),
     "capt_peft.results.hub": ("save_run", "update_card"),

@@ -24,7 +24,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME
 
 from ..evaluation import Verification
-from ..report.entries import Source, collect, is_evaluation, told_by
+from ..report.boards import Source, collect, is_evaluation, told_by
 from ..report.leaderboard import PAGE, write_leaderboard
 from ..results.card import CARD
 from ..results.evaluation import EVALUATION, Evaluation

@@ -1,40 +1,25 @@
-"""What a leaderboard ranks: one entry for each method, base and defence, on boards of entries that may be compared."""
+"""The rows of a leaderboard, what decides which of them stand on one board, and the rows of benchmark lines."""
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
-from typing import Any, NamedTuple
-
-from peft.utils import CONFIG_NAME
+from typing import NamedTuple
 
 from ..attacks import ThreatModel
-from ..benchmark.lines import Line, Result, read_lines
+from ..benchmark.lines import Line, Result
 from ..benchmark.plan import TRANSFERS, shots_name
-from ..evaluation import Verification
 from ..results.accuracy import Accuracy, wilson_interval
-from ..results.card import saved_config
 from ..results.defence import TRANSFER_ONLY, gone
-from ..results.evaluation import EVALUATION, ROBUST, Evaluation
-from ..results.run import RESULTS, Records, RunResults
-from ..tuner.fingerprint import adapter_fingerprint
-from ..utils.embedded import embedded_name
-from ..utils.files import read_json
 from ..utils.markup import plain
 from ..utils.text import differences, some
-
-logger = logging.getLogger(__name__)
 
 TRANSFER = "transfer"  # the way of an attack that does not know the defence
 NO_IMAGES, UNCHECKED, VERIFIED = "no images", "not checked", "verified"
 ONLY_TRANSFER = "attacked by transfer alone, which says nothing of a defence"
 UNATTACKED = "not measured under an attack"
-CONTRADICTED = "its images, weights and figures do not agree"
 _MODEL = ("base_configuration", "processor", "teacher_fingerprint")  # digests of what else a row's runs have in common
 _WAY = re.compile(r"(?P<attack>.*) \((?P<way>[\w-]+)\)")
 
@@ -110,121 +95,22 @@ class BoardEntry:
     decisions: int = 1
 
 
-@dataclass(frozen=True)
-class Board:
-    """Entries that may be compared: of the same protocol, images and threat model, under the same attacks.
-
-    Attributes:
-        protocol: The protocol.
-        data: The data sets, and which of their images and classes.
-        threat: The threat model.
-        attacks: Names of the attacks that every entry withstood or not.
-        entries: The entries: those with a rank first, by robust accuracy, the best first.
-    """
+class BoardKey(NamedTuple):
+    """What all entries of a board have in common; the attributes are those of `Board`."""
 
     protocol: str
     data: str
     threat: ThreatModel
     attacks: tuple[str, ...]
-    entries: tuple[BoardEntry, ...] = field(repr=False)
-
-    @property
-    def ranks(self) -> list[int | None]:
-        """The rank of each entry, the same for equal figures; None for those without."""
-        values = [None if entry.unranked or entry.robust is None else entry.robust.value for entry in self.entries]
-        return [None if v is None else 1 + sum(o is not None and o > v for o in values) for v in values]
 
 
-@dataclass(frozen=True)
-class Found:
-    """What was found for a leaderboard.
-
-    Attributes:
-        boards: The boards.
-        left_out: Places that are not shown, each with the reason.
-    """
-
-    boards: tuple[Board, ...] = ()
-    left_out: tuple[tuple[str, str], ...] = ()
+Entries = dict[BoardKey, list[BoardEntry]]
 
 
-@dataclass(frozen=True)
-class Source:
-    """An evaluation to show.
-
-    Attributes:
-        path: Its JSON file; beside it may be an adapter and the record of its run.
-        name: What it is called: a repository, or a folder.
-        link: Where its card is.
-        verification: What scoring its worst-case images again has shown; None where nobody has.
-    """
-
-    path: Path
-    name: str
-    link: str = ""
-    verification: Verification | None = None
-
-    def named(self, error: Exception) -> str:
-        """Returns an error's message without folders of this machine."""
-        return str(error).replace(str(self.path), self.name).replace(str(self.path.parent), self.name)
-
-    @property
-    def verified(self) -> str:
-        """As for `BoardEntry`, of an evaluation with images."""
-        found = self.verification
-        if found is None:
-            return UNCHECKED
-        if found.problems:
-            return f"not verified: {plain(found.problems[0], 200)}"
-        return (
-            VERIFIED if found.verified else f"{UNCHECKED}: {plain(some(found.unchecked, 1) or 'nothing is known', 200)}"
-        )
-
-
-def collect(lines: Sequence[Path], sources: Iterable[Source], left_out: Iterable[tuple[str, str]] = ()) -> Found:
-    """Returns the boards of benchmark lines and evaluations; what cannot be read or shown is listed with the reason.
-
-    Args:
-        lines: Files of lines.
-        sources: Evaluations.
-        left_out: Places that are known not to be shown.
-    """
-    boards: dict[tuple[Any, ...], list[BoardEntry]] = {}
-    missing, shown = list(left_out), dict[Any, tuple[str, Line]]()  # of a cell the last line, as `read_lines` does
-    for path in lines:
-        name = path.name if path.is_absolute() else str(path)  # the page names no folders of this machine
-        try:
-            read = read_lines(path)
-        except (OSError, ValueError) as error:
-            missing.append((name, plain(str(error).replace(str(path), name))))
-            continue
-        for counted, why in (
-            ([line for line in read if line.cell.split != "test"], "of the split on which settings are chosen"),
-            ([line for line in read if line.error], "of runs that failed"),
-        ):
-            if counted:
-                missing.append((name, f"{len(counted)} {'line is' if len(counted) == 1 else 'lines are'} {why}"))
-        for line in read:
-            if line.cell.split == "test":
-                shown[line.cell.key, line.digests.get("base_model_fingerprint")] = name, line
-    for key, entries in _of_lines(shown.values(), missing).items():
-        boards.setdefault(key, []).extend(entries)
-    for source in sources:
-        try:
-            for key, entry in _of_evaluation(source, missing):
-                boards.setdefault(key, []).append(entry)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-            missing.append((source.name, plain(source.named(error))))
-    made = []
-    for (protocol, data, norm, epsilon, attacks), of in boards.items():
-        if of:
-            made.append(Board(protocol, data, ThreatModel(norm, epsilon), attacks, tuple(sorted(of, key=_order))))
-    return Found(tuple(made), tuple(dict.fromkeys(missing)))
-
-
-def _order(entry: BoardEntry) -> tuple[Any, ...]:
-    value = -1.0 if entry.robust is None else entry.robust.value
-    return bool(entry.unranked), -value, entry.method, entry.base, entry.defence
+def split_way(name: str) -> tuple[str, str]:
+    """Returns the name of an attack and, of one on a defended classifier, its way; else ""."""
+    found = _WAY.fullmatch(name)
+    return (found["attack"], found["way"]) if found else (name, "")
 
 
 # ------------------------------------------------------------------------------------------------------------------ lines
@@ -238,6 +124,55 @@ class _Row(NamedTuple):
     defence: str
     weights: str  # the fingerprint of the base; "" in lines that have none
 
+    @classmethod
+    def of(cls, line: Line) -> _Row:
+        cell = line.cell
+        method = f"{cell.method} ({cell.variant})" if cell.variant else cell.method
+        return cls(method, cell.model, cell.defence, str(line.digests.get("base_model_fingerprint", "")))
+
+
+class _Group(NamedTuple):
+    """What the results of a board's rows have in common, but for the data sets."""
+
+    suite: str
+    protocol: str
+    shots: int | None  # 0 of what was not tuned; None: all images
+    classes: str
+    threat: ThreatModel
+    limit: int | None
+    attacks: tuple[str, ...]
+    published: str  # the published protocol
+    origin: str  # the data set of the tuning, where it is none of those that are measured
+
+    @classmethod
+    def of(cls, line: Line, result: Result) -> _Group:
+        """Returns the group of a result; a ValueError says why a line belongs on no board."""
+        cell = line.cell
+        line.check_step_size()
+        if cell.evaluation_protocol and result.by_protocol is None:
+            raise ValueError(f"{cell}: no figure of the protocol {cell.evaluation_protocol}, by which it says to be")
+        # a defended model is attacked by more ways than were asked for, but by transfer with each attack that was
+        named = [split_way(name) for name in result.attacks]
+        attacks = tuple(sorted({name for name, way in named if not cell.defence or way == TRANSFER}))
+        origin = cell.task if cell.protocol in TRANSFERS else ""
+        of_images = result.classes, cell.threat, cell.limit, attacks
+        return cls(cell.suite, cell.protocol, cell.shots, *of_images, cell.evaluation_protocol or "", origin)
+
+    @property
+    def name(self) -> str:
+        """The protocol of the board: "few-shot, 16 shots, by fap"."""
+        name = f"{self.protocol} from {self.origin}" if self.origin else self.protocol
+        name += f", {shots_name(self.shots)}" if self.shots != 0 else ""
+        return name + (f", by {self.published}" if self.published else "")
+
+    def board(self, tasks: Sequence[str]) -> BoardKey:
+        """Returns the board of rows on these data sets."""
+        several = f"mean of {len(tasks)} data sets" + (f" ({', '.join(tasks)})" if 1 < len(tasks) < 5 else "")
+        data = f"{self.suite}, {several if len(tasks) > 1 else ''.join(tasks)}"
+        data += "" if self.classes == "all" else f", {self.classes} classes"
+        data += "" if self.limit is None else f", up to {self.limit} images each"
+        return BoardKey(self.name, data, self.threat, self.attacks)
+
 
 class _Measured(NamedTuple):
     """A result of a row, and where it stands."""
@@ -248,57 +183,67 @@ class _Measured(NamedTuple):
     others: bool  # of other images than the first row's
 
 
-def _of_lines(
-    lines: Iterable[tuple[str, Line]], missing: list[tuple[str, str]]
-) -> dict[tuple[Any, ...], list[BoardEntry]]:
-    """Returns the entries of benchmark lines by their boards; what cannot be shown is added to what is missing."""
-    runs: dict[tuple[Any, ...], dict[_Row, list[_Measured]]] = {}
-    first: dict[tuple[Any, ...], str] = {}  # the digest of the images of a data set
-    for place, line in lines:
-        cell = line.cell
-        row = _Row(
-            f"{cell.method} ({cell.variant})" if cell.variant else cell.method, cell.model, cell.defence,
-            str(line.digests.get("base_model_fingerprint", "")),
-        )  # fmt: skip
-        digests = line.digests.get("measured_images") or [None] * len(line.results)
-        for result, digest in zip(line.results, digests, strict=False):
-            if cell.protocol in TRANSFERS and result.task == cell.task:
-                continue
-            try:
-                board = _board(line, result)
-            except (ValueError, TypeError) as error:
-                missing.append((place, plain(error)))
-                continue
-            images = cell.suite, result.task, result.classes, cell.limit
-            others = bool(digest) and first.setdefault(images, digest) != digest
-            runs.setdefault(board, {}).setdefault(row, []).append(_Measured(place, line, result, others))
-    boards = [(key, rows) for key, of in runs.items() if key[2] != 0 for rows in _by_data(of)]
-    alone: dict[tuple[Any, ...], dict[_Row, list[_Measured]]] = {}
-    for key, of in runs.items():  # what was not tuned belongs beside every number of shots
-        for row, measured in of.items() if key[2] == 0 else ():
-            fitting = [rows for other, rows in boards if (*other[:2], 0, *other[3:]) == key]
+_Rows = dict[_Row, list[_Measured]]
+
+
+def entries_of_lines(lines: Iterable[tuple[str, Line]], missing: list[tuple[str, str]]) -> Entries:
+    """Returns the entries of benchmark lines by their boards.
+
+    Args:
+        lines: Each line, and the place that it was read from.
+        missing: What cannot be shown is added to it: its place, and the reason.
+    """
+    groups = _grouped(lines, missing)
+    boards = [(group, rows) for group, of in groups.items() if group.shots != 0 for rows in _by_data(of)]
+    tuned = list(boards)
+    for group, of in groups.items():  # what was not tuned belongs beside every number of shots
+        alone: _Rows = {}
+        for row, measured in of.items() if group.shots == 0 else ():
+            fitting = [rows for other, rows in tuned if other._replace(shots=0) == group]
             same = [rows for rows in fitting if _tasks(rows) == {each.result.task for each in measured}]
             for rows in same or fitting:
                 tasks = _tasks(rows)
                 if here := [each for each in measured if each.result.task in tasks]:
                     rows[row] = rows.get(row, []) + here
             if not fitting:
-                alone.setdefault(key, {})[row] = measured
-    boards += [(key, rows) for key, of in alone.items() for rows in _by_data(of)]
-    found: dict[tuple[Any, ...], list[BoardEntry]] = {}
-    for key, rows in boards:
-        board, entries = _board_of_lines(key, rows, missing)
+                alone[row] = measured
+        if alone:
+            boards += [(group, rows) for rows in _by_data(alone)]
+    found: Entries = {}
+    for group, rows in boards:
+        board, entries = _on_board(group, rows, missing)
         found.setdefault(board, []).extend(entries)
     return found
 
 
-def _tasks(rows: Mapping[_Row, Sequence[_Measured]]) -> set[str]:
+def _grouped(lines: Iterable[tuple[str, Line]], missing: list[tuple[str, str]]) -> dict[_Group, _Rows]:
+    """Returns the results of lines by their group and row; a line that belongs on no board is added to what is missing."""
+    found: dict[_Group, _Rows] = {}
+    first: dict[tuple[str, str, str, int | None], str] = {}  # the digest of the images of a data set
+    for place, line in lines:
+        cell = line.cell
+        digests = line.digests.get("measured_images") or [None] * len(line.results)
+        for result, digest in zip(line.results, digests, strict=False):
+            if cell.protocol in TRANSFERS and result.task == cell.task:
+                continue
+            try:
+                group = _Group.of(line, result)
+            except (ValueError, TypeError) as error:
+                missing.append((place, plain(error)))
+                continue
+            images = cell.suite, result.task, result.classes, cell.limit
+            others = bool(digest) and first.setdefault(images, digest) != digest
+            found.setdefault(group, {}).setdefault(_Row.of(line), []).append(_Measured(place, line, result, others))
+    return found
+
+
+def _tasks(rows: _Rows) -> set[str]:
     return {each.result.task for measured in rows.values() for each in measured}
 
 
-def _by_data(rows: Mapping[_Row, list[_Measured]]) -> list[dict[_Row, list[_Measured]]]:
+def _by_data(rows: _Rows) -> list[_Rows]:
     """Returns rows in groups for a board each: those of the most data sets, and several that share fewer."""
-    covered: dict[frozenset[str], dict[_Row, list[_Measured]]] = {}
+    covered: dict[frozenset[str], _Rows] = {}
     for row, measured in rows.items():
         covered.setdefault(frozenset(each.result.task for each in measured), {})[row] = measured
     most = max(covered, key=len)
@@ -307,36 +252,25 @@ def _by_data(rows: Mapping[_Row, list[_Measured]]) -> list[dict[_Row, list[_Meas
     return [rest, *(covered[tasks] for tasks in fewer)]
 
 
-def _board_of_lines(
-    key: tuple[Any, ...], rows: Mapping[_Row, Sequence[_Measured]], missing: list[tuple[str, str]]
-) -> tuple[tuple[Any, ...], list[BoardEntry]]:
+def _on_board(group: _Group, rows: _Rows, missing: list[tuple[str, str]]) -> tuple[BoardKey, list[BoardEntry]]:
     """Returns a board and the entries of its rows; a row whose lines contradict each other is added to what is missing."""
-    suite, protocol, shots, classes, norm, epsilon, limit, attacks, published, origin = key
-    name = f"{protocol} from {origin}" if origin else protocol
-    name += f", {shots_name(shots)}" if shots != 0 else ""
-    name += f", by {published}" if published else ""
     runs = {}
     for row, measured in rows.items():
         try:
             runs[row] = _by_seed(measured)
         except ValueError as error:
             places = ", ".join(dict.fromkeys(each.place for each in measured))
-            missing.append(
-                (places, plain(f"{row.method} on {row.base} ({name}, {ThreatModel(norm, epsilon)}): {error}"))
-            )
+            where = f"{row.method} on {row.base} ({group.name}, {group.threat})"
+            missing.append((places, plain(f"{where}: {error}")))
     tasks = sorted({task for of in runs.values() for results in of.values() for task in results})
-    several = f"mean of {len(tasks)} data sets" + (f" ({', '.join(tasks)})" if 1 < len(tasks) < 5 else "")
-    data = f"{suite}, {several if len(tasks) > 1 else ''.join(tasks)}"
-    data += "" if classes == "all" else f", {classes} classes"
-    data += "" if limit is None else f", up to {limit} images each"
     weights = {base: {row.weights for row in rows if row.base == base} for base in {row.base for row in rows}}
     entries = []
     for row, of in runs.items():
         told = f"{row.base} ({row.weights or 'unknown weights'})" if len(weights[row.base]) > 1 else row.base
-        entry = _of_runs((row.method, told, row.defence), of, tasks)
+        entry = _of_runs(row._replace(base=told), of, tasks)
         others = any(each.others for each in rows[row])
         entries.append(replace(entry, unranked="measured on other images") if others else entry)
-    return (name, data, norm, epsilon, attacks), entries
+    return group.board(tasks), entries
 
 
 def _by_seed(measured: Sequence[_Measured]) -> dict[int, dict[str, Result]]:
@@ -360,35 +294,15 @@ def _by_seed(measured: Sequence[_Measured]) -> dict[int, dict[str, Result]]:
     return found
 
 
-def _board(line: Line, result: Result) -> tuple[Any, ...]:
-    """Returns what the rows of a board have in common; a ValueError says why a line belongs on none."""
-    cell, threat = line.cell, line.cell.threat
-    line.check_step_size()
-    if cell.evaluation_protocol and result.by_protocol is None:
-        raise ValueError(f"{cell}: no figure of the protocol {cell.evaluation_protocol}, by which it says to be")
-    # a defended model is attacked by more ways than were asked for, but by transfer with each attack that was
-    named = [_split(name) for name in result.attacks]
-    attacks = tuple(sorted({name for name, way in named if not cell.defence or way == TRANSFER}))
-    of_images = result.classes, threat.norm, threat.epsilon, cell.limit, attacks
-    origin = cell.task if cell.protocol in TRANSFERS else ""
-    return cell.suite, cell.protocol, cell.shots, *of_images, cell.evaluation_protocol or "", origin
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Returns the name of an attack and, of one on a defended classifier, its way; else ""."""
-    found = _WAY.fullmatch(name)
-    return (found["attack"], found["way"]) if found else (name, "")
-
-
-def _of_runs(row: tuple[str, str, str], runs: Mapping[int, Mapping[str, Result]], tasks: Sequence[str]) -> BoardEntry:
+def _of_runs(row: _Row, runs: Mapping[int, Mapping[str, Result]], tasks: Sequence[str]) -> BoardEntry:
     """Returns the entry of a method from its results by seed and data set."""
-    method, base, defence = row
+    method, base, defence, _ = row
     whole = [[results[task] for task in tasks] for results in runs.values() if len(results) == len(tasks)]
     unranked = "" if whole else "not measured on all of the data sets"
     seeds = whole or [list(results.values()) for results in list(runs.values())[:1]]
     results = [result for of_seed in seeds for result in of_seed]
     names = tuple(dict.fromkeys(name for result in results for name in result.attacks))
-    adaptive = [name for name in names if not defence or _split(name)[1] != TRANSFER]
+    adaptive = [name for name in names if not defence or split_way(name)[1] != TRANSFER]
     robust = _over(seeds, _worst) if adaptive else None
     transfer = _over(seeds, _transfer) if defence and adaptive else None
     undefended = _over(seeds, lambda result: result.undefended and result.undefended[1]) if defence else None
@@ -414,7 +328,7 @@ def _worst(result: Result) -> Accuracy | None:
 
 
 def _transfer(result: Result) -> Accuracy | None:
-    found = [accuracy for name, accuracy in result.attacks.items() if _split(name)[1] == TRANSFER]
+    found = [accuracy for name, accuracy in result.attacks.items() if split_way(name)[1] == TRANSFER]
     return min(found, key=lambda accuracy: accuracy.correct, default=None)
 
 
@@ -424,95 +338,3 @@ def _signs(robust: Score | None, transfer: Score | None, undefended: Score | Non
         return None
     lost = gone(transfer.value, undefended.value, robust.value)
     return ("gains in transfer only",) if lost > TRANSFER_ONLY else ()
-
-
-# ------------------------------------------------------------------------------------------------------------ evaluations
-
-
-def _of_evaluation(source: Source, missing: list[tuple[str, str]]) -> list[tuple[tuple[Any, ...], BoardEntry]]:
-    """Returns the entries of an evaluation, one for each threat model, with their boards; or adds to what is missing."""
-    folder = source.path.parent
-    if source.path.name == EVALUATION and (folder / CONFIG_NAME).is_file():
-        base = saved_config(folder).base_model_fingerprint
-        records = Records.read(folder, adapter_fingerprint(folder), base, names=(RESULTS, EVALUATION))  # or it raises
-        evaluation, run = records.evaluation, records.run
-        if evaluation is None:
-            raise ValueError("; ".join(records.unshown) or f"{EVALUATION} is not shown.")
-    else:
-        evaluation, run = Evaluation.load(source.path, with_examples=False), None
-    configuration = evaluation.configuration
-    task = dict(configuration.get("task") or {})
-    data, model = dict(configuration.get("data") or {}), dict(configuration.get("model") or {})
-    if task.get("split") not in (None, "test"):
-        raise ValueError(f"it is of the {plain(task['split'], 40)} split, on which settings are chosen.")
-    if not evaluation.worst_case:
-        raise ValueError("it has no attack that knows the model.")
-    defence = str((configuration.get("defence") or {}).get("name") or "")
-    of_data = f"{task.get('source') or 'unnamed data'}, {evaluation.clean.n} images ({data.get('fingerprint', '?')})"
-    protocol = str(configuration.get("protocol") or "as evaluated")
-    verified = source.verified if evaluation.images is not None else NO_IMAGES
-    checked = source.verification or Verification()
-    clean = evaluation.clean if checked.clean is None else checked.clean
-    base = (model.get("base") or {}).get("name") or model.get("callable") or "unknown"
-    found = []
-    for threat, told in evaluation.worst_case.items():
-        if not defence and evaluation.protocol is not None and evaluation.by_protocol(threat) is None:
-            why = f"it says to be by the protocol {evaluation.protocol.name}, but has no figure of its attacks at {threat}"
-            missing.append((source.name, why))
-            continue
-        worst = checked.bounds.get(threat, told)
-        rows = [outcome for outcome in evaluation.attacks if outcome.threat_model == threat]
-        adaptive = [o for o in rows if (o.way not in ("", TRANSFER) if defence else o.kind == ROBUST)]
-        transfer = [o for o in rows if o.way == TRANSFER]
-        # a defended model is attacked by more ways than were asked for, but by transfer with each attack that was
-        asked = {_split(outcome.name)[0] for outcome in (transfer if defence else adaptive)}
-        before = None if evaluation.undefended is None else evaluation.undefended.worst_case.get(threat)
-        raised = tuple(sign.name.replace("_", " ") for sign in evaluation.signs if sign.raised)
-        signs = raised if evaluation.signs else None
-        shown = bool(adaptive)
-        unranked = "" if shown else ONLY_TRANSFER if defence else UNATTACKED
-        if evaluation.images is not None and checked.problems:
-            unranked = CONTRADICTED
-        entry = BoardEntry(
-            _method(run, model, source.name), _name(str(base)), defence, Score.of(clean),
-            Score.of(worst) if shown else None, tuple(o.name for o in adaptive),
-            Score.of(min((o.accuracy for o in transfer), key=lambda a: a.correct)) if shown and transfer else None,
-            None if before is None else Score.of(before), signs=signs, verified=verified, link=source.link, place=source.name,
-            unranked=unranked, decisions=clean.decisions,
-        )  # fmt: skip
-        # no length but L-inf means the same in images of another size
-        size = (model.get("pixels") or {}).get("size") if threat.norm != "linf" else None
-        images = of_data if size is None else f"{of_data}, {plain(' x '.join(map(str, size)), 40)} pixels"
-        found.append(((protocol, images, threat.norm, threat.epsilon, tuple(sorted(asked))), entry))
-    return found
-
-
-def _method(run: RunResults | None, model: Mapping[str, Any], name: str) -> str:
-    if run is not None:
-        return f"{run.method}, {shots_name(run.task.shots)}" if run.task.shots else run.method
-    return Path(name).name if model.get("adapter") else "zero-shot"
-
-
-def _name(base: str) -> str:
-    """Returns the name of a base: of an embedded model its own, of a folder the last part."""
-    return embedded_name(base) or (Path(base).name if base.startswith((".", "/", "~")) else base)
-
-
-def is_evaluation(path: Path) -> bool:
-    """Tells whether a JSON file holds an evaluation; a damaged one may."""
-    try:
-        return read_json(path).get("kind") == "evaluation"
-    except (OSError, ValueError):
-        return path.name == EVALUATION
-
-
-def told_by(path: Path) -> tuple[str, str]:
-    """Returns two texts on an evaluation's file: what was measured and how, and the figures. Copies have both in common.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, ArithmeticError: The file is damaged, or its figures cannot be true.
-    """
-    content = Evaluation.from_dict(read_json(path)).to_dict()
-    how = [content["configuration"], [row["attack"] for row in content["attacks"]]]
-    names = ("clean", "attacks", "worst_case", "union", "undefended", "signs", "images")
-    return json.dumps(how, sort_keys=True), json.dumps([content.get(name) for name in names], sort_keys=True)

@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from ..utils.files import write_text
 from ..utils.markup import plain
-from .entries import VERIFIED, Board, BoardEntry, Found, Score
+from .boards import Board, Found
+from .entries import VERIFIED, BoardEntry, Score
 
 TITLE = "Robust CLIPs and their defences"
 PAGE = "index.html"

@@ -16,17 +16,8 @@ from report.benchmark_lines import base_to_new, figures, line, suite, transfer, 
 from capt_peft import ThreatModel
 from capt_peft.attacks import get_protocol
 from capt_peft.evaluation import Verification
-from capt_peft.report.entries import (
-    CONTRADICTED,
-    NO_IMAGES,
-    ONLY_TRANSFER,
-    UNCHECKED,
-    VERIFIED,
-    Score,
-    Source,
-    collect,
-    told_by,
-)
+from capt_peft.report.boards import CONTRADICTED, Source, collect, told_by
+from capt_peft.report.entries import NO_IMAGES, ONLY_TRANSFER, UNCHECKED, VERIFIED, Score
 from capt_peft.report.leaderboard import page, write_leaderboard
 from capt_peft.report.sections import read_sections
 from capt_peft.results.accuracy import Accuracy, wilson_interval
