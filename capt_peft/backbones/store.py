@@ -99,7 +99,11 @@ def backbone_folder(name: str, *, checkpoint: str | Path | None = None) -> str:
         except OSError as error:
             raise _unreachable(entry, error, have=path) from error
         _remember(entry, sha256, path)
-        os.replace(made, folder)  # whole or not at all
+        try:
+            os.replace(made, folder)  # whole or not at all
+        except OSError:
+            if not (folder / RECORD).is_file():  # or another process was faster
+                raise
     return str(folder)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,20 @@ def test_a_tower_of_tecoas_layout_is_fetched_once_and_converted_exactly(hub, kno
     hub.offline = True
     again, _ = load_backbone(name)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_two_processes_may_convert_a_backbone_at_once(hub, known, state, monkeypatch):
+    name, tuned, replace = known["tecoa"], fine_tuned(state), os.replace
+    publish(hub, name, tuned, "tecoa")
+
+    def second(made, folder):
+        if Path(made).is_dir():
+            shutil.copytree(made, folder)  # the first one's
+        replace(made, folder)
+
+    monkeypatch.setattr(store.os, "replace", second)
+    assert_same_model(load_backbone(name)[0], tuned, SMALL, text_state=state)
+    assert [path.name for path in store.cache_folder().iterdir() if path.is_dir()] == [name]
 
 
 def test_robustvlms_layout_is_converted_exactly(hub, known, state):
