@@ -106,7 +106,7 @@ def _in_folder(folder: Path, output: Path, left_out: list[tuple[str, str]]) -> I
     """
     found: dict[Any, dict[str, Path]] = {}  # the first file with each of the figures, by the adapter's folder and how
     for path in sorted(folder.rglob("*.json"), key=lambda path: (path.name != EVALUATION, path)):
-        if re.search(r"\.old\d+\.json$", path.name) or ".partial" in path.parts[-2] or not is_evaluation(path):
+        if re.search(r"\.old\d+\.json$", path.name) or ".partial" in path.parent.name or not is_evaluation(path):
             continue
         try:
             how, figures = told_by(path)
@@ -131,7 +131,8 @@ def _in_folder(folder: Path, output: Path, left_out: list[tuple[str, str]]) -> I
 
 def _name_of(path: Path, folder: Path) -> str:
     """Returns what an evaluation is called: its adapter's folder, or its file, from the folder that is searched."""
-    return os.path.relpath(path.parent if path.name == EVALUATION else path, folder.parent)
+    place = path.parent if path.name == EVALUATION else path
+    return os.path.relpath(place, Path(os.path.abspath(folder)).parent)  # of ".", too
 
 
 def _adapter_of(path: Path) -> Path | None:

@@ -8,6 +8,7 @@ import pytest
 from commands.test_verify import TOKEN, measured  # noqa: F401
 from hub_client import Client
 from hub_server import Hub
+from records import evaluation_record
 from report.benchmark_lines import line, write
 
 from capt_peft.commands.evaluate import main as evaluate
@@ -30,6 +31,15 @@ def test_folders_and_lines_make_one_page(measured, tmp_path, capsys):  # noqa: F
     page = (tmp_path / "site" / "index.html").read_text()
     assert 'href="cards/runs_good.md"' in page and (tmp_path / "site" / "cards" / "runs_good.md").is_file()
     assert "capt, 1 shot" in page and "not checked" in page and "runs/broken" in page and str(tmp_path) not in page
+
+
+def test_the_folder_that_one_stands_in_can_be_shown(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(evaluation_record("a" * 16, "b" * 16)))
+    monkeypatch.chdir(folder)
+    assert "1 row on 1 board" in told(capsys, ".", "--output", tmp_path / "site")
+    assert '<th scope="row" data-value="mine">' in (tmp_path / "site" / "index.html").read_text()
 
 
 def test_verified_is_what_this_run_has_checked(measured, tmp_path, capsys):  # noqa: F811
