@@ -176,7 +176,7 @@ def load_data(args: Arguments, named: set[str], task: Mapping[str, Any]) -> tupl
                 return None, "the record does not say which data it is of (--dataset_name)."
             args.dataset_name = source
         return measured(args.load(), str(split), limit if isinstance(limit, int) else None), ""
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # the last: no split of that name
         if by_hand:
             raise
         return (

@@ -100,6 +100,8 @@ def test_data_that_cannot_be_loaded_leave_nothing_verified(folder, capsys):
     )
     main(["--adapter", str(folder), "--use_cpu", "--dataset_name", "digits"])
     assert "verified upper bound" in capsys.readouterr().out
+    change(folder / "evaluation.json", configuration__task__source="digits", configuration__task__split="none")
+    assert "digits, the data of the record, cannot be loaded" in refused(capsys, "--adapter", folder)
 
 
 def test_a_bare_clip_is_verified_with_its_evaluation(tmp_path, capsys):
