@@ -15,22 +15,13 @@ from typing import Any
 from ..attacks import Protocol, get_protocol, known_protocols
 from ..attacks.pgd import PGD
 from ..data.texts import read_template
-from ..utils.fractions import parse_fraction
 from ..utils.markup import table_row
 from ..utils.text import shown
 from .parser import Parser
 
 HEADER = (
-    "protocol",
-    "paper",
-    "attacks",
-    "step size",
-    "loss",
-    "epsilon",
-    "images per data set",
-    "text of a bare CLIP",
-    "beside",
-)
+    "protocol", "paper", "attacks", "step size", "loss", "epsilon", "images per data set", "text of a bare CLIP", "beside",
+)  # fmt: skip
 
 
 @dataclass
@@ -52,22 +43,15 @@ def main(argv: list[str]) -> None:
 def row_of(protocol: Protocol) -> tuple[str, ...]:
     """Returns a protocol as a row of the table."""
     attacks = protocol.attacks_at()
-    steps = {attack.name: protocol.step_size for attack in attacks if isinstance(attack, PGD)}
+    steps = protocol.step_size or "its own" if any(isinstance(attack, PGD) for attack in attacks) else "its own"
     losses = dict.fromkeys(str(getattr(attack, "loss", "")) for attack in attacks)
     images = ["all" if protocol.images is None else f"{protocol.images:,}"]
     images += [f"{task}: {number:,}" for task, number in protocol.images_of.items()]
     texts = [protocol.template or "the data set's own", *(["sets of templates"] if protocol.templates else [])]
     return (
-        protocol.name,
-        protocol.paper,
-        ", ".join(protocol.attacks),
-        ", ".join(dict.fromkeys(map(str, steps.values()))) or "its own",
-        ", ".join(losses),
-        f"{protocol.norm} {', '.join(protocol.epsilon)}",
-        "; ".join(images),
-        "; ".join(texts),
-        ", ".join(protocol.beside) or "-",
-    )
+        protocol.name, protocol.paper, ", ".join(protocol.attacks), steps, ", ".join(losses),
+        f"{protocol.norm} {', '.join(protocol.epsilon)}", "; ".join(images), "; ".join(texts), ", ".join(protocol.beside) or "-",
+    )  # fmt: skip
 
 
 def details_of(protocol: Protocol) -> str:
@@ -102,8 +86,9 @@ def settle(args: Any, named: Set[str]) -> Set[str]:
         if name in named and getattr(args, name) != own:
             raise contradiction(name, getattr(args, name), protocol, f"--{name} {own}")
         setattr(args, name, own)
-    args.epsilon = ",".join(radii(protocol, args.epsilon if "epsilon" in named else protocol.epsilon[0]))
-    args.attacks = ",".join(attack_names(protocol, args.attacks.split(",") if "attacks" in named else []))
+    epsilons = args.epsilon if "epsilon" in named else protocol.epsilon[0]
+    args.epsilon = ",".join(_radius(protocol, text.strip()) for text in epsilons.split(","))
+    args.attacks = ",".join(_attacks(protocol, args.attacks.split(",") if "attacks" in named else []))
     return named | {"norm", "split", "epsilon", "attacks"}
 
 
@@ -114,7 +99,11 @@ def settle_data(args: Any, named: Set[str]) -> None:
         ValueError: As for `settle`.
     """
     protocol, task = get_protocol(args.protocol), Path(args.dataset_name).name
-    args.limit = images(protocol, task, args.limit if "limit" in named else None)
+    limit = protocol.images_in(task)
+    if "limit" in named and args.limit != limit:
+        measured = "all images" if limit is None else f"{limit:,} images of {task}"
+        raise contradiction("limit", args.limit, protocol, measured)
+    args.limit = limit
     if args.adapter is not None:
         return
     own = protocol.template_for(task)
@@ -127,16 +116,15 @@ def settle_data(args: Any, named: Set[str]) -> None:
         raise contradiction("template", args.template, protocol, measured)
 
 
-def radii(protocol: Protocol, given: str) -> list[str]:
-    """Returns epsilons with commas as the protocol writes them; a ValueError names one that is not among its own."""
-    own = {parse_fraction(epsilon): epsilon for epsilon in protocol.epsilon}
-    for text in given.split(","):
-        if parse_fraction(text.strip()) not in own:
-            raise contradiction("epsilon", text.strip(), protocol, f"--epsilon {' or '.join(protocol.epsilon)}")
-    return [own[parse_fraction(text.strip())] for text in given.split(",")]
+def _radius(protocol: Protocol, given: str) -> str:
+    """Returns an epsilon as the protocol writes it; a ValueError says that it is not among its own."""
+    try:
+        return protocol.radius(given)
+    except ValueError:
+        raise contradiction("epsilon", given, protocol, f"--epsilon {' or '.join(protocol.epsilon)}") from None
 
 
-def attack_names(protocol: Protocol, given: list[str]) -> list[str]:
+def _attacks(protocol: Protocol, given: list[str]) -> list[str]:
     """Returns the names of attacks that are run, by default the protocol's; a ValueError says which of these are left out."""
     names = [name.strip() for name in given if name.strip()] or list(protocol.attacks)
     if lacking := protocol.lacking(names):
@@ -146,14 +134,6 @@ def attack_names(protocol: Protocol, given: list[str]) -> list[str]:
             f"--attacks {both} to have others beside it, or leave --protocol out."
         )
     return names
-
-
-def images(protocol: Protocol, task: str, limit: int | None) -> int | None:
-    """Returns how many images of a data set are measured; a ValueError says that another number was asked for."""
-    own = protocol.images_in(task)
-    if limit is not None and limit != own:
-        raise contradiction("limit", limit, protocol, "all images" if own is None else f"{own:,} images of {task}")
-    return own
 
 
 def contradiction(option: str, value: Any, protocol: Protocol, measured: str) -> ValueError:
