@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/margins.json"), help="JSON file of the figures")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else []
-    found = read_kept(args.lines, args.methods.split(","), seeds)
+    found = [of for name in args.methods.split(",") for of in read_kept(args.lines, [name], seeds)]
     asked = with_zero_shot([of for of in found if (of.cell.protocol, str(of.cell.shots)) == ("few-shot", args.shots)])
     if not asked:
         parser.error(

@@ -29,7 +29,7 @@ def measured(tmp_path_factory):
         get_suite("toy"), "tiny_clip", ["capt"], ["few-shot"], [16], [0], ["digits"], attacks=["pgd-1"], limit=N,
         split="validation", variants={"plain": {"learning_rate": 0.3}, "off": {"learning_rate": 0.1}},
     )  # fmt: skip
-    for cell in plan.cells():
+    for cell in reversed(plan.cells()):
         keep(folder / "lines.jsonl", cell, init_std=0.5, strength=float(cell.variant == "plain"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(margins, "ATTACK", "pgd-2")
@@ -37,7 +37,7 @@ def measured(tmp_path_factory):
             "margins.py",
             str(folder / "lines.jsonl"),
             "--methods",
-            "capt",
+            "capt (plain),capt",
             "--output",
             str(folder / "margins.json"),
         ]
@@ -60,6 +60,7 @@ def test_its_accuracies_are_those_of_the_evaluation(measured):
     figures = content["figures"]["capt (plain)"]["digits"]
     assert figures["clean"] == pytest.approx(100 * found.clean.value, abs=1e-3)
     assert figures["robust"] == pytest.approx(100 * found.robust.value, abs=1e-3)
+    assert [*content["figures"]] == ["zero-shot", "capt (plain)", "capt (off)"]
     assert (folder / "margins.png").stat().st_size > 10_000
 
 
