@@ -100,10 +100,8 @@ class Patch(SearchAttack):
         for _ in range(rank + 1):
             best = sums.flatten(1).argmax(1)
             top, left = best // sums.shape[2], best % sums.shape[2]
-            near = ((rows - top[:, None]).abs() * 2 < side)[:, :, None] & ((columns - left[:, None]).abs() * 2 < side)[
-                :, None
-            ]
-            sums = torch.where(near, -torch.inf, sums)
+            beside, above = (rows - top[:, None]).abs() * 2 < side, (columns - left[:, None]).abs() * 2 < side
+            sums = torch.where(beside[:, :, None] & above[:, None], -torch.inf, sums)
         return top, left
 
 

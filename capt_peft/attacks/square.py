@@ -15,6 +15,7 @@ from ..randomness import Generators, draw
 from .base import AttackResult, Attempt, Batch, SearchAttack, check_settings, size_name, size_pattern, stage, tries
 from .losses import margin
 from .registry import register_attack
+from .square_patch import random_corner, random_square, square_at
 from .threat import LogitsFn, ThreatModel
 
 # p is halved at these queries of 10,000; a search with another number of queries scales them (section 4.1)
@@ -117,7 +118,7 @@ class Square(SearchAttack):
         """Returns points with one square set to the image +-epsilon, by colour (algorithm 2)."""
         height, width = best.shape[2:]
         side = min(max(round(self._side(query, height, width)), 1), height, width)
-        inside = _window(numbers[:, 0], numbers[:, 1], side, height, width)  # (A, 1, H, W)
+        inside = random_square(numbers[:, :2], side, best)  # (A, 1, H, W)
         sign = _signs(numbers[:, 5:])[:, :, None, None].to(images)  # (A, 3, 1, 1)
         moved = torch.where(inside, images + self.threat_model.epsilon * sign, best)
         return self.threat_model.project(moved, images)
@@ -148,12 +149,13 @@ class Square(SearchAttack):
         side = max(round(self._side(query, height, width)), 3)
         side = min(side + (side % 2 == 0), smaller - (smaller % 2 == 0))
         delta = best - images
-        into = _window(numbers[:, 0], numbers[:, 1], side, height, width)
-        out_of = _window(numbers[:, 2], numbers[:, 3], side, height, width)
+        into, out_of = random_square(numbers[:, :2], side, best), random_square(numbers[:, 2:4], side, best)
         sign = _signs(numbers[:, 5:])[:, :, None, None].to(images)  # (A, 3, 1, 1)
         turn = (numbers[:, 4] > 0.5)[:, None, None]
         tile = _pyramid(side, images.device).to(images)
-        shape = _placed(torch.where(turn, tile.t(), tile), numbers[:, 0], numbers[:, 1], height, width)  # (A, 1, H, W)
+        shape = _placed(
+            torch.where(turn, tile.t(), tile), *random_corner(numbers[:, :2], side, best), best
+        )  # (A, 1, H, W)
         old = delta * into
         order = self._order
         if order == 1:
@@ -180,26 +182,14 @@ def _signs(uniform: Tensor) -> Tensor:
     return (uniform >= 0.5).float() * 2 - 1
 
 
-def _corner(uniform: Tensor, side: int, length: int) -> Tensor:
-    return (uniform * (length - side + 1)).long().clamp_max(length - side)  # (A,)
-
-
-def _window(top: Tensor, left: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Returns masks (A, 1, H, W) of squares whose corners lie where the uniform numbers `top` and `left` (A,) say."""
-    rows = torch.arange(height, device=top.device) - _corner(top, side, height)[:, None]  # (A, H)
-    columns = torch.arange(width, device=top.device) - _corner(left, side, width)[:, None]  # (A, W)
-    inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]
-    return inside[:, None]
-
-
-def _placed(tiles: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """Returns planes (A, 1, H, W) that hold each tile (A, s, s) where `_window` has its square, and 0 elsewhere."""
+def _placed(tiles: Tensor, top: Tensor, left: Tensor, images: Tensor) -> Tensor:
+    """Returns planes (A, 1, H, W) that hold each tile (A, s, s) at its upper left corner, (A,) each, and 0 elsewhere."""
     side = tiles.shape[-1]
-    rows = torch.arange(height, device=tiles.device) - _corner(top, side, height)[:, None]
-    columns = torch.arange(width, device=tiles.device) - _corner(left, side, width)[:, None]
+    rows = torch.arange(images.shape[2], device=tiles.device) - top[:, None]
+    columns = torch.arange(images.shape[3], device=tiles.device) - left[:, None]
     index = rows.clamp(0, side - 1)[:, :, None] * side + columns.clamp(0, side - 1)[:, None, :]  # (A, H, W)
     planes = tiles.flatten(1).gather(1, index.flatten(1)).view_as(index)
-    return planes[:, None] * _window(top, left, side, height, width)
+    return planes[:, None] * square_at(top, left, side, images)
 
 
 def _length(delta: Tensor, dims: tuple[int, ...], order: int) -> Tensor:

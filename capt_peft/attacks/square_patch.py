@@ -46,8 +46,13 @@ def best_square(adversarial: Tensor, images: Tensor, side: int, wide: torch.dtyp
     return square_at(place // sums.shape[2], place % sums.shape[2], side, images)
 
 
+def random_corner(uniform: Tensor, side: int, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the upper left corners, (B,) each, of the squares where numbers in [0, 1) say, (B, 2); every place is as likely."""
+    room = [n - side for n in images.shape[2:]]
+    top, left = ((uniform[:, i] * (n + 1)).long().clamp_max(n).to(images.device) for i, n in enumerate(room))
+    return top, left
+
+
 def random_square(uniform: Tensor, side: int, images: Tensor) -> Tensor:
-    """Returns the mask (B, 1, H, W) of the square where numbers in [0, 1) say, (B, 2); every place is as likely."""
-    free = torch.tensor(images.shape[2:], device=uniform.device) - side + 1
-    top, left = torch.minimum((uniform * free).long(), free - 1).to(images.device).unbind(1)
-    return square_at(top, left, side, images)
+    """Returns the mask (B, 1, H, W) of the square at its `random_corner`."""
+    return square_at(*random_corner(uniform, side, images), side, images)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from toy_models import CLASSES, accuracy, epsilon_for, make_model, seeded, some_images
 
 from capt_peft.attacks import APGD, Square, ThreatModel
-from capt_peft.attacks.square import _placed, _pyramid, _window
+from capt_peft.attacks.square import _placed, _pyramid
+from capt_peft.attacks.square_patch import random_corner, random_square
 
 NORMS = ["linf", "l2", "l1"]
 CPU = torch.device("cpu")
@@ -70,8 +71,8 @@ def test_the_share_of_the_squares_is_halved_when_the_paper_says(queries: int, p_
 @pytest.mark.parametrize(("side", "height", "width"), [(1, 5, 5), (3, 8, 12), (4, 9, 4), (5, 5, 5)])
 def test_squares_have_their_side_and_lie_in_the_image_at_every_place(side: int, height: int, width: int) -> None:
     uniform = torch.cat([torch.tensor([0.0, 1 - 2**-24]), torch.rand(500, generator=seeded(0))])
-    down, across = uniform, uniform.flip(0)
-    mask = _window(down, across, side, height, width)
+    numbers, images = torch.stack([uniform, uniform.flip(0)], 1), torch.empty(502, 3, height, width)
+    mask = random_square(numbers, side, images)
     assert mask.shape == (502, 1, height, width) and mask.dtype == torch.bool
     rows, columns = mask.any(3).squeeze(1), mask.any(2).squeeze(1)
     assert (rows.sum(1) == side).all() and (columns.sum(1) == side).all()
@@ -81,7 +82,7 @@ def test_squares_have_their_side_and_lie_in_the_image_at_every_place(side: int, 
     corners = set(zip(rows.int().argmax(1).tolist(), columns.int().argmax(1).tolist(), strict=True))
     assert len(corners) == (height - side + 1) * (width - side + 1)
     tile = torch.arange(1.0, side**2 + 1).view(1, side, side).expand(502, -1, -1)
-    planes = _placed(tile, down, across, height, width)
+    planes = _placed(tile, *random_corner(numbers, side, images), images)
     assert torch.equal(planes != 0, mask)
     assert torch.equal(planes[mask].view(502, -1), tile.flatten(1))
 
