@@ -98,11 +98,6 @@ def low_pass(pixels: Tensor, share: float) -> Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(pixels) * kept, s=(height, width))
 
 
-def total_variation(images: Tensor) -> Tensor:
-    """Returns the total variation (B, C) of images (B, C, H, W): the lengths of their pixels' gradients, summed."""
-    return _gradient(images).square().sum(0).sqrt().sum((2, 3))
-
-
 def smoothed(images: Tensor, weight: float, iterations: int = ITERATIONS) -> Tensor:
     """Returns the minimiser (B, C, H, W) of `TotalVariation`, each channel for itself, as near as the iterations bring it.
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from capt_peft.defences.filters import _divergence, _gradient, low_pass, smoothed, total_variation
+from capt_peft.defences.filters import _divergence, _gradient, low_pass, smoothed
 
 
 def noise(*shape, seed=0):
@@ -42,6 +42,11 @@ def test_the_low_pass_filters_gradient_is_its_adjoint():
 def test_divergence_is_the_gradients_transpose():
     x, p = noise(2, 3, 7, 5), noise(2, 2, 3, 7, 5, seed=1)
     torch.testing.assert_close((_gradient(x) * p).sum(), (x * _divergence(p)).sum(), rtol=0, atol=1e-12)
+
+
+def total_variation(images):
+    """The lengths of the gradients of the pixels, summed: (B, C)."""
+    return _gradient(images).square().sum(0).sqrt().sum((2, 3))
 
 
 def objective(z, x, weight):
