@@ -20,8 +20,6 @@ from ..randomness import example_generators
 from .subject import Decided, Subject
 
 _ROUNDING = 1e-6
-# what is recorded where nothing was attacked
-_CLEAN = ("index", "label", "prediction", "confidence", "decided", "undefended", "forwards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,7 @@ class BatchRecord:
     zero_gradients: list[float] = field(default_factory=list)  # shares at the first step, of images that had gradients
     decided: list[int] = field(default_factory=list)  # of a random defence, which decisions are right, as bits
     undefended: list[int] = field(default_factory=list)  # the prediction without the defence on the same image
-    parts: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # how many images each attack of an ensemble got and broke
+    parts: list[dict[str, Any]] = field(default_factory=list)  # how many images each part of an attack got and broke
     notes: list[str] = field(default_factory=list)  # what had to be changed for the model
     attacked: int = 0  # images that were right before
     forwards: int = 0  # images that the attack ran the model on
@@ -64,8 +60,8 @@ class BatchRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the record in JSON types; without an attack, only what there is."""
-        given = {name: value for name, value in vars(self).items() if self.clean or (name in _CLEAN and value)}
-        return {name: value for name, value in given.items() if value or name not in ("decided", "undefended")}
+        of_attacks = vars(self).keys() - {"decided", "undefended"} if self.clean else ()
+        return {name: value for name, value in vars(self).items() if value or name in of_attacks}
 
     @classmethod
     def joined(cls, records: Iterable[Mapping[str, Any]]) -> BatchRecord:

@@ -18,8 +18,6 @@ from .images import Examples
 from .resume import Jobs
 from .subject import Subject
 
-_PIECES = "corrupted-"
-
 
 def corrupt_pixels(pixels: Tensor, corruption: str, seed: int) -> Tensor:
     """Returns pixels (B, 3, H, W) in [0, 1], rounded to 8 bits, with a corruption such as "fog-3"."""
@@ -41,7 +39,7 @@ def measure_corrupted(
     """Measures what is left of every corruption; the processes share the batches."""
     state, n = PartialState(), len(examples)
     batches = [list(range(n))[start : start + batch_size] for start in range(0, n, batch_size)]
-    pieces = [(name, f"{_PIECES}{name}-{i:06d}", batch) for name in corruptions for i, batch in enumerate(batches)]
+    pieces = [(name, f"corrupted-{name}-{i:06d}", batch) for name in corruptions for i, batch in enumerate(batches)]
     own = pieces[state.process_index :: state.num_processes]
     for name, piece, indices in tqdm(own, "corruptions", disable=not (progress and state.is_main_process)):
         if piece not in jobs.done:

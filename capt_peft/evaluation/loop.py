@@ -42,7 +42,7 @@ from .rejection import Rejecting
 from .resume import Jobs, finished, sample_logits
 from .signs import probe
 from .subject import DECISIONS, Subject, subject_of
-from .worst import keep_piece, keep_worst, piece_path
+from .worst import keep_piece, keep_worst
 
 SIGNS = "signs"
 
@@ -266,8 +266,8 @@ class _Work:
     def measure(self, *, signs: bool) -> tuple[BatchRecord, Attacked, dict[str, Any]]:
         """Does what is left; returns the records of all images, clean and under each attack, and what signs need."""
         names = ["clean", *(f"{i:02d}" for i in range(len(self.attacks)))]
-        for number, (name, attack) in enumerate(zip(names, [None, *self.attacks], strict=True)):
-            self._measure(name, attack, number - 1)
+        for name, attack in zip(names, [None, *self.attacks], strict=True):
+            self._measure(name, attack)
         done = self.jobs.of_all()
         pieces = [[done[piece] for piece in sorted(done) if piece.startswith(f"{name}-")] for name in names]
         clean, *records = map(BatchRecord.joined, pieces)
@@ -282,7 +282,7 @@ class _Work:
         self.jobs.keep(SIGNS, probed)
         return probed
 
-    def _measure(self, name: str, attack: Attack | None, number: int) -> None:
+    def _measure(self, name: str, attack: Attack | None) -> None:
         """Runs one attack on the batches of this process."""
         state, n = PartialState(), len(self.examples)
         starts = range(0, n, self.batch_size)
@@ -294,9 +294,7 @@ class _Work:
         with tqdm(total=total, desc=title, unit="image", disable=hidden, miniters=0, mininterval=1, smoothing=0) as bar:
             robust, seen = 0.0, 0
             for piece, indices in batches:
-                kept = None
-                if self.pieces is not None and attack is not None:
-                    kept = piece_path(self.pieces, number, indices[0] // self.batch_size)
+                kept = None if self.pieces is None or attack is None else self.pieces / f"{piece}.safetensors"
                 if piece not in self.jobs.done or not (kept is None or kept.is_file()):
                     self.jobs.keep(piece, self._record(indices, attack, bar, kept).to_dict())
                 robust += BatchRecord(**self.jobs.done[piece]).right() / self.subject.decisions

@@ -82,22 +82,24 @@ _RULES = {
         "The attack ran in float32.",
         "Not checked: the model computes where PyTorch does not see it, as in NumPy.",
     ),
+    "gains_in_transfer_only": _Rule(
+        TRANSFER_ONLY,
+        "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; "
+        "images made with knowledge of it leave {worst:.1f}%: what the defence gains, it gains in transfer only.",
+        "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; "
+        "images made with knowledge of it leave {worst:.1f}%.",
+        "Not checked: that needs an attack.",
+    ),
+    "transfer_beats_knowledge": _Rule(
+        0.02,
+        "Adversarial images made without the defence break {percent:.1f}% of all images that no attack with knowledge of it "
+        "breaks: those attacks fail, and robust accuracy is too high.",
+        "Adversarial images made without the defence break {percent:.1f}% of all images that no attack with knowledge of it "
+        "breaks.",
+        "Not checked: that needs an attack with gradients.",
+    ),
 }
-_TRANSFER_ONLY = _Rule(
-    TRANSFER_ONLY,
-    "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; images "
-    "made with knowledge of it leave {worst:.1f}%: what the defence gains, it gains in transfer only.",
-    "Within {threat}, images made without the defence leave {transfer:.1f}% right with it and {without:.1f}% without it; images "
-    "made with knowledge of it leave {worst:.1f}%.",
-    "Not checked: that needs an attack.",
-)
-_TRANSFER_BEATS = _Rule(
-    0.02,
-    "Adversarial images made without the defence break {percent:.1f}% of all images that no attack with knowledge of it breaks: "
-    "those attacks fail, and robust accuracy is too high.",
-    "Adversarial images made without the defence break {percent:.1f}% of all images that no attack with knowledge of it breaks.",
-    "Not checked: that needs an attack with gradients.",
-)
+# of "square_beats_white_box" by the probe, where no black-box attack was asked for
 _FEW_QUERIES = _Rule(
     0.02,
     "{queries} queries of Square, which sees no gradients, break {percent:.1f}% {what}, where {many} steps of PGD fail: "
@@ -267,8 +269,8 @@ def signs_of_defence(
                 gains.append(len(black_box - transferred - knowing) / n)
     value, words = max(lost, key=lambda found: found[0]) if lost else (None, {})
     return (
-        _sign("gains_in_transfer_only", value, _TRANSFER_ONLY, **words),
-        _sign("transfer_beats_knowledge", max(missed, default=None), _TRANSFER_BEATS, least=1 / n),
+        _sign("gains_in_transfer_only", value, **words),
+        _sign("transfer_beats_knowledge", max(missed, default=None), least=1 / n),
         _sign("square_beats_white_box", max(gains, default=None)),
         _sign("zero_gradients", max(shares, default=None)),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attacks import Attack, LogitsFn, ThreatModel
 from ..defences import Defence, Defended, adaptive
 from ..results.accuracy import Accuracy
-from ..results.earlier import RANDOM, TOLERANCE, changes, logit_distance
+from ..results.earlier import RANDOM, TOLERANCE, changes, logit_changes, logit_distance
 from ..results.evaluation import Evaluation
 from ..results.kept import KeptImages, read_images
 from ..utils.machine import moved
@@ -154,9 +154,8 @@ def verify(
         )
     if data is None:
         return checked.without_data()
-    if isinstance(classifier, Defended):
-        return checked.with_data(Examples(data, classifier.classifier), adaptive(attacks, classifier.defence))
-    return checked.with_data(Examples(data, classifier), attacks)
+    bare = classifier.classifier if isinstance(classifier, Defended) else classifier
+    return checked.with_data(Examples(data, bare), attacks if defence is None else adaptive(attacks, defence))
 
 
 def _model_problems(subject: Subject, configuration: Mapping[str, Any]) -> Iterator[str]:
@@ -370,10 +369,8 @@ class _Against:
         if own["scored"] == RANDOM or _is_random(self.subject, self.kept[0].images[: self.batch_size]):
             self.unchecked.append("the classifier answers at random: one answer per image says little about it.")
             return
-        plain_told = {k: v for k, v in told.items() if k != "attacked"} if isinstance(told, Mapping) else told
-        plain_own = {k: v for k, v in own.items() if k != "attacked"}
-        found = changes({"model": {"logits": plain_own}}, {"model": {"logits": plain_told}})
-        self.problems += [f"{sentence}." for sentence in found]
+        scored = {**told, "attacked": own.get("attacked")} if isinstance(told, Mapping) else told  # what decides, alone
+        self.problems += [f"{sentence}." for sentence in logit_changes(own, scored)]
 
     def _attack(self, examples: Examples, attack: Attack, right: dict[ThreatModel, Tensor]) -> None:
         """Attacks the images that count as robust, and takes what it breaks from them."""

@@ -14,11 +14,6 @@ from ..utils.files import written_whole
 from .batch import Attacked, BatchRecord
 
 
-def piece_path(folder: Path, attack: int, batch: int) -> Path:
-    """Returns where the images of a batch under an attack lie, both by their number."""
-    return folder / f"{attack:02d}-{batch:06d}.safetensors"
-
-
 def keep_piece(path: Path, images: Tensor) -> None:
     """Writes the adversarial images (B, 3, H, W) of a batch, whole or not at all."""
     with written_whole(path.parent) as folder:
@@ -30,7 +25,7 @@ def keep_worst(path: Path, pieces: Path, attacked: Attacked, batch_size: int) ->
 
     Args:
         path: The file.
-        pieces: Folder of the pieces.
+        pieces: Folder of the pieces, whose names are those of the pieces of work, by attack and batch: "00-000000".
         attacked: Each attack, and what became of all images under it.
         batch_size: Images per piece.
     """
@@ -50,7 +45,7 @@ def _images_of(threat: ThreatModel, pieces: Path, attacked: Attacked, batch_size
         for batch, rows in enumerate(torch.arange(n).split(batch_size)):
             wanted = taken[rows] == number
             if wanted.any():
-                found = load_file(piece_path(pieces, attack, batch))["images"]
+                found = load_file(pieces / f"{attack:02d}-{batch:06d}.safetensors")["images"]
                 images = found.new_empty((n, *found.shape[1:])) if images is None else images
                 images[rows[wanted]] = found[wanted]
     assert images is not None
