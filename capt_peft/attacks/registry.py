@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,10 +36,21 @@ def attack_names() -> dict[str, str]:
     return shapes_of(_KINDS.values())
 
 
-def norms_of(name: str) -> tuple[str, ...]:
-    """Returns the norms that the attack of a name is built for; all of them for an unknown name, which `parse_attack` refuses."""
-    found = [kind.norms for pattern, kind in _KINDS.items() if isinstance(name, str) and re.fullmatch(pattern, name)]
-    return found[0] if found else tuple(NORMS)
+def fitting(names: Sequence[str], threats: Sequence[ThreatModel]) -> list[tuple[str, ThreatModel]]:
+    """Returns under which threat models attacks can be run: those whose norm they are built for.
+
+    Args:
+        names: Names of attacks.
+        threats: Threat models.
+
+    Returns:
+        Names and threat models, in the order of these. A name that fits none comes last with the first of them, and
+        an unknown one with all, for `parse_attack` to refuse.
+    """
+    kinds = {name: next((k for pattern, k in _KINDS.items() if re.fullmatch(pattern, name)), None) for name in names}
+    norms = {name: NORMS if kind is None else kind.norms for name, kind in kinds.items()}
+    pairs = [(name, threat) for threat in threats for name in names if threat.norm in norms[name]]
+    return pairs + [(name, threat) for name in names if name not in dict(pairs) for threat in threats[:1]]
 
 
 def parse_attack(name: str, threat_model: ThreatModel, *, step_size: float | str | None = None) -> Attack:

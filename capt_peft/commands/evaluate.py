@@ -28,7 +28,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from ..attacks import ThreatModel, get_protocol, parse_attack
-from ..attacks.registry import norms_of
+from ..attacks.registry import fitting
 from ..clip.calibration import calibration_for
 from ..clip.classifier import ZeroShotClassifier
 from ..data import Task, load_task
@@ -240,10 +240,8 @@ def parse_attacks(args: Arguments) -> list[Any]:
     names = [name for name in names if name != "clean"]
     if args.retrieval:
         return [parse_query_attack(name, threat) for threat in threats for name in names]
-    norms = {name: norms_of(name) for name in names}
-    pairs = [(name, threat) for threat in threats for name in names if threat.norm in norms[name]]
-    # an attack or a threat model that is left with nothing is told what it needs
-    pairs += [(name, threats[0]) for name in names if name not in dict(pairs)]
+    pairs = fitting(names, threats)
+    # a threat model that is left without an attack is told what it needs
     pairs += [(name, threat) for threat in threats for name in names[:1] if threat not in {each for _, each in pairs}]
     parse = parse_attack if args.protocol is None else get_protocol(args.protocol).attack
     return [parse(name, threat) for name, threat in pairs]

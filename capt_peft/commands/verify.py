@@ -23,6 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from peft import PeftModel
 
 from ..attacks import parse_attack
+from ..attacks.registry import fitting
 from ..clip.classifier import ZeroShotClassifier
 from ..defences import Defended, parse_defence
 from ..evaluation import Evaluation, Verification, verify
@@ -89,12 +90,8 @@ def verified(args: Arguments, named: set[str]) -> Verification:
     if not images_path(path).is_file():
         raise ValueError(f"{images_path(path).name}, the worst-case images of {path}, is missing.")
     state = PartialState(cpu=args.use_cpu or not torch.accelerator.is_available())
-    attacks = [
-        parse_attack(name.strip(), threat)
-        for threat in evaluation.worst_case
-        for name in args.attacks.split(",")
-        if name.strip()
-    ]
+    names = [name.strip() for name in args.attacks.split(",") if name.strip()]
+    attacks = [parse_attack(*pair) for pair in fitting(names, list(evaluation.worst_case))]
     recorded, settings, task = (_object(evaluation, name) for name in ("model", "defence", "task"))
     defence = parse_defence(str(settings.get("name"))) if settings else None
     classifier = load_recorded(args, recorded).to(state.device)

@@ -28,7 +28,7 @@ from capt_peft.attacks import (
     register_attack,
     registry,
 )
-from capt_peft.attacks.registry import known_attack
+from capt_peft.attacks.registry import fitting, known_attack
 from capt_peft.benchmark import Plan, get_suite
 from capt_peft.benchmark.run import passes
 from capt_peft.evaluation import evaluate
@@ -129,6 +129,13 @@ def test_a_default_that_is_written_out_is_left_out_again(name: str, short: str) 
 )
 def test_a_name_tells_the_settings_that_are_not_the_default(attack: Attack, name: str) -> None:
     assert attack.name == name
+
+
+def test_attacks_are_run_under_the_threat_models_that_they_are_built_for() -> None:
+    ball, patch = ThreatModel("linf", "4/255"), ThreatModel("patch", "1/8")
+    assert fitting(["pgd-20", "patch-5"], [patch, ball]) == [("patch-5", patch), ("pgd-20", ball)]
+    assert fitting(["pgd-20"], [patch]) == [("pgd-20", patch)]  # refused in a sentence
+    assert fitting(["pdg-20"], [patch, ball]) == [("pdg-20", patch), ("pdg-20", ball)] and fitting(["pgd-20"], []) == []
 
 
 def test_different_settings_have_different_names() -> None:
