@@ -89,6 +89,7 @@ def main(argv: list[str]) -> None:
             sources += _on_the_hub(name, left_out)
         else:
             raise ValueError(f"There is no file or folder {name}; a tag of the Hub has neither spaces nor slashes.")
+    sources = list({source.path.resolve(): source for source in sources}.values())  # a folder may be in another
     if args.verify:
         sources = [_verified(source) for source in sources]
     found = collect(lines, sources, left_out)

@@ -39,6 +39,7 @@ def test_the_folder_that_one_stands_in_can_be_shown(tmp_path, capsys, monkeypatc
     (folder / "evaluation.json").write_text(json.dumps(evaluation_record("a" * 16, "b" * 16)))
     monkeypatch.chdir(folder)
     assert "1 row on 1 board" in told(capsys, ".", "--output", tmp_path / "site")
+    assert "1 row on 1 board" in told(capsys, folder, tmp_path, "--output", tmp_path / "site")  # not shown twice
     assert '<th scope="row" data-value="mine">' in (tmp_path / "site" / "index.html").read_text()
 
 
