@@ -24,7 +24,7 @@ from transformers import PrinterCallback, set_seed
 
 from ..attacks import ThreatModel
 from ..clip.classifier import ZeroShotClassifier
-from ..defences import Defended, adaptive, parse_defence
+from ..defences import Defended, parse_defence
 from ..evaluation import evaluate
 from ..methods import make_trainer
 from ..results.accuracy import Accuracy
@@ -35,6 +35,7 @@ from ..tuner.fingerprint import adapter_fingerprint
 from ..utils.files import make_writable, write_json, written_whole
 from ..utils.machine import describe_machine, versions
 from ..utils.outputs import OutputLock, main_process_says
+from .cost import duration, passes
 from .inputs import TUNED_WITH, Inputs, Root, _load_task, drawn, load_base, read_task, template_of, training_task
 from .lines import Lines, is_whole
 from .plan import Cell, Target
@@ -48,7 +49,6 @@ Tune = Callable[[Cell, nn.Module, Any, Root], tuple[PeftModel, dict[str, Any]]] 
 TUNED_ON = "tuned_on"  # in an adapter's record: the digests of what it was tuned with
 TAKEN = "taken"  # by another process
 _POLL_SECONDS = 1.0
-_CLASSES, _ALL_SHOTS, _TEST_IMAGES = 10, 64, 400  # guesses of how long a cell takes, without its data set
 
 
 def tune_adapter(
@@ -412,37 +412,10 @@ def listing(cells: Sequence[Cell], output: str | Path, workers: int = 1, *, root
     pace = sum(lines[cell.key]["seconds"] for cell in ended) / max(1, sum(map(passes, ended)))
     seconds = [pace * passes(cell) for cell in cells]
     rows = [
-        f"{cell.key}  {state:8}  {_duration(length) if ended else '?':>7}  {cell}"
+        f"{cell.key}  {state:8}  {duration(length) if ended else '?':>7}  {cell}"
         for cell, state, length in zip(cells, states, seconds, strict=True)
     ]
     left = sum(length for length, state in zip(seconds, states, strict=True) if state != "finished") / workers
-    time_left = f"should take {_duration(left)}" if ended else "take an unknown time, as none has run"
+    time_left = f"should take {duration(left)}" if ended else "take an unknown time, as none has run"
     total = f"{len(cells)} cells, {states.count('finished')} finished; the others {time_left}"
     return "\n".join([*rows, f"{total}{f' with {workers} workers' if workers > 1 else ''}."])
-
-
-def passes(cell: Cell) -> float:
-    """Returns about how many images go through the image tower, forward or backward, when the cell is run."""
-    attacks = cell.parsed_attacks()
-    if cell.defence:
-        attacks = adaptive(attacks, parse_defence(cell.defence))  # at a pass a decision, which is too little
-    measured = (cell.limit or _TEST_IMAGES) * len(cell.targets) * (1 + sum(attack.passes for attack in attacks))
-    if not cell.tuned:
-        return measured
-
-    def setting(name: str) -> float:
-        return float(cell.settings.get(name, getattr(CaptTrainingArguments, name)))
-
-    images = _CLASSES * (_ALL_SHOTS if cell.shots == "all" else int(cell.shots))
-    steps = setting("max_steps")
-    batch = min(setting("per_device_train_batch_size"), images)
-    seen = steps * batch if steps > 0 else images * setting("num_train_epochs")
-    return measured + seen * (2 * setting("attack_steps") + 4)
-
-
-def _duration(seconds: float) -> str:
-    """Returns a duration as people read it: "40 s", "12 min", "3 h 20 min"."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -38,13 +38,14 @@ class Entry:
         label_column: Its column of labels.
         splits: Its split names, by the task's (`train`, `validation`, `test`); what is missing is made up.
         coop_folder: The folder of the data set below CoOp's `$DATA`.
-        coop_split: CoOp's split file there, or None if CoOp has none.
+        coop_split: CoOp's split file there, or the list of training images that it reads; None if CoOp has none.
         coop_images: Without a split file, the folder of class folders (or of split folders) below `coop_folder`.
         shift_of: The entry whose classes these are a part of, if this is a test set for models trained on that.
         labels_in_order: Whether a source confirms that label i of the Hub's copy is class i here; else labels are
             matched by their names alone.
         left_out: Classes of the data that CoOp, and so the catalog, leaves out.
-        images: Images by the Hub's splits, where a source gives them.
+        images: Images by the Hub's splits, where a source gives them; by CoOp's of what is not on the Hub.
+        gigabytes: Size of the published archives, 10^9 bytes, where a source gives it.
         licence: What a source says of the licence.
         citation: The publication.
         sources: What was read for the above.
@@ -71,12 +72,18 @@ class Entry:
     labels_in_order: bool = False
     left_out: tuple[str, ...] = ()
     images: str | None = None
+    gigabytes: float | None = None
     note: str = ""
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The N class names, in the order of the labels."""
         return tuple(names[0] for names in read_classes(self.classes))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The images of each split, training images first and test images last; () where no source gives them."""
+        return tuple(int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", self.images or ""))
 
     @property
     def test_only(self) -> bool:

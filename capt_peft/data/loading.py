@@ -283,7 +283,7 @@ def _task_name(source: str, path: Path | None, config: str | None) -> str:
         return f"{source}:{config}" if config else source
     if path.is_dir():
         return path.name
-    return path.parent.name if path.suffix == ".json" else path.stem
+    return path.parent.name if path.suffix in (".json", ".txt") else path.stem
 
 
 def _refuse(source: str, **settings: Any) -> None:

@@ -25,6 +25,7 @@ from .parts import Opened, Part, check_one_address, check_path, split_of
 logger = logging.getLogger(__name__)
 
 Entries = dict[str, list[tuple[str, int, str]]]  # of a split file of CoOp
+AIRCRAFT = "images_variant_train.txt"  # FGVCAircraft's own lists, which CoOp reads: a line is an image and its class
 _PROBES = 20  # listed images that are looked for in each folder
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -45,7 +46,7 @@ def open_local(path: Path, chosen: Collection[str] = ()) -> Opened:
         return Opened("saved", {split: [Part(dataset, folder=path)] for split, dataset in opened.items()})
     split_file = find_split_file(path)
     if split_file is not None:
-        coop = open_coop(split_file)
+        coop = open_aircraft(split_file) if split_file.name == AIRCRAFT else open_coop(split_file)
         return Opened("coop", {split: [Part(dataset, str(split_file))] for split, dataset in coop.items()})
     files = parquet_files(path)
     if files:
@@ -109,8 +110,8 @@ def find_split_file(path: Path) -> Path | None:
         ValueError: Several split files in the folder.
     """
     if path.is_file():
-        return path if path.suffix == ".json" else None
-    found = sorted(path.glob("split_zhou_*.json"))
+        return path if path.suffix == ".json" or path.name == AIRCRAFT else None
+    found = sorted((*path.glob("split_zhou_*.json"), *path.glob(AIRCRAFT)))
     if len(found) > 1:
         raise ValueError(
             f"{path} has several split files: {some((file.name for file in found), 10)}. Give the path of one."
@@ -128,7 +129,38 @@ def open_coop(split_file: Path) -> dict[str, Dataset]:
         ValueError: A file of another form, or labels and class names that do not match.
         FileNotFoundError: A listed image that does not exist.
     """
-    splits = read_split_file(split_file)
+    return _listed(read_split_file(split_file), split_file)
+
+
+def open_aircraft(train_list: Path) -> dict[str, Dataset]:
+    """Opens the images that FGVCAircraft's lists name, by split; classes have the order of `variants.txt`.
+
+    Args:
+        train_list: `AIRCRAFT`; the lists of `val` and `test`, `variants.txt` and the folder `images` lie beside it.
+
+    Raises:
+        ValueError: A line of another form, or a class that `variants.txt` does not have.
+        FileNotFoundError: A list or an image that does not exist.
+    """
+    labels = {name: label for label, name in enumerate(_lines(train_list.with_name("variants.txt")))}
+    splits: Entries = {}
+    for split in ("train", "val", "test"):
+        file = train_list.with_name(AIRCRAFT.replace("train", split))
+        for line in _lines(file):
+            image, _, name = line.partition(" ")
+            if name not in labels:
+                raise ValueError(f"{file} has the line {line!r}; a line is an image and a class of variants.txt.")
+            splits.setdefault(split, []).append((f"{image}.jpg", labels[name], name))
+    return _listed(splits, train_list)
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist, which lists images or classes of FGVCAircraft. Put it there.")
+    return file.read_text(encoding="utf-8").strip().splitlines()
+
+
+def _listed(splits: Entries, split_file: Path) -> dict[str, Dataset]:
     class_names = _class_names(splits, split_file)
     folder = _image_folder(split_file.parent, splits)
     paths = {split: [str(folder / entry[0]) for entry in entries] for split, entries in splits.items()}

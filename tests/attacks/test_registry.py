@@ -30,7 +30,7 @@ from capt_peft.attacks import (
 )
 from capt_peft.attacks.registry import fitting, known_attack
 from capt_peft.benchmark import Plan, get_suite
-from capt_peft.benchmark.run import passes
+from capt_peft.benchmark.cost import passes
 from capt_peft.evaluation import evaluate
 
 KNOWN = attack_names()

@@ -16,6 +16,7 @@ from helpers import TINY_CLIP
 from PIL import Image
 
 from capt_peft.benchmark import Lines, Plan, Suite, Target, get_suite, listing, run, run_cells
+from capt_peft.benchmark.cost import duration, passes
 from capt_peft.benchmark.inputs import Inputs
 from capt_peft.commands.benchmark import main
 from capt_peft.report import read_sections
@@ -298,7 +299,7 @@ def test_without_finished_cells_the_list_gives_no_times(output):
     [(0, "1 s"), (40.4, "40 s"), (89, "89 s"), (100, "2 min"), (89 * 60, "89 min"), (12000, "3 h 20 min"), (7260, "2 h 01 min")],
 )  # fmt: skip
 def test_durations_are_written_as_people_say_them(seconds, words):
-    assert run._duration(seconds) == words
+    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,7 @@ def test_durations_are_written_as_people_say_them(seconds, words):
 )
 def test_the_cost_of_tuning_grows_with_its_images_and_attack_steps(changes, factor):
     cell = replace(make_cells()[0], settings={"max_steps": 40, "attack_steps": 2}, attacks=(), limit=1)
-    assert run.passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (run.passes(cell) - 1))
+    assert passes(replace(cell, **changes)) - 1 == pytest.approx(factor * (passes(cell) - 1))
 
 
 # ----------------------------------------------------------------------------------------------------- killed at any time

@@ -6,8 +6,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from coop_data import picture, write_coop, write_folders
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as PILImage
 
 from capt_peft.data import CATALOG, Entry, list_tasks, load_task
 from capt_peft.data.catalog import read_classes, recognize, to_catalog
@@ -31,11 +31,6 @@ with_split_file = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
-def picture(label):
-    """An image that tells its label in the catalog, as red + 256 green."""
-    return PILImage.new("RGB", (8, 8), (label % 256, label // 256, 0))
 
 
 def told(row):
@@ -203,18 +198,6 @@ def test_a_hub_that_does_not_answer_leads_to_root(monkeypatch):
 # Local copies
 
 
-def write_coop(item, root, labels=(0, 1), per_class=6):
-    """A root in CoOp's layout, with images of these classes; the others are in the split file's `test` only."""
-    splits = {"train": [], "val": [], "test": []}
-    (root / "images").mkdir(parents=True)
-    for label in labels:
-        for number, split in enumerate(["train"] * (per_class - 2) + ["val", "test"]):
-            picture(label).save(root / "images" / f"{label}_{number}.png")
-            splits[split].append([f"{label}_{number}.png", label, item.class_names[label].replace(" ", "_")])
-    (root / item.coop_split).write_text(json.dumps(splits))
-    return root
-
-
 @with_split_file
 def test_a_coop_root_is_loaded_by_name_from_its_folder_or_the_one_above(item, tmp_path):
     folder = write_coop(item, tmp_path / item.coop_folder)
@@ -225,18 +208,26 @@ def test_a_coop_root_is_loaded_by_name_from_its_folder_or_the_one_above(item, tm
         assert task.source == str(root)
 
 
+def test_the_lists_of_aircraft_name_what_is_missing(tmp_path):
+    item = CATALOG["fgvc_aircraft"]
+    folder = write_coop(item, tmp_path / item.coop_folder)
+    (folder / "images" / "1_5.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of the 12 images that .*images_variant_train.txt lists .*1_5.jpg"):
+        load_task("fgvc_aircraft", root=tmp_path)
+    (folder / "images_variant_test.txt").write_text("0_5 Concorde\n")
+    with pytest.raises(ValueError, match=r"test.txt has the line '0_5 Concorde'; a line is an image and a class"):
+        load_task(folder)
+    (folder / "images_variant_test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"images_variant_test.txt does not exist"):
+        load_task(folder)
+
+
 @with_split_file
 def test_a_coop_root_is_recognized_by_its_split_file(item, tmp_path):
     folder = write_coop(item, tmp_path / "here")
     task = load_task(folder)
     assert task.template == item.template and task.name == "here" and recognize(folder) is item
     check(task, item, item.class_names[:2])
-
-
-def write_folders(root, names):
-    for label, name in names.items():
-        (root / name).mkdir(parents=True)
-        picture(label).save(root / name / "0.png")
 
 
 @pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_v2"])
@@ -345,7 +336,7 @@ def row(item: Entry):
     coop = f"`{item.coop_folder}/{item.coop_split or item.coop_images or ''}`" if item.coop_folder else "-"
     return (
         f"| `{item.name}` | {item.title} | {item.num_classes:,} | {hub} | {columns} | {splits if item.hub_id else '-'} | "
-        f"{item.images or '-'} | {coop} | {item.template} | {item.licence} |"
+        f"{item.images or '-'} | {item.gigabytes or '-'} | {coop} | {item.template} | {item.licence} |"
     )
 
 
