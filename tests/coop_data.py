@@ -13,10 +13,11 @@ def picture(label):
     return Image.new("RGB", (8, 8), (label % 256, label // 256, 0))
 
 
-def write_folders(root, names):
+def write_folders(root, names, images=1):
     for label, name in names.items():
         (root / name).mkdir(parents=True)
-        picture(label).save(root / name / "0.png")
+        for number in range(images):
+            picture(label).save(root / name / f"{number}.png")
 
 
 def write_coop(item, root, labels=(0, 1), per_class=6):
@@ -41,11 +42,15 @@ def write_coop(item, root, labels=(0, 1), per_class=6):
 
 
 def write_data_set(item, root, labels):
-    """A data set of the paper suite below `root`, as CoOp's users have it, of these classes."""
+    """A data set of the paper suite below `root`, as CoOp's users have it, of these classes, with 16 training images each."""
     folder = root / item.coop_folder
     if item.coop_split:
-        write_coop(item, folder, labels)
+        write_coop(item, folder, labels, per_class=18)
         return
-    words = {label: str(label) if item.name == "imagenet_v2" else read_classes(item.classes)[label][1] for label in labels}
-    for split in ("",) if item.shift_of else ("train", "val"):
-        write_folders(folder / item.coop_images / split, words)
+    words = {
+        label: str(label) if item.name == "imagenet_v2" else read_classes(item.classes)[label][1] for label in labels
+    }
+    for split, images in (
+        {"": 1}.items() if item.shift_of else {"train": 20, "val": 1}.items()
+    ):  # a fifth becomes validation images
+        write_folders(folder / item.coop_images / split, words, images)

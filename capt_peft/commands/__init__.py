@@ -49,6 +49,7 @@ COMMANDS = {
     "calibrate": Command("fits an adapter's temperature, and the answer none of these", "calibrate", ("adapter",), TUNED_DATA),
     "strength": Command("measures an adapter over its strength from 0 to 1, and sets one", "strength", ("adapter",), TUNED_DATA),
     "benchmark": Command("compares methods by the paper's protocols", "benchmark"),
+    "reproduce": Command("runs a published protocol on real CLIP, and writes our figures beside the published ones", "reproduce"),
     "report": Command("makes tables and plots of a benchmark's lines", "report", ("lines", "...")),
     "leaderboard": Command("builds a static page that ranks adapters and defences", "leaderboard", ("sources", "...")),
     "card": Command("writes an adapter's model card again", "card", ("adapter",)),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import datasets
 import transformers
 from accelerate import PartialState
 
-from ..benchmark import PROTOCOLS, Plan, Suite, get_suite, listing, run_cells
+from ..benchmark import PROTOCOLS, Cell, Plan, Suite, get_suite, listing, run_cells
 from ..benchmark.plan import QUICK_LIMIT
 from ..methods import METHODS
 from ..training import CaptTrainingArguments
@@ -212,13 +213,18 @@ def make_plan(args: Namespace) -> Plan:
     return Plan(suite, model, **plan)
 
 
-def main(argv: list[str]) -> None:
-    """Runs what is left of the plan and writes the report."""
-    args = parse_args(argv)
+def quiet() -> None:
+    """Leaves warnings of ours, and bars of a benchmark's cells alone."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is left of the plan and writes the report."""
+    args = parse_args(argv)
+    quiet()
     plan = make_plan(args)
     cells = plan.cells()
     output = Path(args.output or f"outputs/benchmark/{args.suite}{'-quick' if args.quick else ''}.jsonl")
@@ -226,11 +232,16 @@ def main(argv: list[str]) -> None:
         print(listing(cells, output, args.workers, root=places(args)))
         return
     lines = run_cells(cells, output, backend=args.backend, workers=args.workers, root=places(args))
+    show_lines(cells, lines, output, lambda: show_report([output], args.report or output.with_suffix("")))
+
+
+def show_lines(cells: Sequence[Cell], lines: Mapping[str, Any], output: Path, report: Callable[[], None]) -> None:
+    """Says in the main process which cells failed, writes the report unless all did, and says how many are finished."""
     if not PartialState().is_main_process:
         return
     failed = [line for line in lines.values() if line["status"] == "failed"]
     for line in failed:
         print(f"failed: {line['cell']['method']} on {line['cell']['task']}: {line['error']['message']}")
     if len(failed) < len(lines):
-        show_report([output], args.report or output.with_suffix(""))
+        report()
     print(f"\n{len(lines) - len(failed)} of {len(cells)} cells are finished; their lines are in {output}.")

@@ -46,7 +46,7 @@ def open_local(path: Path, chosen: Collection[str] = ()) -> Opened:
         return Opened("saved", {split: [Part(dataset, folder=path)] for split, dataset in opened.items()})
     split_file = find_split_file(path)
     if split_file is not None:
-        coop = open_aircraft(split_file) if split_file.name == AIRCRAFT else open_coop(split_file)
+        coop = open_listed(split_file)
         return Opened("coop", {split: [Part(dataset, str(split_file))] for split, dataset in coop.items()})
     files = parquet_files(path)
     if files:
@@ -117,6 +117,11 @@ def find_split_file(path: Path) -> Path | None:
             f"{path} has several split files: {some((file.name for file in found), 10)}. Give the path of one."
         )
     return found[0] if found else None
+
+
+def open_listed(split_file: Path) -> dict[str, Dataset]:
+    """Opens the images that a split file names, in CoOp's form or FGVCAircraft's; see `open_coop` and `open_aircraft`."""
+    return open_aircraft(split_file) if split_file.name == AIRCRAFT else open_coop(split_file)
 
 
 def open_coop(split_file: Path) -> dict[str, Dataset]:

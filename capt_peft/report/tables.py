@@ -122,7 +122,7 @@ def _few_shot_tables(section: Section) -> list[Table]:
     named = {shots_name(shots): of for shots, of in rows.items()}
     labels = rows_of(section).labels
     shown = {name: numbers(*of.averages).reindex(labels, fill_value=MISSING) for name, of in named.items()}
-    notes = [*_about(section, section.runs, harmonic=True), *_coverage(named)]
+    notes = [*about(section, section.runs, harmonic=True), *_coverage(named)]
     singles = {name: of[[CLEAN, *section.attacks]] for name, of in shown.items()}
     shown = {name: of.drop(columns=section.attacks) for name, of in shown.items()}
     tables = [Table(f"{section.title}, average over tasks", pd.concat(shown, axis=1), notes)]
@@ -134,7 +134,7 @@ def _few_shot_tables(section: Section) -> list[Table]:
     for shots, of in rows.items():
         columns, partial = _task_columns(of, {task: task for task in of.tasks})
         title = f"{section.title}, every task{_at(shots)} (clean / robust)"
-        notes = [*_about(section, section.at(shots)), *partial]
+        notes = [*about(section, section.at(shots)), *partial]
         tables.append(Table(title, pd.DataFrame(columns, index=of.labels), notes))
     return tables
 
@@ -152,7 +152,7 @@ def _base_to_new_tables(section: Section, shots: Shots) -> list[Table]:
         return Table(title, pd.DataFrame(entries), [*notes, *_coverage({"": of})])
 
     meaning = "Both: the harmonic mean of base and new classes, of every run before it is averaged."
-    average = table("average over tasks", rows, [*_about(section, section.at(shots)), meaning])
+    average = table("average over tasks", rows, [*about(section, section.at(shots)), meaning])
     each = [table(task, rows.of_tasks([task]), []) for task in rows.tasks]
     return [average, *_differences(section, rows, shots), *(each if len(each) > 1 else [])]
 
@@ -166,7 +166,7 @@ def _transfer_tables(section: Section, shots: Shots) -> list[Table]:
     columns["", "average of targets"] = _clean_and_robust(targets)
     if section.has_gap:
         columns["", f"average {GAP}"] = numbers(*targets.averages)[GAP]
-    notes = [*_about(section, section.at(shots)), *partial, *_coverage({"": targets})]
+    notes = [*about(section, section.at(shots)), *partial, *_coverage({"": targets})]
     table = Table(f"{section.title}{_at(shots)} (clean / robust)", pd.DataFrame(columns), notes)
     return [table, *_differences(section, targets, shots)]
 
@@ -203,7 +203,7 @@ def _differences(section: Section, rows: Rows, shots: Shots) -> list[Table]:
     return [Table(title, pd.DataFrame(entries).T, [*notes, BOOTSTRAP])]
 
 
-def _about(section: Section, runs: pd.DataFrame, harmonic: bool = False) -> list[str]:
+def about(section: Section, runs: pd.DataFrame, harmonic: bool = False) -> list[str]:
     """Returns what the figures of a table are of, and what is missing."""
     measured = runs.dropna(subset="robust")
     described = [_described(section, measured, harmonic)] if len(measured) else []
