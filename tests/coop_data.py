@@ -50,7 +50,6 @@ def write_data_set(item, root, labels):
     words = {
         label: str(label) if item.name == "imagenet_v2" else read_classes(item.classes)[label][1] for label in labels
     }
-    for split, images in (
-        {"": 1}.items() if item.shift_of else {"train": 20, "val": 1}.items()
-    ):  # a fifth becomes validation images
+    splits = {"": 1} if item.shift_of else {"train": 20, "val": 1}  # of 20 a fifth becomes validation images
+    for split, images in splits.items():
         write_folders(folder / item.coop_images / split, words, images)

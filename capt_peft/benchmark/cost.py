@@ -8,8 +8,8 @@ from ..training import CaptTrainingArguments
 from .plan import Cell, Target
 
 _CLASSES, _ALL_SHOTS, _TEST_IMAGES = 10, 64, 400  # of data sets that the catalog does not know
-# docs/performance.md, "On a GPU" (H200, ViT-B/32, float32): PGD-20 on 256 images takes 2.98 s, a step with 32 images and K = 3 takes
-# 0.150 s, which is the time to start its kernels. A text of 10 tokens is about a tenth of an image's operations.
+# docs/performance.md, "On a GPU" (H200, ViT-B/32, float32): PGD-20 on 256 images takes 2.98 s, a step with 32 images and K = 3
+# takes 0.150 s, which is the time to start its kernels. A text of 10 tokens is about a tenth of an image's operations.
 GPU = "one NVIDIA H200, ViT-B/32, float32"
 _PASSES_PER_SECOND = 256 * (2 * 20 + 1) / 2.98
 _SECONDS_TO_START = 0.150 / (2 * 3 + 4)

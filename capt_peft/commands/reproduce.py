@@ -50,7 +50,10 @@ from .places import check_places, is_cached
 # settings that decide what is measured: they come from the protocol alone
 DECIDED = {"epsilon", "norm", "eval_attack", "eval_step_size", "model_name_or_path"}
 HUB = "https://huggingface.co"
-ARCHIVES = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
+ARCHIVES = (
+    "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md links the data sets and CoOp's splits, and shows the folders. "
+    "ImageNet is given to those who register at https://image-net.org and accept its terms. Archives of the data sets above:"
+)
 COUPLED_GB, OTHER_GB = 0.015, 0.001  # of an adapter of a ViT-B/32: 3.56 million parameters where towers are coupled
 WEIGHTS_GB = 0.6  # of a ViT-B/32 in float32
 
@@ -178,46 +181,33 @@ def make_cells(args: Arguments) -> list[Cell]:
     asked = {
         "methods": list(map(method_name, names(args.methods or list(METHODS)))),
         "protocols": _among("protocols", names(args.protocols or list(PROTOCOLS)), PROTOCOLS),
-        "shots": names(args.shots or sorted(_shots(recipe))),
+        "shots": names(args.shots or _shots(recipe)),
         "seeds": [int(seed) if seed.isdecimal() else seed for seed in names(args.seeds)],
     }
     _among("shots", asked["shots"], _shots(recipe))
     found = {}
     for epsilon, part in product(epsilons, recipe.parts):
-        model = args.model_name_or_path or recipe.models[epsilon]
-        planned = _plan(args, recipe, part, own, seeds=[0, *asked["seeds"]], epsilon=epsilon, model=model)
+        planned = _plan(args, part, own, seeds=[0, *asked["seeds"]], epsilon=epsilon)
         found |= {cell.key: cell for cell in planned.cells() if _is_asked(cell, asked)}
     if not found:
         raise ValueError("Nothing is left to run of what --methods, --protocols, --tasks, --shots and --seeds name.")
     return sorted(found.values(), key=lambda cell: cell.seed)
 
 
-def _plan(
-    args: Arguments,
-    recipe: Recipe,
-    part: Mapping[str, Any],
-    own: Mapping[str, Any],
-    *,
-    seeds: list[Any],
-    epsilon: str,
-    model: str,
-) -> Plan:
-    settings = {**settings_of(args.protocol), **recipe.changes, **part.get("settings", {}), "epsilon": epsilon, **own}
-    settings = {
-        name: value for name, value in settings.items() if value is not None and name not in DECIDED - {"epsilon"}
-    }
-    of_methods = {
-        name: {**of, **{k: own[k] for k in of.keys() & own.keys()}} for name, of in recipe.method_settings.items()
-    }
+def _plan(args: Arguments, part: Mapping[str, Any], own: Mapping[str, Any], *, seeds: list[Any], epsilon: str) -> Plan:
+    recipe = recipes()[args.protocol]
+    published = {name: value for name, value in settings_of(args.protocol).items() if name not in DECIDED}
+    settings = {**published, **recipe.changes, **part.get("settings", {}), **own, "epsilon": epsilon}
+    methods = recipe.method_settings.items()
     return Plan(
         get_suite(SUITE),
-        model,
+        args.model_name_or_path or recipe.models[epsilon],
         protocols=part["protocols"],
         shots=part.get("shots", (16,)),
         seeds=seeds,
         tasks=names(args.tasks) if args.tasks else None,
-        settings=settings,
-        method_settings=of_methods,
+        settings={name: value for name, value in settings.items() if value is not None},
+        method_settings={name: {**of, **{k: own[k] for k in of.keys() & own.keys()}} for name, of in methods},
         attacks=part.get("attacks"),
         evaluation_protocol=None if "attacks" in part else args.protocol,
     )
@@ -256,19 +246,16 @@ def overview(args: Arguments, cells: Sequence[Cell], problems: Mapping[str, str]
     known = [CATALOG[task].gigabytes for task in tasks]
     models = [_row_of_model(cell, problems) for cell in {cell.model: cell for cell in cells}.values()]
     unknown = f", and {known.count(None)} of unknown size" if None in known else ""
+    tables = [
+        _table(("radius", "CLIP", "here", "GB", "from", "licence"), models),
+        _table(("data set", "here", "GB", "from", "licence"), [_row_of_task(of, args.root, problems) for of in tasks]),
+    ]
+    missing = ["\n".join(f"- {name} {why}." for name, why in problems.items())] if problems else []
     parts = [
         f"{protocol.title} ({protocol.paper}): {len(cells):,} cells by the protocol {protocol.name}.",
-        _table(("radius", "CLIP", "here", "GB", "from", "licence"), models),
-        _table(
-            ("data set", "here", "GB", "from", "licence"), [_row_of_task(task, args.root, problems) for task in tasks]
-        ),
-        *(["\n".join(f"- {name} {why}." for name, why in problems.items())] if problems else []),
-        f"The archives, and CoOp's splits, are linked in {ARCHIVES}: {sum(filter(None, known)):.0f} GB{unknown}. {_adapters(cells)}",
-        *(
-            ["ImageNet is given to those who register at https://image-net.org and accept its terms."]
-            if "imagenet" in tasks
-            else []
-        ),
+        *tables,
+        *missing,
+        f"{ARCHIVES} {sum(filter(None, known)):.0f} GB{unknown}. {_adapters(cells)}",
         *_time(cells, args.lines, args.workers),
     ]
     return "\n\n".join(parts) + "\n"
@@ -340,20 +327,16 @@ def _time(cells: Sequence[Cell], output: Path, workers: int) -> list[str]:
             row[1] += 1
         else:
             row[2] += seconds
-    pace = spent / expected if expected else 1.0
-    guessed = (
-        f"the pace of the {sum(of[1] for of in rows.values()):,} finished cells" if expected else f"the pace of {GPU}"
-    )
+    pace, finished = (spent / expected if expected else 1.0), sum(of[1] for of in rows.values())
     head = ("epsilon", "experiment", "shots", "attacks", "cells", "finished", "hours left")
     shown = [(*place, f"{n}", f"{done}", f"{pace * left / 3600:,.1f}") for place, (n, done, left) in rows.items()]
-    total = pace * sum(of[2] for of in rows.values())
-    several = f" ({workers} workers at a time: {total / workers / 3600:,.1f})" if workers > 1 else ""
-    why = (
-        ""
-        if expected
-        else " (docs/performance.md), from operations and measured steps: a guess that may be off by a factor of two"
-    )
-    return [_table(head, shown), f"Left: about {total / 3600:,.1f} hours{several} at {guessed}{why}."]
+    total = pace * sum(of[2] for of in rows.values()) / 3600
+    several = f" ({total / workers:,.1f} with {workers} workers)" if workers > 1 else ""
+    guessed = f"the pace of the {finished:,} finished cells" if finished else f"{GPU} (docs/performance.md)"
+    return [
+        _table(head, shown),
+        f"Left: about {total:,.1f} hours{several}, guessed from operations and {guessed}; it may be off by a factor of two.",
+    ]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -23,7 +23,7 @@ SUITE = "paper"
 NAMES = ("published.md", "published.tex")
 NO_FIGURES = "CAPT's paper (arXiv 2405.11154) gives no figure that could be read, so none stands beside capt."
 MEANING = (
-    "Clean / robust accuracy in percent; what is measured here is the mean ± sample standard deviation over seeds. Difference: here minus "
+    "Clean / robust accuracy in percent; measured here: the mean ± sample standard deviation over seeds. Difference: here minus "
     "published, in points."
 )
 
@@ -72,7 +72,7 @@ def known_tables() -> list[Published]:
 def write_published(
     lines: str | Path | Sequence[str | Path], folder: str | Path, notes: Sequence[str] = ()
 ) -> list[Path]:
-    """Writes published tables with our figures beside theirs, as Markdown and LaTeX; tables of which nothing was run are left out.
+    """Writes published tables with our figures beside theirs, as Markdown and LaTeX; those of which nothing was run are left out.
 
     Args:
         lines: As for `read_sections`.
@@ -149,10 +149,10 @@ def _measured(rows: Rows | None, label: str, column: Mapping[str, Any]) -> tuple
     scores = rows.scores.xs(label, level="label")
     half = f"{column['classes']} " if "classes" in column else ""
     scores = scores[scores.index.isin(tasks, level="task")]
-    by_seed = {seed: of for seed, of in scores.groupby("seed")}
-    whole = [of for of in by_seed.values() if len(of) == len(tasks)]
+    by_seed = [of for _, of in scores.groupby("seed")]
+    whole = [of for of in by_seed if len(of) == len(tasks)]
     if not whole:
-        most = max(map(len, by_seed.values()), default=0)
+        most = max(map(len, by_seed), default=0)
         return {}, f"{most} of {len(tasks)}" if most else ""
     found: Measured = {}
     for measure in (CLEAN, ROBUST):
