@@ -178,14 +178,13 @@ def make_cells(args: Arguments) -> list[Cell]:
             f"--model_name_or_path is one CLIP, and the protocol {protocol.name} has one for each of {', '.join(epsilons)}: give "
             "--epsilon too."
         )
-    asked = {
+    asked: dict[str, Sequence[Any]] = {
         "methods": list(map(method_name, names(args.methods or list(METHODS)))),
         "protocols": _among("protocols", names(args.protocols or list(PROTOCOLS)), PROTOCOLS),
-        "shots": names(args.shots or _shots(recipe)),
+        "shots": _among("shots", names(args.shots or _shots(recipe)), _shots(recipe)),
         "seeds": [int(seed) if seed.isdecimal() else seed for seed in names(args.seeds)],
     }
-    _among("shots", asked["shots"], _shots(recipe))
-    found = {}
+    found: dict[str, Cell] = {}
     for epsilon, part in product(epsilons, recipe.parts):
         planned = _plan(args, part, own, seeds=[0, *asked["seeds"]], epsilon=epsilon)
         found |= {cell.key: cell for cell in planned.cells() if _is_asked(cell, asked)}
@@ -313,7 +312,8 @@ def _adapters(cells: Sequence[Cell]) -> str:
 
 def _time(cells: Sequence[Cell], output: Path, workers: int) -> list[str]:
     """Returns a table of the experiments with the hours that are left, and what these are guessed from."""
-    lines, seen, rows = Lines(output).read(), set(), {}
+    lines, seen = Lines(output).read(), set()
+    rows: dict[tuple[str, ...], list[Any]] = {}  # cells, finished ones, and seconds of the others
     spent = expected = 0.0
     for cell in cells:
         seconds = gpu_seconds(cell, tuned=cell.training_key in seen)
