@@ -18,7 +18,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -103,8 +103,7 @@ class Arguments:
         return Path(self.output or f"outputs/reproduce/{self.protocol}.jsonl")
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):  # the fields of a dataclass here would be options
     """What is run of a protocol: the fields of `reproduce.yaml`."""
 
     models: Mapping[str, str]

@@ -34,7 +34,7 @@ def make_small():
     for name, recipe in reproduce.recipes().items():
         known_protocols()[name] = replace(known_protocols()[name], attacks=("pgd-1",))
         parts = [part | ({"attacks": ["apgd-ce-1"]} if "attacks" in part else {}) for part in recipe.parts]
-        reproduce.recipes()[name] = replace(recipe, parts=parts)
+        reproduce.recipes()[name] = recipe._replace(parts=parts)
 
 
 def cells(*arguments):
