@@ -194,9 +194,8 @@ def _of_evaluation(source: Source, missing: list[tuple[str, str]]) -> Iterator[t
             continue
         entry, attacks = _entry(names, source, evaluation, threat)
         # no length but L-inf means the same in images of another size
-        sized = threat.norm != "linf" and size is not None
-        where = f"{images}, {plain(' x '.join(map(str, size)), 40)} pixels" if sized else images
-        yield BoardKey(str(configuration.get("protocol") or "as evaluated"), where, threat, attacks), entry
+        sized = "" if threat.norm == "linf" or size is None else f", {plain(' x '.join(map(str, size)), 40)} pixels"
+        yield BoardKey(str(configuration.get("protocol") or "as evaluated"), images + sized, threat, attacks), entry
 
 
 def _entry(

@@ -14,7 +14,8 @@ from ..benchmark.plan import TRANSFERS, shots_name
 from ..results.accuracy import Accuracy, wilson_interval
 from ..results.defence import TRANSFER_ONLY, gone
 from ..utils.markup import plain
-from ..utils.text import differences, some
+from ..utils.text import some
+from .sections import differing_settings
 
 TRANSFER = "transfer"  # the way of an attack that does not know the defence
 NO_IMAGES, UNCHECKED, VERIFIED = "no images", "not checked", "verified"
@@ -136,7 +137,7 @@ class _Group(NamedTuple):
 
     suite: str
     protocol: str
-    shots: int | None  # 0 of what was not tuned; None: all images
+    shots: int | str  # 0 of what was not tuned
     classes: str
     threat: ThreatModel
     limit: int | None
@@ -276,15 +277,10 @@ def _on_board(group: _Group, rows: _Rows, missing: list[tuple[str, str]]) -> tup
 def _by_seed(measured: Sequence[_Measured]) -> dict[int, dict[str, Result]]:
     """Returns the results of a row by seed and data set; a ValueError says which of its lines do not belong together."""
     found: dict[int, dict[str, Result]] = {}
+    first = measured[0].line
     for _, line, result, _ in measured:
-        one, other = (
-            {**each.cell.settings, "prompts": each.cell.prompts} for each in (measured[0].line, line)
-        )  # of the whole row, as its figure is the mean over seeds and data sets
-        differing = [
-            f"{'.'.join(map(str, path))} ({a!r} and {b!r})"
-            for path, a, b in differences(one, other, missing="not given")
-        ]
-        known = measured[0].line.digests
+        # of the whole row, as its figure is the mean over seeds and data sets
+        differing, known = differing_settings(first.cell, line.cell), first.digests
         differing += [n for n in _MODEL if n in known and n in line.digests and known[n] != line.digests[n]]
         if differing:
             raise ValueError(f"its lines differ in {some(differing)}; give one of them a variant, or a page of its own")

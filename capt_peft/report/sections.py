@@ -214,16 +214,18 @@ def _check_settings(lines: Sequence[Line]) -> None:
     """Raises a ValueError if the lines of one cell are of different settings."""
     cells = [line.cell for line in lines if not line.error]
     for cell in cells[1:]:
-        one, other = ({**c.settings, "prompts": c.prompts} for c in (cells[0], cell))
-        differing = [
-            f"{'.'.join(map(str, path))} ({a!r} and {b!r})"
-            for path, a, b in differences(one, other, missing="not given")
-        ]
-        if differing:
+        if differing := differing_settings(cells[0], cell):
             raise ValueError(
                 f"{_name(cell)} ({cell.suite}, {cell.protocol}, {cell.split}) was run with different settings, which are: "
                 f"{', '.join(differing)}. Give one of them a variant, so that it has a row of its own."
             )
+
+
+def differing_settings(one: Cell, other: Cell) -> list[str]:
+    """Returns where the settings of two cells differ, as "weighting ('confidence' and 'entropy')"."""
+    settings = ({**cell.settings, "prompts": cell.prompts} for cell in (one, other))
+    found = differences(*settings, missing="not given")
+    return [f"{'.'.join(map(str, path))} ({a!r} and {b!r})" for path, a, b in found]
 
 
 def _check_inputs(lines: Iterable[Line]) -> None:
