@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -53,7 +54,7 @@ def scatter_figure(section: Section) -> Any | None:
     mean = mean.dropna()
     if mean.empty:
         return None
-    figure = new_figure(7.2, 4.6)
+    figure = new_figure(7.2, max(4.6, 0.24 * len(mean) + 0.3))  # as high as its legend
     axis = figure.subplots()
     for label, (colour, marker) in row_styles(rows_of(section)).items():
         if label in mean.index:
@@ -69,7 +70,7 @@ def scatter_figure(section: Section) -> Any | None:
     axis.set_ylabel("robust accuracy (%)", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=10)
-    axis.set_title(f"{_heading(section)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
+    axis.set_title(f"{fill(_heading(section), 64)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
     return figure
 
 

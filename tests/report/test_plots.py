@@ -70,6 +70,15 @@ def test_the_scatter_is_at_sixteen_shots_or_else_the_largest(tmp_path):
         assert len(axis.containers) == len(METHODS)
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_the_legend_of_the_scatter_lies_within_the_picture(tmp_path, rows):
+    (section,) = read(tmp_path, [line("capt", variant=f"rate {i}", clean=50 + i / 2) for i in range(rows)])
+    figure = scatter_figure(section)
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert legend.y0 >= 0 and legend.y1 <= figure.bbox.height
+
+
 def test_lines_of_equal_harmonic_mean_are_where_they_should_be(tmp_path):
     (section,) = read(tmp_path, suite(["a", "b"], shots=(16,)))
     (axis,) = visible(scatter_figure(section))
