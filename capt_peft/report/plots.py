@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ LOOKS: tuple[tuple[str, str, Literal["full", "none"]], ...] = (
 )  # lines, and how markers are filled
 ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
+MARGIN = 0.4  # of a panel, beside its first and last number of shots
 PREFERRED_SHOTS = 16
 Styles = dict[str, tuple[str, str]]
 
@@ -70,7 +70,8 @@ def scatter_figure(section: Section) -> Any | None:
     axis.set_ylabel("robust accuracy (%)", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=10)
-    axis.set_title(f"{fill(_heading(section), 64)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
+    heading = _heading(section) if len(_heading(section)) < 66 else _heading(section).replace(" (", "\n(", 1)
+    axis.set_title(f"{heading}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
     return figure
 
 
@@ -101,6 +102,7 @@ def row_styles(rows: Rows) -> Styles:
 
 def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:
     trained = [label for label, (colour, _) in styles.items() if colour != GREY]
+    dodge = min(DODGE, 2 * (MARGIN - DODGE) / len(trained)) if trained else DODGE  # all rows lie within the panel
     frames = [[frame.reindex(list(styles)) for frame in of.averages] for of in rows.values()]
     for label, (colour, marker) in styles.items():
         for measure, line, fill in LOOKS:
@@ -112,12 +114,12 @@ def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:
                 ends = [i + side for i in places for side in (-0.5, 0.5)]
                 axis.plot(ends, np.repeat(means, 2), color=GREY, ls=line, lw=1.4, zorder=1)
             elif places:
-                shift = DODGE * (trained.index(label) - (len(trained) - 1) / 2)
+                shift = dodge * (trained.index(label) - (len(trained) - 1) / 2)
                 style = {"color": colour, "marker": marker, "fillstyle": fill, "markersize": 4, "ls": line, "lw": 1.4}
                 axis.errorbar([i + shift for i in places], means, yerr=spreads, capsize=2, elinewidth=0.9, **style)
     axis.set_xticks(range(len(rows)), [str(shots) for shots in rows])
-    axis.set_xlim(-0.4, len(rows) - 0.6)
-    axis.set_ylim(-2, 100)  # a line at 0 is seen
+    axis.set_xlim(-MARGIN, len(rows) - 1 + MARGIN)
+    axis.set_ylim(-2, 102)  # a line at 0 or 100 is seen
     axis.tick_params(labelsize=10)
     open_axis(axis)
 

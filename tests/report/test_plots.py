@@ -70,6 +70,14 @@ def test_the_scatter_is_at_sixteen_shots_or_else_the_largest(tmp_path):
         assert len(axis.containers) == len(METHODS)
 
 
+def test_every_row_lies_within_its_panel_however_many_there_are(tmp_path):
+    lines = [line("capt", variant=f"rate {i}", shots=shots, clean=100) for i in range(40) for shots in (1, 4)]
+    (axis,) = visible(shots_figure(read(tmp_path, lines)[0]))
+    places = [x for container in axis.containers for x in container.lines[0].get_xdata()]
+    (left, right), (_, top) = axis.get_xlim(), axis.get_ylim()
+    assert len(set(places)) == 80 and left < min(places) and max(places) < right and top > 100
+
+
 @pytest.mark.parametrize("rows", [5, 40])
 def test_the_legend_of_the_scatter_lies_within_the_picture(tmp_path, rows):
     (section,) = read(tmp_path, [line("capt", variant=f"rate {i}", clean=50 + i / 2) for i in range(rows)])
