@@ -423,6 +423,7 @@ def test_other_methods_have_the_candidates_that_suit_them():
         "ema",
         "random strength",
         "perturbed prompts",
+        "16 vision prompts",
         "320 steps",
         "early stop",
     ]

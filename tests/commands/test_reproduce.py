@@ -94,7 +94,7 @@ def run(place, tmp_path_factory):
         small(patch)
         reproduce.main(every)
         reproduce.main(arguments(place, output=output, protocols="few-shot,base-to-new", tasks="dtd"))
-        yield output, begun
+    yield output, begun
 
 
 def small(patch):
@@ -231,7 +231,8 @@ def test_the_list_says_what_is_there_what_it_costs_and_runs_nothing(place, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_list_knows_what_is_finished_and_goes_by_its_pace(place, run, capsys):
+def test_the_list_knows_what_is_finished_and_goes_by_its_pace(place, run, capsys, monkeypatch):
+    small(monkeypatch)
     output, _ = run
     reproduce.main([*arguments(place, output=output, protocols="cross-dataset,shift"), "--list"])
     shown = capsys.readouterr().out
