@@ -57,7 +57,7 @@ def keep_classes(model: PeftModel, **classes: Any) -> None:
     for name, value in classes.items():
         setattr(config, name, value)
     if not isinstance(config, CaptConfig):
-        gone = change_of_base(config)  # then the base is no longer there to be recognised by its weights
+        gone = change_of_base(config)  # which leaves no weights of the base to recognise it by
         config.base_model_fingerprint = None if gone else base_fingerprint(model)
 
 

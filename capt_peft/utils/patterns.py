@@ -27,7 +27,7 @@ def add_kind(kind: Kind, base: type, kinds: dict[str, Any]) -> Kind:
     """Adds a class to kinds by their patterns, and returns it.
 
     Raises:
-        TypeError: It is no subclass of `base` with a pattern and a help.
+        TypeError: Not a subclass of `base` with a pattern and a help.
         ValueError: Another class has the same pattern.
     """
     texts: list[Any] = [getattr(kind, name, None) for name in ("pattern", "help")]
