@@ -26,7 +26,14 @@ DEVELOPMENT = ("digits", "shapes", "inks", "positions", "textures")
 CONFIRMATION = ("colors", "sizes", "counts", "backgrounds", "letters", "numerals")
 ATTACKS = ("apgd-ce-20", "apgd-t-20")
 RATES = {f"rate {rate:g}": {"learning_rate": rate, "max_steps": 80} for rate in (0.1, 0.3, 1.0)}
+CLOSE = 3.0  # points of H: settings closer than that on seed 0 are measured on seeds 1 and 2 too
 TOY = get_suite("toy")
+MORE_PROMPTS = (
+    "capt",
+    "adv-vp",
+    "adv-vlp",
+    "pmg-aft",
+)  # methods whose vision prompts are not tied to their text prompts
 COUPLED = ("trades-maple", "adv-maple", "fap")
 Settings = Mapping[str, Any]
 
@@ -81,12 +88,19 @@ class Search:
         }
         settings |= changed
         scores |= self.measure(method, changed, [0])
-        final = {name: settings[name] for name in best_of(scores, settings)[:2]}
-        finals = self.measure(method, final, [0, 1, 2])
-        for name in settings:
-            every = finals.get(name, scores[name])
-            print(f"{method:13} {name:15} H {fmean(every):5.1f} over {len(every)} cells  {dict(settings[name])}")
+        first, second = best_of(scores, settings)[:2]
+        close = fmean(scores[first]) - fmean(scores[second]) < CLOSE
+        final = {name: settings[name] for name in ((first, second) if close else (first,))}
+        finals = self.measure(method, final, [0, 1, 2]) if close else {first: scores[first]}
         winner = best_of(finals, final)[0]
+        if method in MORE_PROMPTS and "num_vision_tokens" not in settings[winner]:
+            settings["16 vision prompts"] = {**settings[winner], "num_vision_tokens": 16}
+            final = {name: settings[name] for name in (winner, "16 vision prompts")}
+            finals = self.measure(method, final, [0, 1, 2])
+            winner = best_of(finals, final)[0]
+        for name in settings:
+            every = {**scores, **finals}[name]
+            print(f"{method:13} {name:17} H {fmean(every):5.1f} over {len(every)} cells  {dict(settings[name])}")
         print(f"{method:13} takes {winner}")
         return winner, settings[winner]
 

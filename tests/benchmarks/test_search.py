@@ -32,8 +32,8 @@ def line(cell, score):
     }
 
 
-@pytest.mark.parametrize("method", ["capt", "adv-vp", "fap", "adv-tp"])
-def test_every_method_has_six_settings_and_its_two_best_are_measured_with_three_seeds(search, method):
+@pytest.mark.parametrize("method", ["fap", "adv-tp"])
+def test_every_method_has_six_settings_and_its_two_best_if_close_are_measured_with_three_seeds(search, method):
     best = {"rate 0.1": 50, "rate 0.3": 60, "rate 1": 40, "160 steps": 61, "4 attack steps": 55, "other prompts": 62}
     later = {"160 steps": 64, "other prompts": 58}
     search["scores"] = lambda cell: later[cell.variant] if cell.seed else best[cell.variant]
@@ -50,6 +50,27 @@ def test_every_method_has_six_settings_and_its_two_best_are_measured_with_three_
         f"'{key}': {value}" in changed
         for key, value in {**search["other_prompts"](method), "learning_rate": 0.3}.items()
     )
+
+
+@pytest.mark.parametrize("apart", [2.9, 3.0])
+def test_settings_that_are_far_from_the_best_are_not_measured_again(search, apart):
+    search["scores"] = lambda cell: 60 if cell.variant == "160 steps" else 60 - apart
+    assert search["Search"](Path("lines"), 1).choose("fap")[0] == "160 steps"
+    assert any(cell.seed for cell in search["asked"]) == (apart < 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "gain"), [("capt", 1), ("adv-vp", 1), ("adv-vlp", 1), ("pmg-aft", 1), ("capt", -1), ("fap", 1)]
+)
+def test_more_vision_prompts_are_tried_with_the_winner_where_they_are_not_tied_to_text_prompts(search, method, gain):
+    best = {"160 steps": 60, "16 vision prompts": 60 + gain}
+    search["scores"] = lambda cell: best.get(cell.variant, 50)
+    name, settings = search["Search"](Path("lines"), 1).choose(method)
+    more = [cell for cell in search["asked"] if cell.variant == "16 vision prompts"]
+    assert {cell.seed for cell in more} == (set() if method == "fap" else {0, 1, 2})
+    taken = gain > 0 and method != "fap"
+    assert name == ("16 vision prompts" if taken else "160 steps") and settings["max_steps"] == 160
+    assert settings.get("num_vision_tokens") == (16 if taken else None)
 
 
 def test_of_equal_settings_the_shorter_is_taken(search):
