@@ -96,7 +96,7 @@ class Search:
         if method in MORE_PROMPTS and "num_vision_tokens" not in settings[winner]:
             settings["16 vision prompts"] = {**settings[winner], "num_vision_tokens": 16}
             final = {name: settings[name] for name in (winner, "16 vision prompts")}
-            finals = self.measure(method, final, [0, 1, 2])
+            finals |= self.measure(method, final, [0, 1, 2])
             winner = best_of(finals, final)[0]
         for name in settings:
             every = {**scores, **finals}[name]

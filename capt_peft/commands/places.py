@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def find_config(name: str) -> Path:
-    """Returns the YAML file of this name: a file here, or one that comes with the package, as "fap" or "ablations/depth"."""
+    """Returns the YAML file of this name: a file here, or one that comes with the package, as "fap" or "ablations/parts"."""
     path = Path(name).expanduser()
     own = CONFIGS / Path(name).with_suffix(".yaml")
     return (
