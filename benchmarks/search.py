@@ -1,10 +1,8 @@
-r"""The search for settings, by the rules of docs/search.md, and the confirmation of what it found.
+r"""The search for settings, by the rules of docs/search.md.
 
-python benchmarks/search.py outputs/search.jsonl --workers 2            # three rounds, on validation images; prints the choice
-python benchmarks/search.py outputs/search.jsonl --workers 2 --confirm outputs/confirmation.jsonl
-python benchmarks/search.py outputs/search.jsonl --workers 2 --confirm outputs/photos.jsonl --model path/to/clip \
-    --photos cifar10=path/to/cifar10,dtd=path/to/dtd --seeds 0,1,2      # the same settings on other data and another model
-capt-peft report outputs/confirmation.jsonl
+python benchmarks/search.py outputs/search.jsonl --workers 2    # on validation images; prints what is in --config searched
+capt-peft benchmark --config searched --seeds 3,4,5,6,7 --tasks colors,sizes,counts,backgrounds,letters,numerals \
+    --output outputs/confirmation.jsonl
 
 The lines are those of `capt-peft benchmark`. Run again, it resumes where it stopped.
 """
@@ -13,17 +11,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from capt_peft.benchmark import Plan, Suite, get_suite, run_cells
+import yaml
+
+from capt_peft.benchmark import Plan, get_suite, run_cells
 from capt_peft.results.accuracy import harmonic_mean
 
 METHODS = ("capt", "adv-vp", "adv-vlp", "pmg-aft", "trades-maple", "adv-maple", "fap", "adv-tp")
 DEVELOPMENT = ("digits", "shapes", "inks", "positions", "textures")
-CONFIRMATION = ("colors", "sizes", "counts", "backgrounds", "letters", "numerals")
 ATTACKS = ("apgd-ce-20", "apgd-t-20")
 RATES = {f"rate {rate:g}": {"learning_rate": rate, "max_steps": 80} for rate in (0.1, 0.3, 1.0)}
 CLOSE = 3.0  # points of H: settings closer than that on seed 0 are measured on seeds 1 and 2 too
@@ -45,11 +43,6 @@ def other_prompts(method: str) -> Settings:
     return {"class_specific": True} if method == "adv-tp" else {"num_vision_tokens": 16}
 
 
-def plan(methods: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], suite: Suite = TOY, **others: Any) -> Plan:
-    """Returns a plan of 16 shots, on tiny CLIP by default."""
-    return Plan(suite, others.pop("model", "tiny_clip"), methods, ["few-shot"], [16], seeds, tasks, **others)
-
-
 class Search:
     """The rounds of the search, which resume from a file of lines.
 
@@ -63,7 +56,10 @@ class Search:
 
     def measure(self, method: str, settings: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str, list[float]]:
         """Returns H, in percent, of every development task and seed, for each named setting of a method."""
-        asked = plan([method], DEVELOPMENT, seeds, variants=settings, attacks=ATTACKS, split="validation")
+        asked = Plan(
+            TOY, "tiny_clip", [method], ["few-shot"], [16], seeds, DEVELOPMENT,
+            variants=settings, attacks=ATTACKS, split="validation",
+        )  # fmt: skip
         lines = run_cells(asked.cells(), self.path, workers=self.workers)
         found: dict[str, list[float]] = {name: [] for name in settings}
         for line in lines.values():
@@ -110,35 +106,16 @@ def best_of(scores: Mapping[str, Iterable[float]], settings: Mapping[str, Settin
     return sorted(settings, key=lambda name: (-fmean(scores[name]), settings[name]["max_steps"]))
 
 
-def main() -> None:
-    """Searches, and confirms what was found."""
+def main(argv: list[str] | None = None) -> None:
+    """Searches, and prints what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", type=Path, help="file of the search's lines")
     parser.add_argument("--methods", default=",".join(METHODS), help="a part of the methods")
-    parser.add_argument("--confirm", type=Path, help="file of the confirmation's lines")
-    parser.add_argument("--tasks", default=",".join(CONFIRMATION), help="toy tasks that are confirmed on")
-    parser.add_argument(
-        "--photos", help="data sets that are confirmed on instead, name=path,name=path; 1,000 images each"
-    )
-    parser.add_argument("--model", default="tiny_clip", help="CLIP that is confirmed on")
-    parser.add_argument("--seeds", default="3,4,5,6,7", help="seeds of the confirmation")
-    parser.add_argument("--attacks", default=",".join(["pgd-20", *ATTACKS]), help="attacks of the confirmation")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     search = Search(args.lines, args.workers)
-    chosen = {method: search.choose(method)[1] for method in args.methods.split(",")}
-    if not args.confirm:
-        return
-    places = dict(pair.split("=", 1) for pair in args.photos.split(",")) if args.photos else None
-    tasks, suite = args.tasks.split(","), TOY
-    if places:
-        tasks = list(places)
-        suite = replace(TOY, name="photos", tasks=tuple(tasks), source=tasks[0], shifts=(), limit=1000)
-    seeds, attacks = [int(seed) for seed in args.seeds.split(",")], args.attacks.split(",")
-    asked = plan(["zero-shot", *chosen], tasks, seeds, suite, model=args.model, method_settings=chosen, attacks=attacks)
-    lines = run_cells(asked.cells(), args.confirm, workers=args.workers, root=places)
-    finished = sum(line["status"] == "finished" for line in lines.values())
-    print(f"{finished} of {len(asked.cells())} cells are finished; their lines are in {args.confirm}.")
+    chosen = {method: {**TOY.method_settings[method], **search.choose(method)[1]} for method in args.methods.split(",")}
+    print(yaml.safe_dump({"settings": dict(TOY.settings), "method_settings": chosen}, sort_keys=False))
 
 
 if __name__ == "__main__":

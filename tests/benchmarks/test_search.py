@@ -5,8 +5,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+import yaml
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "search.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "search.py"
+LINES = ROOT / "docs" / "results" / "search" / "lines.jsonl"
+CONFIG = ROOT / "capt_peft" / "commands" / "configs" / "searched.yaml"
 
 
 @pytest.fixture
@@ -78,9 +82,17 @@ def test_of_equal_settings_the_shorter_is_taken(search):
     assert search["Search"](Path("lines"), 1).choose("capt")[1]["max_steps"] == 80
 
 
-def test_no_task_is_chosen_on_and_confirmed_on(search):
-    assert not set(search["DEVELOPMENT"]) & set(search["CONFIRMATION"])
-    assert {*search["DEVELOPMENT"], *search["CONFIRMATION"]} == set(search["TOY"].tasks)
+def test_the_packaged_settings_are_those_that_the_published_lines_choose(search, capsys):
+    published = {line["key"]: line for line in map(json.loads, LINES.read_text().splitlines())}
+    search["Search"].measure.__globals__["run_cells"] = lambda cells, path, **_: {
+        cell.key: published[cell.key] for cell in cells
+    }
+    search["main"](["outputs/search.jsonl"])
+    printed = yaml.safe_load(capsys.readouterr().out.rpartition("takes")[2].partition("\n")[2])
+    packaged = yaml.safe_load(CONFIG.read_text())
+    assert {name: packaged[name] for name in printed} == printed
+    assert packaged["attacks"] == ",".join(["pgd-20", *search["ATTACKS"]]) and packaged["shots"] == 16
+    assert {cell["task"] for cell in (line["cell"] for line in published.values())} == set(search["DEVELOPMENT"])
 
 
 def test_a_failed_cell_ends_the_search_instead_of_being_left_out(search):

@@ -295,6 +295,13 @@ def test_threat_models_that_an_attack_cannot_have_are_refused(tmp_path, threats,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_published_protocol_does_not_measure_a_defence(tmp_path):
+    few = ["--dataset_name", "digits", "--use_cpu", "--output", str(tmp_path / "r.json")]
+    with pytest.raises(ValueError, match="--protocol cannot go with --defence: its attacks do not know the defence"):
+        main(["--base", TINY_CLIP, *few, "--protocol", "fap", "--defence", "ttc"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_several_threat_models_have_their_attacks_and_a_union(tmp_path, capsys):
     output = tmp_path / "r.json"
     few = ["--limit", "20", "--use_cpu", "--signs", "false", "--output", str(output)]
