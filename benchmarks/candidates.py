@@ -416,6 +416,7 @@ CANDIDATES: dict[str, Candidate] = {
     "random strength": Candidate(callback=RandomStrength, any_method=True),
     "perturbed prompts": Candidate(callback=PerturbedPrompts, any_method=True),
     "16 vision prompts": Candidate({"num_vision_tokens": 16}, any_method=True),
+    "class-specific prompts": Candidate({"class_specific": True}, any_method=True),
     "320 steps": Candidate({"max_steps": 320}, any_method=True),
     "early stop": Candidate({"max_steps": 320}, callback=EarlyStop, any_method=True),
     "lambda 0.5": Candidate({"consistency": 0.5}),
