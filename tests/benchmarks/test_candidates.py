@@ -424,6 +424,7 @@ def test_other_methods_have_the_candidates_that_suit_them():
         "random strength",
         "perturbed prompts",
         "16 vision prompts",
+        "class-specific prompts",
         "320 steps",
         "early stop",
     ]
