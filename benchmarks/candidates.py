@@ -69,25 +69,6 @@ class AlwaysFrozen(CaptObjective):
         return self.consistency > 0
 
 
-class AlphaMargin(AlwaysFrozen):
-    """α_i = σ(m_frozen - m_tuned), with m the margin z_y - max_{j≠y} z_j on the clean image.
-
-    That is the frozen share of the odds e^m of the true class against the next one. Unlike p(y), they tell two models apart that
-    are both right beyond doubt; shares of σ(m) would be those of p(y) nearly.
-    """
-
-    @torch.no_grad()
-    def alpha(self, views: Views) -> Tensor:
-        """Returns α_i: (B,) in [0, 1]."""
-        return torch.sigmoid(margin(_frozen(views), views.labels) - margin(views.clean, views.labels))
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the true class's logit less the largest other: (B, N), (B,) -> (B,)."""
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
-
-
 class AlphaAgreement(AlwaysFrozen):
     """α_i = 1 - JS(frozen_i, tuned_i) / log 2, of the predictions on the clean image.
 
@@ -402,7 +383,7 @@ def tenth_of_the_rate(plain: Settings) -> Settings:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "alpha margin": Candidate(objective=of_arguments(AlphaMargin)),
+    "alpha margin": Candidate({"weighting": "margin"}),
     "alpha agreement": Candidate(objective=of_arguments(AlphaAgreement)),
     "alpha per class": Candidate(objective=of_arguments(AlphaPerClass)),
     "lambda rising": Candidate(objective=schedule(rising=True)),

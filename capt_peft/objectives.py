@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attacks.features import squared_distance
 
-WEIGHTINGS = ("confidence", "entropy", "batch", "schedule")
+WEIGHTINGS = ("confidence", "margin", "entropy", "batch", "schedule")
 FROZEN_TERMS = ("predictions", "features")
 
 
@@ -77,9 +77,11 @@ class CaptObjective:
     Args:
         consistency: λ, the weight of the consistency terms, 0 or more.
         weighting: How α_i is chosen; it never has a gradient. With p(y) the probability of the true class on the clean image:
-            `"confidence"`: α_i = p_frozen(y) / (p_frozen(y) + p_tuned(y)). `"entropy"`: the same with certainties, 1 minus the
-            entropy over log N, in place of p(y). `"batch"`: one α for the batch, from the means of p(y). `"schedule"`: from 1
-            at the start of training to 0 at its end. A number in [0, 1]: that number.
+            `"confidence"`: α_i = p_frozen(y) / (p_frozen(y) + p_tuned(y)). `"margin"`: the same with the odds of the true class
+            against the next one, e^m, in place of p(y); that is σ(m_frozen - m_tuned), with m the margin z_y - max_{j≠y} z_j
+            of the logits. `"entropy"`: the same with certainties, 1 minus the entropy over log N. `"batch"`: one α for the
+            batch, from the means of p(y). `"schedule"`: from 1 at the start of training to 0 at its end. A number in [0, 1]:
+            that number.
         frozen_term: What is held to the frozen model: `"predictions"`, as in the equation; or `"features"`, with
             `1 - cos(f_adv_i, f_frozen_i)` of the adversarial and the frozen clean image features in place of its KL: a paper
             that cites CAPT (CBA-FAPT) describes a constraint on visual features. α stays as `weighting` says.
@@ -133,6 +135,8 @@ class CaptObjective:
         if self.weighting == "schedule":
             return torch.full_like(views.clean[:, 0], 1.0 - views.progress)
         assert views.frozen is not None  # __call__ has checked
+        if self.weighting == "margin":
+            return torch.sigmoid(margin(views.frozen, views.labels) - margin(views.clean, views.labels))
         trust: Callable[[Tensor], Tensor] = (
             certainty if self.weighting == "entropy" else lambda z: true_probability(z, views.labels)
         )
@@ -295,6 +299,12 @@ def kl_to(logits: Tensor, target: Tensor) -> Tensor:
 def true_probability(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the probability of each image's true class: (B, N), (B,) -> (B,) in [0, 1]."""
     return logits.softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns each image's true logit less the largest other: (B, N), (B,) -> (B,)."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
 
 
 def certainty(logits: Tensor) -> Tensor:

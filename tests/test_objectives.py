@@ -19,7 +19,7 @@ from capt_peft.objectives import (
     parse_weighting,
 )
 
-WEIGHTINGS = ["confidence", "entropy", "batch", "schedule", 0.0, 0.3, 1.0]
+WEIGHTINGS = ["confidence", "margin", "entropy", "batch", "schedule", 0.0, 0.3, 1.0]
 
 
 def views(batch=6, classes=4, progress=0.25, **changes):
@@ -42,9 +42,10 @@ def divergence(p, q):
 def by_hand(v, weighting, strength):
     clean, adversarial, frozen = (probabilities(z) for z in (v.clean, v.adversarial, v.frozen))
     labels, batch = v.labels.tolist(), len(v.labels)
-    trust = {"entropy": lambda p, y: 1 + sum(x * math.log(x) for x in p) / math.log(len(p))}.get(
-        weighting, lambda p, y: p[y]
-    )
+    trust = {
+        "entropy": lambda p, y: 1 + sum(x * math.log(x) for x in p) / math.log(len(p)),
+        "margin": lambda p, y: p[y] / max(p[:y] + p[y + 1 :]),
+    }.get(weighting, lambda p, y: p[y])
     tuned_trust = [trust(p, y) for p, y in zip(clean, labels, strict=True)]
     frozen_trust = [trust(p, y) for p, y in zip(frozen, labels, strict=True)]
     if weighting == "batch":
@@ -111,7 +112,7 @@ def test_identical_views_have_no_consistency_loss():
     assert parts["alpha"].item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("weighting", ["confidence", "entropy", "batch"])
+@pytest.mark.parametrize("weighting", ["confidence", "margin", "entropy", "batch"])
 def test_alpha_trusts_the_model_that_is_right(weighting):
     labels = torch.tensor([0, 1])
     sure, unsure = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]]), torch.zeros(2, 3)
@@ -155,7 +156,7 @@ def test_adversarial_cross_entropy_is_just_that():
 
 @pytest.mark.parametrize("weighting", ["confident", "1.5", -0.1, None, float("nan")])
 def test_unknown_weightings_are_refused(weighting):
-    with pytest.raises(ValueError, match="Allowed: confidence, entropy, batch, schedule, or a number"):
+    with pytest.raises(ValueError, match="Allowed: confidence, margin, entropy, batch, schedule, or a number"):
         parse_weighting(weighting)
 
 

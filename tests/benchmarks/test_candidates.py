@@ -89,10 +89,6 @@ def kl(p, q):
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
 
 
-def gap(row, y):
-    return row[y] - max(z for j, z in enumerate(row) if j != y)
-
-
 class ByHand:
     """The loss in plain Python, image by image, with what a candidate puts in place of a part."""
 
@@ -113,10 +109,6 @@ class ByHand:
             total += cross + weight(frozen, y) * ((1 - a) * kl(softmax(clean), q) + a * kl(target(frozen, y), q))
         return total / len(self.rows)
 
-    def margin(self, clean, frozen, y):
-        f, t = math.exp(gap(frozen, y)), math.exp(gap(clean, y))
-        return f / (f + t)
-
     def agreement(self, clean, frozen, y):
         p, q = softmax(frozen), softmax(clean)
         middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
@@ -134,7 +126,6 @@ class ByHand:
 
 
 BY_HAND = {
-    "alpha margin": lambda by: by.loss(alpha=by.margin),
     "alpha agreement": lambda by: by.loss(alpha=by.agreement),
     "alpha per class": lambda by: by.loss(alpha=by.per_class),
     "lambda rising": lambda by: by.loss(weight=lambda *row: LAMBDA * 2 * (STEP + 0.5) / STEPS),
@@ -176,7 +167,7 @@ def test_an_objective_is_its_formula(name):
         assert loss.item() != pytest.approx(ByHand(seen).loss(), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["alpha margin", "alpha agreement", "alpha per class", "lambda by confidence"])
+@pytest.mark.parametrize("name", ["alpha agreement", "alpha per class", "lambda by confidence"])
 def test_weights_have_no_gradient(name):
     """With the predictions equal on both views, the consistency terms are at their least, and only a weight could move."""
     seen = views(torch.float64)
@@ -187,7 +178,7 @@ def test_weights_have_no_gradient(name):
     torch.testing.assert_close(gradient, expected.detach())
 
 
-@pytest.mark.parametrize("name", ["alpha margin", "alpha agreement", "alpha per class"])
+@pytest.mark.parametrize("name", ["alpha agreement", "alpha per class"])
 def test_alpha_stays_a_share_where_models_are_certain_or_certainly_wrong(name):
     seen = views()
     for clean, frozen in ((300.0, -300.0), (-300.0, 300.0), (-300.0, -300.0), (300.0, 300.0)):
