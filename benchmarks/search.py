@@ -26,12 +26,6 @@ ATTACKS = ("apgd-ce-20", "apgd-t-20")
 RATES = {f"rate {rate:g}": {"learning_rate": rate, "max_steps": 80} for rate in (0.1, 0.3, 1.0)}
 CLOSE = 3.0  # points of H: settings closer than that on seed 0 are measured on seeds 1 and 2 too
 TOY = get_suite("toy")
-MORE_PROMPTS = (
-    "capt",
-    "adv-vp",
-    "adv-vlp",
-    "pmg-aft",
-)  # methods whose vision prompts are not tied to their text prompts
 COUPLED = ("trades-maple", "adv-maple", "fap")
 Settings = Mapping[str, Any]
 
@@ -84,16 +78,17 @@ class Search:
         }
         settings |= changed
         scores |= self.measure(method, changed, [0])
-        first, second = best_of(scores, settings)[:2]
-        close = fmean(scores[first]) - fmean(scores[second]) < CLOSE
-        final = {name: settings[name] for name in ((first, second) if close else (first,))}
-        finals = self.measure(method, final, [0, 1, 2]) if close else {first: scores[first]}
-        winner = best_of(finals, final)[0]
-        if method in MORE_PROMPTS and "num_vision_tokens" not in settings[winner]:
-            settings["16 vision prompts"] = {**settings[winner], "num_vision_tokens": 16}
-            final = {name: settings[name] for name in (winner, "16 vision prompts")}
-            finals |= self.measure(method, final, [0, 1, 2])
-            winner = best_of(finals, final)[0]
+        finals = {name: scores[name] for name in best_of(scores, settings)[:2]}
+        first, second = finals
+        if fmean(finals[first]) - fmean(finals[second]) < CLOSE:
+            finals = self.measure(method, {name: settings[name] for name in finals}, [0, 1, 2])
+        winner = best_of(finals, settings)[0]
+        more = {"num_vision_tokens": 16}
+        if other_prompts(method) == more and "num_vision_tokens" not in settings[winner]:
+            settings["16 vision prompts"] = {**settings[winner], **more}
+            pair = self.measure(method, {name: settings[name] for name in (winner, "16 vision prompts")}, [0, 1, 2])
+            winner = best_of(pair, settings)[0]
+            finals |= pair
         for name in settings:
             every = {**scores, **finals}[name]
             print(f"{method:13} {name:17} H {fmean(every):5.1f} over {len(every)} cells  {dict(settings[name])}")
@@ -102,8 +97,8 @@ class Search:
 
 
 def best_of(scores: Mapping[str, Iterable[float]], settings: Mapping[str, Settings]) -> list[str]:
-    """Returns the names of settings, the highest mean H first; of equal ones, that of fewer steps."""
-    return sorted(settings, key=lambda name: (-fmean(scores[name]), settings[name]["max_steps"]))
+    """Returns the names that have scores, the highest mean H first; of equal ones, that of fewer steps."""
+    return sorted(scores, key=lambda name: (-fmean(scores[name]), settings[name]["max_steps"]))
 
 
 def main(argv: list[str] | None = None) -> None:

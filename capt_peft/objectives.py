@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attacks.features import squared_distance
+from .attacks.losses import margin
 
 WEIGHTINGS = ("confidence", "margin", "entropy", "batch", "schedule")
 FROZEN_TERMS = ("predictions", "features")
@@ -136,7 +137,8 @@ class CaptObjective:
             return torch.full_like(views.clean[:, 0], 1.0 - views.progress)
         assert views.frozen is not None  # __call__ has checked
         if self.weighting == "margin":
-            return torch.sigmoid(margin(views.frozen, views.labels) - margin(views.clean, views.labels))
+            # `margin` is what an attack raises: m with the other sign
+            return torch.sigmoid(margin(views.clean, views.labels) - margin(views.frozen, views.labels))
         trust: Callable[[Tensor], Tensor] = (
             certainty if self.weighting == "entropy" else lambda z: true_probability(z, views.labels)
         )
@@ -299,12 +301,6 @@ def kl_to(logits: Tensor, target: Tensor) -> Tensor:
 def true_probability(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the probability of each image's true class: (B, N), (B,) -> (B,) in [0, 1]."""
     return logits.softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns each image's true logit less the largest other: (B, N), (B,) -> (B,)."""
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
 
 
 def certainty(logits: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ WITHOUT_DEFENCE = {
     "attack_template": "a defended classifier is attacked by ways of its own",
     "out_of_class": 'the answer "none of these" is one of the classifier alone',
     "retrieval": "defences are of classifiers",
-    "protocol": "its attacks do not know the defence",
+    "protocol": "a published protocol has no attacks on one",
     "curve": "its attacks do not know the defence",
     "update_card": "a card shows what the adapter does by itself",
     "corruptions": "they are measured without a defence",

@@ -297,7 +297,9 @@ def test_threat_models_that_an_attack_cannot_have_are_refused(tmp_path, threats,
 
 def test_a_published_protocol_does_not_measure_a_defence(tmp_path):
     few = ["--dataset_name", "digits", "--use_cpu", "--output", str(tmp_path / "r.json")]
-    with pytest.raises(ValueError, match="--protocol cannot go with --defence: its attacks do not know the defence"):
+    with pytest.raises(
+        ValueError, match="--protocol cannot go with --defence: a published protocol has no attacks on one"
+    ):
         main(["--base", TINY_CLIP, *few, "--protocol", "fap", "--defence", "ttc"])
     assert list(tmp_path.iterdir()) == []
 
