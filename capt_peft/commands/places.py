@@ -29,6 +29,11 @@ def find_config(name: str) -> Path:
     )
 
 
+def packaged_configs() -> list[str]:
+    """Returns the names of the YAML files that come with the package."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
 def check_places(values: Mapping[str, Any]) -> None:
     """Raises a ValueError for a model, data set or file that is not there, as far as that is known without asking a Hub.
 
@@ -48,7 +53,11 @@ def check_places(values: Mapping[str, Any]) -> None:
             continue
         if name in FILES or (name in (*MODELS, *DATA) and is_path(value)):
             kind = "folder" if name in (*MODELS, "root") else "file" if name in FILES else "folder or file"
-            raise ValueError(f"There is no {kind} {shorten(value, 300)} (--{name}).{_near_path(value)}")
+            near = _nearest(value, packaged_configs()) if name == "config" else ""
+            packaged = f" The package has {', '.join(packaged_configs())}." if name == "config" else ""
+            raise ValueError(
+                f"There is no {kind} {shorten(value, 300)} (--{name}).{near or _near_path(value) or packaged}"
+            )
         if name in MODELS and constants.HF_HUB_OFFLINE and not is_model_name(value) and not is_cached(value):
             raise ValueError(
                 f"--{name} {shorten(value, 300)} is neither a folder here nor a Hub model in the cache, and the Hub is not asked "

@@ -21,11 +21,15 @@ ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
 MARGIN = 0.4  # of a panel, beside its first and last number of shots
 PREFERRED_SHOTS = 16
+CROWDED = 24  # rows, of which a picture can name no more
 Styles = dict[str, tuple[str, str]]
 
 
-def shots_figure(section: Section) -> Any:
-    """Draws clean and robust accuracy of a few-shot section against shots, one panel a task and one for their average."""
+def shots_figure(section: Section) -> Any | None:
+    """Draws clean and robust accuracy of a few-shot section against shots, one panel a task and one for their average.
+
+    None where more than 24 rows have one number of shots, as those of a search: their legend would leave no room for panels.
+    """
     rows = {shots: rows_of(section, shots) for shots in section.shots}
     tasks = list(dict.fromkeys(task for of in rows.values() for task in of.tasks))
     counts = sorted({len(of.common.tasks) for of in rows.values()})
@@ -33,6 +37,8 @@ def shots_figure(section: Section) -> Any:
     panels = {average: rows} if len(tasks) > 1 else {}
     panels |= {task: {shots: of.of_tasks([task]) for shots, of in rows.items()} for task in tasks}
     styles = row_styles(rows_of(section))
+    if len(rows) == 1 and len(styles) > CROWDED:
+        return None
     columns, lines = min(4, len(panels)), -(-len(panels) // 4)
     figure = new_figure(max(2.9 * columns + 0.6, 5.5), 2.5 * lines + 1.2)
     axes = add_panels(figure, len(panels), columns, sharey=True)
@@ -48,20 +54,32 @@ def shots_figure(section: Section) -> Any:
 
 
 def scatter_figure(section: Section) -> Any | None:
-    """Draws robust against clean accuracy at 16 shots or else the most, averaged over tasks; None without common runs."""
+    """Draws robust against clean accuracy at 16 shots or else the most, averaged over tasks; None without common runs.
+
+    Where there are more than 24 rows, one colour and marker stand for a method, and only its row of the highest H is named.
+    """
     shots = PREFERRED_SHOTS if PREFERRED_SHOTS in section.shots else section.shots[-1]
     mean, spread = rows_of(section, shots).averages
     mean = mean.dropna()
     if mean.empty:
         return None
-    figure = new_figure(7.2, max(4.6, 0.24 * len(mean) + 0.3))  # as high as its legend
+    styles = {label: style for label, style in row_styles(rows_of(section)).items() if label in mean.index}
+    named = {*styles}
+    if crowded := len(styles) > CROWDED:
+        method = section.runs.drop_duplicates("label").set_index("label").method
+        named = {*mean[HARMONIC].groupby(method).idxmax()}
+        kinds = _cycled(sorted(method.unique(), key=lambda of: of != OURS))
+        styles = {label: kinds[method[label]] if style[0] != GREY else style for label, style in styles.items()}
+    figure = new_figure(7.2, max(4.6, 0.24 * len(named) + 0.3))  # as high as its legend
     axis = figure.subplots()
-    for label, (colour, marker) in row_styles(rows_of(section)).items():
-        if label in mean.index:
+    for label, (colour, marker) in styles.items():
+        style = {"color": colour, "marker": marker, "markersize": 8, "ls": "", "label": label, "zorder": 3}
+        place = mean.loc[label, [CLEAN, ROBUST]]
+        if label in named:
             xerr, yerr = (np.nan_to_num(spread.at[label, measure]) or None for measure in (CLEAN, ROBUST))
-            style = {"color": colour, "marker": marker, "markersize": 8, "ls": "", "label": label}
-            place = mean.loc[label, [CLEAN, ROBUST]]
-            axis.errorbar(*place, xerr=xerr, yerr=yerr, capsize=3, zorder=3, **style)
+            axis.errorbar(*place, xerr=xerr, yerr=yerr, capsize=3, **style)
+        else:
+            axis.plot(*place, **style | {"markersize": 5, "alpha": 0.4, "label": None, "zorder": 2})
     for values, set_limits in ((mean[CLEAN], axis.set_xlim), (mean[ROBUST], axis.set_ylim)):
         pad = max(4.0, 0.15 * (values.max() - values.min()))
         set_limits(max(0, values.min() - pad), min(100, values.max() + pad))
@@ -69,7 +87,8 @@ def scatter_figure(section: Section) -> Any | None:
     axis.set_xlabel("clean accuracy (%)", fontsize=11)
     axis.set_ylabel("robust accuracy (%)", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=10)
+    title = "the best H of each method" if crowded else None
+    figure.legend(loc="outside right upper", frameon=False, fontsize=10, title=title, alignment="left")
     heading = _heading(section) if len(_heading(section)) < 66 else _heading(section).replace(" (", "\n(", 1)
     axis.set_title(f"{heading}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
     return figure
@@ -95,9 +114,13 @@ def differences_figure(sections: Sequence[Section]) -> Any | None:
 def row_styles(rows: Rows) -> Styles:
     """Returns the colour and the marker of each label, the same in every picture of a section."""
     trained = sorted((of for of in rows.labels if of not in rows.once), key=lambda label: label not in rows.ours)
-    places = {label: i for i, label in enumerate(trained)}  # CAPT first
-    cycled = {label: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for label, i in places.items()}
+    cycled = _cycled(trained)
     return {label: cycled.get(label, (GREY, "*")) for label in rows.labels}
+
+
+def _cycled(names: Sequence[str]) -> Styles:
+    """Returns a colour and a marker of each name; CAPT's come first."""
+    return {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
 
 
 def _draw_panel(axis: Any, rows: Mapping[Shots, Rows], styles: Styles) -> None:

@@ -87,6 +87,20 @@ def test_the_legend_of_the_scatter_lies_within_the_picture(tmp_path, rows):
     assert legend.y0 >= 0 and legend.y1 <= figure.bbox.height
 
 
+def test_a_crowded_scatter_names_the_best_row_of_each_method_and_draws_all(tmp_path):
+    rows = [line(of, variant=f"rate {i}", clean=50 + i / 2) for of in ("capt", "adv-vp") for i in range(15)]
+    figure = scatter_figure(read(tmp_path, [*rows, line("zero-shot", clean=90)])[0])
+    (axis,) = visible(figure)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {
+        "zero-shot",
+        "capt (rate 14)",
+        "adv-vp (rate 14)",
+    }
+    marked = [artist for artist in axis.lines if artist.get_marker() in ("o", "s")]
+    assert len(marked) == 30 and len({artist.get_color() for artist in marked}) == 2
+    assert shots_figure(read(tmp_path, rows)[0]) is None
+
+
 def test_lines_of_equal_harmonic_mean_are_where_they_should_be(tmp_path):
     (section,) = read(tmp_path, suite(["a", "b"], shots=(16,)))
     (axis,) = visible(scatter_figure(section))
