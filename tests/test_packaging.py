@@ -68,7 +68,7 @@ def test_the_wheel_has_every_file_of_the_package_and_is_small(sdist, wheel):
         names = set(content.namelist())
         assert content.read("capt_peft/toy/digits.parquet") == (ROOT / "capt_peft/toy/digits.parquet").read_bytes()
     package = {str(file) for file in files if file.parts[0] == "capt_peft"}
-    assert {"capt_peft/toy/tiny_clip/model.safetensors", "capt_peft/commands/configs/ablations/parts.yaml"} < package
+    assert {"capt_peft/toy/tiny_clip/model.safetensors", "capt_peft/commands/configs/parts.yaml"} < package
     assert package - names == set() and path.stat().st_size <= MAX_WHEEL
 
 

@@ -6,7 +6,7 @@ capt-peft benchmark --suite toy --list                 # what would run, and how
 capt-peft benchmark --suite paper --root /data --model_name_or_path openai/clip-vit-base-patch32 \
         --settings fap --output outputs/fap.jsonl
 capt-peft benchmark --suite paper --protocol fap ...     # measured as FAP's paper measures; capt-peft protocols lists them
-capt-peft benchmark --config ablations/weighting
+capt-peft benchmark --config parts
 capt-peft benchmark --suite own --tasks pets=path/to/pets,dtd=path/to/dtd --model_name_or_path ...
 accelerate launch -m capt_peft benchmark --suite paper ...      # all processes run each cell together
 """

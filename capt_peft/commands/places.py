@@ -21,17 +21,15 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def find_config(name: str) -> Path:
-    """Returns the YAML file of this name: a file here, or one that comes with the package, as "fap" or "ablations/parts"."""
+    """Returns the YAML file of this name: a file here, or one that comes with the package, as "fap" or "parts"."""
     path = Path(name).expanduser()
-    own = CONFIGS / Path(name).with_suffix(".yaml")
-    return (
-        own if not path.exists() and own.is_file() and own.is_relative_to(CONFIGS) and ".." not in path.parts else path
-    )
+    own = packaged_configs().get(name.removesuffix(".yaml"))
+    return own if own and not path.exists() else path
 
 
-def packaged_configs() -> list[str]:
-    """Returns the names of the YAML files that come with the package."""
-    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+def packaged_configs() -> dict[str, Path]:
+    """Returns the YAML files that come with the package, by name."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
 
 
 def check_places(values: Mapping[str, Any]) -> None:
@@ -53,11 +51,10 @@ def check_places(values: Mapping[str, Any]) -> None:
             continue
         if name in FILES or (name in (*MODELS, *DATA) and is_path(value)):
             kind = "folder" if name in (*MODELS, "root") else "file" if name in FILES else "folder or file"
-            near = _nearest(value, packaged_configs()) if name == "config" else ""
-            packaged = f" The package has {', '.join(packaged_configs())}." if name == "config" else ""
-            raise ValueError(
-                f"There is no {kind} {shorten(value, 300)} (--{name}).{near or _near_path(value) or packaged}"
-            )
+            configs = packaged_configs() if name == "config" else ()
+            more = f" The package has {', '.join(configs)}." if configs else ""
+            near = _nearest(value, configs) or _near_path(value) or more
+            raise ValueError(f"There is no {kind} {shorten(value, 300)} (--{name}).{near}")
         if name in MODELS and constants.HF_HUB_OFFLINE and not is_model_name(value) and not is_cached(value):
             raise ValueError(
                 f"--{name} {shorten(value, 300)} is neither a folder here nor a Hub model in the cache, and the Hub is not asked "

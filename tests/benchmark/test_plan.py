@@ -9,9 +9,10 @@ import yaml
 
 from capt_peft.benchmark import PROTOCOLS, Cell, Plan, Suite, Target, get_suite
 from capt_peft.methods import METHODS
+from capt_peft.objectives import WEIGHTINGS
 
 TOY, PAPER = get_suite("toy"), get_suite("paper")
-ABLATIONS = sorted((Path(__file__).parents[2] / "examples" / "configs" / "ablations").glob("*.yaml"))
+PARTS = Path(__file__).parents[2] / "examples" / "configs" / "parts.yaml"
 CELL = Cell(
     suite="toy", protocol="few-shot", method="capt", variant="", task="digits", shots=4, seed=0, split="test",
     model="examples/tiny_clip", epsilon="4/255", norm="linf", attacks=("pgd-20", "square-10"), eval_step_size=None,
@@ -312,17 +313,14 @@ def test_apt_is_another_name_of_adv_tp():
     assert apt == adv_tp and apt.method == "adv-tp"
 
 
-@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
-def test_every_ablation_makes_a_plan_whose_variants_all_differ(path):
-    variants = yaml.safe_load(path.read_text())["variants"]
+def test_the_parts_of_capt_make_a_plan_whose_variants_all_differ():
+    variants = yaml.safe_load(PARTS.read_text())["variants"]
     cells = plan(protocols=("few-shot", "base-to-new"), variants=variants).cells()
-    assert len(cells) == 2 * len(variants) >= 4
+    assert len(cells) == 2 * len(variants) >= 30
     assert len({cell.training_key for cell in cells}) == len(cells)
     assert {cell.variant for cell in cells} == set(variants)
-
-
-def test_there_are_ablations():
-    assert {"parts", "weighting"} == {p.stem for p in ABLATIONS}
+    adaptive = {of["weighting"] for of in variants.values() if "weighting" in of and not of["weighting"][0].isdigit()}
+    assert adaptive | {"confidence"} == set(WEIGHTINGS)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -53,7 +53,7 @@ WRONG = [
     ("train --model_name_or_path no/such", "no/such is neither a folder here nor a Hub model in the cache"),
     ("train --model_name_or_path {examples}/configs", "cannot be loaded"),
     ("train --teacher ~/no/such/teacher", "There is no folder ~/no/such/teacher"),
-    ("train --config nowhere.yaml", "There is no file nowhere.yaml (--config). The package has ablations/parts"),
+    ("train --config nowhere.yaml", "There is no file nowhere.yaml (--config). The package has apt, digits"),
     ("benchmark --config serched", "There is no file serched (--config). Did you mean searched?"),
     ("train --save_strategy sometimes", "sometimes"),
     ("train --eval_strategy steps --save_strategy epoch --load_best_model_at_end", "do not fit together"),
