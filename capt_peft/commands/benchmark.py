@@ -130,6 +130,7 @@ def parse_args(argv: list[str]) -> Namespace:
     if args.workers < 1:
         raise ValueError(f"workers={args.workers} must be at least 1.")
     check_places({"root": args.root, "model_name_or_path": args.model_name_or_path})
+    args.asked = {*settings_of(args.settings)} if "settings" in named else set()
     return args
 
 
@@ -188,6 +189,11 @@ def make_plan(args: Namespace) -> Plan:
         what: {name: settings_of(values, f"{what}: {name}") for name, values in mapping.items()}
         for what, mapping in (("variants", variants), ("method_settings", args.method_settings))
     }
+    quick = {name: value for name, value in QUICK.items() if name not in args.asked} if args.quick else {}
+    changed["method_settings"] = {  # of the file, over which the command line wins
+        method: {name: value for name, value in values.items() if name not in args.asked | quick.keys()}
+        for method, values in changed["method_settings"].items()
+    }
     model, attack = settings.pop("model_name_or_path", None), settings.pop("eval_attack", None)
     model = args.model_name_or_path or model or ("tiny_clip" if args.suite == "toy" else None)
     if model is None:
@@ -209,7 +215,7 @@ def make_plan(args: Namespace) -> Plan:
     }
     if args.quick:
         plan |= {"tasks": list(suite.tasks[:2]), "shots": [1], "seeds": [0], "limit": QUICK_LIMIT}
-        plan |= {"transfer_shots": 1, "attacks": ["pgd-5"], "settings": QUICK | settings}
+        plan |= {"transfer_shots": 1, "attacks": ["pgd-5"], "settings": settings | quick}
     return Plan(suite, model, **plan)
 
 

@@ -147,6 +147,24 @@ def test_a_file_gives_arguments_and_variants_and_the_command_line_wins(tmp_path)
     assert [cell.prompts for cell in found] == [{"text_depth": 1}] * 2 + [{}] * 2
 
 
+def test_settings_of_the_command_line_win_over_those_of_one_method_in_a_file_and_so_does_quick():
+    few = ["--config", "searched", "--methods", "capt", "--tasks", "digits", "--seeds", "0"]
+    (cell,) = cells(*few, "--settings", "max_steps=7,num_vision_tokens=4")
+    assert (cell.settings["max_steps"], cell.settings["learning_rate"], cell.prompts) == (
+        7,
+        0.3,
+        {"num_vision_tokens": 4},
+    )
+    quick = ["--config", "searched", "--methods", "capt", "--quick"]
+    assert {cell.settings["max_steps"] for cell in cells(*quick)} == {4}
+    assert {cell.settings["max_steps"] for cell in cells(*quick, "--settings", "max_steps=7")} == {7}
+    # what a variant varies stays
+    assert {cell.settings.get("consistency") for cell in cells("--config", "parts", "--settings", "consistency=3")} >= {
+        0.5,
+        3,
+    }
+
+
 def test_settings_on_the_command_line_are_read_as_yaml():
     settings = "attack_steps=5,consistency=1e-1,augment=true,weighting=entropy,text_depth=1,epsilon=2/255"
     (cell,) = cells(*SMALL, "--methods", "capt", "--settings", settings, "--variant", "mine")
