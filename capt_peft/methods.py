@@ -264,9 +264,12 @@ def method_settings(name: str, asked: Mapping[str, Any], peft: str = PROMPTS) ->
     method = get_method(name)
     for sentence in conflicts(name, asked, peft).values():
         raise ValueError(sentence)
+    # asked for one of the two ways to bring an image to the model's size, a recipe's other one is out
+    other = {"squash": "augment", "augment": "squash"}
+    recipe = {name: value for name, value in method.defaults.items() if not asked.get(other.get(name, ""))}
     if peft == PROMPTS:
-        return {**method.defaults, **asked, **method.fixed}
-    of_training = {name: value for name, value in method.defaults.items() if name not in PROMPT_FIELDS}
+        return {**recipe, **asked, **method.fixed}
+    of_training = {name: value for name, value in recipe.items() if name not in PROMPT_FIELDS}
     return {**of_training, **get_adapter(peft).training, **asked}
 
 

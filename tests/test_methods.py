@@ -121,6 +121,14 @@ def test_what_is_asked_of_a_benchmark_wins_or_is_refused(method, asked, outcome,
     assert {name: found.get(name, plain.get(name)) for name in outcome} == outcome
 
 
+@pytest.mark.parametrize("asked", ["augment", "squash"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "zero-shot"])
+def test_of_squash_and_augment_a_method_has_the_one_that_is_asked_for(method, asked):
+    found = method_settings(method, {asked: True})
+    CaptTrainingArguments("x", **{name: found.get(name, False) for name in ("augment", "squash")})  # refuses both
+    assert found[asked]
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "zero-shot"])
 def test_what_a_method_is_and_has_no_use_for_is_refused_in_every_setting(method):
     """Swept, so that a method of tomorrow is held to it."""
