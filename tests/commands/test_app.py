@@ -18,7 +18,9 @@ import pytest
 import torch
 import yaml
 from helpers import TINY_CLIP
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from transformers import CLIPModel
 
 from capt_peft import ThreatModel, ZeroShotClassifier, load_task, parse_attack
 from capt_peft.clip.calibration import texts_digest
@@ -354,6 +356,20 @@ def test_an_attack_ends_when_it_is_cancelled(page, digits):
     asked = iter([False] * 5)
     with pytest.raises(Cancelled):
         page.run(digits[0], NAMES, DIGITS_TEMPLATE, 10, 200, "0", "none", lambda: next(asked, True))
+
+
+def test_an_adapter_of_another_method_is_called_that(tmp_path, page):
+    pytest.importorskip("gradio")
+    from capt_peft.commands.app import page as pages
+
+    lora = get_peft_model(CLIPModel.from_pretrained(TINY_CLIP), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path)
+    other = Page(str(tmp_path), base=str(TINY_CLIP))
+    assert (other.called(CAPT), page.called(CAPT)) == ("Tiny CLIP + LoRA", "Tiny CLIP + CAPT")
+    built = [pages.build(of, [], pages.Visitors()).config["components"] for of in (other, page)]
+    values = [str(block["props"].get("value")) for of in built for block in of]
+    texts = [value for value in values if "under attack" in value]
+    assert ["CAPT" in text for text in texts] == [False, True] and "LoRA is a small adapter" in texts[0]
 
 
 def test_an_adapter_is_not_shown_as_clip(adapter):

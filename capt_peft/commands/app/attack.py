@@ -28,6 +28,7 @@ from ...defences import Defended, Undefended, parse_defence
 from ...randomness import example_generators
 from ...results.run import RunResults
 from ...tuner.config import check_template
+from ...tuner.others import peft_name
 from ...utils.embedded import TINY_CLIP, embedded_name, recorded_path
 from ..tuned import read_record
 from .defences import NO_DEFENCE, OFFERS
@@ -111,6 +112,7 @@ class Page:
     Attributes:
         examples: The task that the adapter was tuned on, if its record names one that is made without files; else None.
         epsilon: L-inf epsilon to begin with, in levels of 255: the one that the adapter was tuned at, if its record has it.
+        method: How the adapter's PEFT method is called: "CAPT", "LoRA", ...
     """
 
     def __init__(self, adapter: str | None = None, base: str | None = None) -> None:
@@ -118,9 +120,10 @@ class Page:
         self.class_texts: dict[str, list[str]] | None = None
         self.base, revision = base or TINY_CLIP, None
         self.examples: Task | None = None
-        self.epsilon = 10.0
+        self.epsilon, self.method = 10.0, "CAPT"
         if adapter is not None:
             config: Any = PeftConfig.from_pretrained(adapter)
+            self.method = peft_name(config.to_dict())
             if base is None:
                 self.base, revision = recorded_path(config.base_model_name_or_path or ""), config.revision
             self.class_names = list(getattr(config, "class_names", None) or DIGITS)[:MAX_CLASSES]
@@ -153,7 +156,8 @@ class Page:
             self.epsilon = levels
 
     def called(self, name: str) -> str:
-        """Returns what people read for a model's name: tiny CLIP is called that, never CLIP."""
+        """Returns what people read for a model's name: tiny CLIP is called that, never CLIP, and LoRA is not called CAPT."""
+        name = name.replace("CAPT", self.method)
         return name if embedded_name(self.base) is None else name.replace("CLIP", "Tiny CLIP")
 
     def run(

@@ -70,9 +70,10 @@ SHOW_RESULTS = """() => {
     verdict.scrollIntoView({ behavior: calm ? "auto" : "smooth" });
   }
 }"""
-INTRO = """# {clip} under attack, and {clip} + CAPT
+INTRO = """# {clip} under attack, and {clip} + {method}
 Choose an example or upload an image, and press *Attack*: it searches for a change, too small to matter to you, that turns
-the model's answer. CAPT is a small adapter that was tuned to withstand such changes ([paper](https://arxiv.org/abs/2405.11154))."""
+the model's answer. {method} is a small adapter that was tuned to withstand such changes{paper}."""
+PAPER = " ([paper](https://arxiv.org/abs/2405.11154))"
 NO_ADAPTER = """**There is no adapter here, so only {clip} is shown.** `capt-peft demo` tunes one in about five minutes; then
 start this page again, or name any CAPT adapter with `--adapter` (folder or Hub id)."""
 
@@ -186,7 +187,8 @@ def build(page: Page, examples: list[list[str]], visitors: Visitors) -> gr.Block
         title=f"{page.called(CLIP)} under attack", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True
     ) as demo:
         words = INTRO if CAPT in page.models else f"{INTRO}\n\n{NO_ADAPTER}"
-        gr.Markdown(words.format(clip=page.called(CLIP)))
+        paper = PAPER if page.method == "CAPT" else ""
+        gr.Markdown(words.format(clip=page.called(CLIP), method=page.method, paper=paper))
         samples = gr.Row()
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
