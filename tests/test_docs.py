@@ -15,6 +15,7 @@ from siglip_models import random_siglip, siglip_processor
 from transformers import CLIPModel
 
 import capt_peft
+from capt_peft.benchmark import Lines
 from capt_peft.commands import COMMANDS
 from capt_peft.commands.options import check_options, options_in
 from capt_peft.methods import METHODS
@@ -227,6 +228,27 @@ def test_the_block_on_strength_runs(tmp_path, monkeypatch, capsys):
     assert "| strength | clean, % | robust (pgd-1, L-inf 10/255), % | H, % |" in capsys.readouterr().out
     assert Path("outputs/front.png").is_file() and Path("outputs/front.json").is_file()
     capt_peft.CaptConfig.from_pretrained("outputs/chosen")
+
+
+def test_the_block_on_an_objective_of_ones_own_runs_and_it_makes_another_adapter(tmp_path, monkeypatch):
+    """With a few images and two steps."""
+    monkeypatch.chdir(tmp_path)
+    [code] = [code for code in blocks(ROOT / "docs" / "benchmark.md", "python") if "tune=tune" in code]
+    for old, new in (
+        ("[16], [0]", "[1], [0]"),
+        (
+            'split="validation", settings={',
+            'split="validation", limit=8, attacks=["pgd-1"], settings={"max_steps": 2, "logging_steps": 1, ',
+        ),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    names = {"__name__": "own"}
+    exec(code, names)
+    plain, own = Lines(Path("outputs/own.jsonl")).read().values()
+    assert (own["status"], own["cell"]["variant"]) == ("finished", "late frozen")
+    assert own["adapter_fingerprint"] != plain["adapter_fingerprint"]
+    assert own["training"]["log"][-1]["alpha"] == 0.25  # of the second of two steps
 
 
 def test_the_blocks_on_calibration_run(tmp_path, monkeypatch, capsys):
