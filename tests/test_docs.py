@@ -235,11 +235,8 @@ def test_the_block_on_an_objective_of_ones_own_runs_and_it_makes_another_adapter
     monkeypatch.chdir(tmp_path)
     [code] = [code for code in blocks(ROOT / "docs" / "benchmark.md", "python") if "tune=tune" in code]
     for old, new in (
-        ("[16], [0]", "[1], [0]"),
-        (
-            'split="validation", settings={',
-            'split="validation", limit=8, attacks=["pgd-1"], settings={"max_steps": 2, "logging_steps": 1, ',
-        ),
+        ("shots=[16]", "shots=[1], limit=8, attacks=['pgd-1']"),
+        ("settings={", "settings={'max_steps': 2, 'logging_steps': 1, "),
     ):
         assert old in code
         code = code.replace(old, new)
