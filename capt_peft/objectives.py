@@ -14,7 +14,7 @@ from .attacks.features import squared_distance
 from .attacks.losses import margin
 
 WEIGHTINGS = ("confidence", "margin", "entropy", "batch", "schedule")
-FROZEN_TERMS = ("predictions", "features")
+FROZEN_TERMS = ("predictions", "labelled", "features")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class CaptObjective:
             of the logits. `"entropy"`: the same with certainties, 1 minus the entropy over log N. `"batch"`: one α for the
             batch, from the means of p(y). `"schedule"`: from 1 at the start of training to 0 at its end. A number in [0, 1]:
             that number.
-        frozen_term: What is held to the frozen model: `"predictions"`, as in the equation; or `"features"`, with
+        frozen_term: What is held to the frozen model: `"predictions"`, as in the equation; `"labelled"`, with the mean of the
+            frozen predictions and the label, (p_frozen + onehot(y)) / 2, as what the KL draws to; or `"features"`, with
             `1 - cos(f_adv_i, f_frozen_i)` of the adversarial and the frozen clean image features in place of its KL: a paper
             that cites CAPT (CBA-FAPT) describes a constraint on visual features. α stays as `weighting` says.
 
@@ -122,8 +123,12 @@ class CaptObjective:
 
     def _distance_to_frozen(self, views: Views) -> Tensor:
         assert views.frozen is not None  # __call__ has checked
-        if self.frozen_term == "predictions":
-            return kl_to(views.adversarial, views.frozen.detach())
+        if self.frozen_term != "features":
+            frozen = views.frozen.detach()
+            if self.frozen_term == "labelled":
+                label = F.one_hot(views.labels, frozen.shape[-1])
+                frozen = ((frozen.softmax(-1) + label) / 2).clamp_min(1e-30).log()
+            return kl_to(views.adversarial, frozen)
         if views.frozen_features is None or views.adversarial_features is None:
             raise ValueError("frozen_term='features' needs Views.frozen_features and Views.adversarial_features.")
         return 1 - F.cosine_similarity(views.adversarial_features.float(), views.frozen_features.detach().float())

@@ -200,6 +200,29 @@ def cosine_by_hand(a, b):
     return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
 
 
+# ----------------------------------------------------------------------- CAPT with the label mixed into the frozen predictions
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_labelled_frozen_term_draws_to_the_mean_of_frozen_prediction_and_label(weighting):
+    v = views()
+    loss, parts = CaptObjective(1.5, weighting, "labelled")(v)
+    assert torch.equal(parts["alpha"], CaptObjective(1.5, weighting)(v)[1]["alpha"])  # the frozen model's own
+    clean, attacked, frozen = (probabilities(logits) for logits in (v.clean, v.adversarial, v.frozen))
+    alpha = CaptObjective(1.5, weighting).alpha(v).tolist()
+    expected = 0.0
+    for i, label in enumerate(v.labels.tolist()):
+        mixed = [(p + (j == label)) / 2 for j, p in enumerate(frozen[i])]
+        terms = (1 - alpha[i]) * divergence(clean[i], attacked[i]) + alpha[i] * divergence(mixed, attacked[i])
+        expected += (-math.log(clean[i][label]) + 1.5 * terms) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_labelled_frozen_term_is_finite_where_a_frozen_probability_is_nothing():
+    v = views(frozen=torch.full((6, 4), -1e4).index_fill(1, torch.tensor([0]), 0.0))
+    assert torch.isfinite(CaptObjective(1.5, 1.0, "labelled")(v)[0])
+
+
 # ------------------------------------------------------------------------------------- CAPT with features of the frozen model
 
 
@@ -234,7 +257,7 @@ def test_the_frozen_term_of_features_moves_the_adversarial_features_alone():
 def test_what_the_frozen_term_of_features_lacks_is_named():
     with pytest.raises(ValueError, match=r"needs Views.frozen_features"):
         CaptObjective(frozen_term="features")(views())
-    with pytest.raises(ValueError, match=r"frozen_term='logits' is unknown. Allowed: predictions, features"):
+    with pytest.raises(ValueError, match=r"frozen_term='logits' is unknown. Allowed: predictions, labelled, features"):
         CaptObjective(frozen_term="logits")
 
 

@@ -44,7 +44,8 @@ class CaptTrainingArguments(TrainingArguments):
         eval_step_size: Length of a step of a PGD `eval_attack`; by default that of `PGD`.
         consistency: λ, the weight of CAPT's consistency terms.
         weighting: α, CAPT's adaptive weight: "confidence", "margin", "entropy", "batch", "schedule", or a number in [0, 1].
-        frozen_term: What CAPT holds to the frozen model: "predictions" (KL), or "features" (cosine of the image features).
+        frozen_term: What CAPT holds to the frozen model: "predictions" (KL), "labelled" (KL to their mean with the label), or
+            "features" (cosine of the image features).
         augment: Crop and flip training images at random.
         squash: Resize training images to the model's size whatever their shape, instead of cropping, as in FAP's code.
         lr_schedule: "step": the learning rate follows `lr_scheduler_type` and `warmup_steps` step by step. "epoch": as in CoOp's
