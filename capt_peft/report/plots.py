@@ -89,14 +89,15 @@ def scatter_figure(section: Section) -> Any | None:
     axis.spines[["top", "right"]].set_visible(False)
     title = "the best H of each method" if crowded else None
     figure.legend(loc="outside right upper", frameon=False, fontsize=10, title=title, alignment="left")
-    heading = _heading(section) if len(_heading(section)) < 66 else _heading(section).replace(" (", "\n(", 1)
-    axis.set_title(f"{heading}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
+    axis.set_title(f"{_heading(section)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
     return figure
 
 
 def differences_figure(sections: Sequence[Section]) -> Any | None:
     """Draws how far CAPT is above each baseline in H, one panel a section and number of shots; None without any."""
-    panels = [(f"{s.title}\n{shots_name(shots)}", _compared(s, shots)) for s in sections for shots in s.shots]
+    several = len({section.model for section in sections}) > 1
+    named = [(s, f"{s.title}\n{s.model}, " if several else f"{s.title}\n") for s in sections]
+    panels = [(f"{name}{shots_name(shots)}", _compared(s, shots)) for s, name in named for shots in s.shots]
     panels = [(title, found) for title, found in panels if found]
     if not panels:
         return None
@@ -202,4 +203,4 @@ def _compared(section: Section, shots: Shots) -> list[Difference]:
 
 
 def _heading(section: Section) -> str:
-    return f"{section.title} ({section.split} split, {section.attack}, {section.threat})"
+    return f"{section.title} ({section.split} split, {section.model})\n{section.attack}, {section.threat}"

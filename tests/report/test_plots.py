@@ -160,6 +160,15 @@ def test_pictures_of_several_suites_have_their_names(tmp_path):
     assert {"shots-toy.png", "shots-big-set.png", "scatter-big-set.svg", "differences.png"} <= set(names)
 
 
+def test_pictures_name_the_model_where_there_are_several(tmp_path):
+    lines = [line(method, model=model) for model in ("clip-a", "clip-b") for method in ("capt", "tecoa")]
+    sections = read(tmp_path, lines)
+    for section in sections:
+        assert section.model in visible(scatter_figure(section))[0].get_title()
+    titles = [axis.get_title() for axis in visible(differences_figure(sections))]
+    assert titles == ["toy: few-shot\nclip-a, 16 shots", "toy: few-shot\nclip-b, 16 shots"]
+
+
 def test_rows_without_a_common_run_are_drawn_without_an_average(tmp_path):
     path = write(tmp_path / "lines.jsonl", [line("capt", "a"), line("tecoa", "b")])
     names = [p.name for p in write_report(path, tmp_path / "out")]
