@@ -73,7 +73,7 @@ def tune_adapter(
     """
     task = training_task(cell, root)
     with tempfile.TemporaryDirectory() as output:
-        args = _training_arguments(cell, output)
+        args = training_arguments(cell, output)
         set_seed(cell.seed)
         trainer = make_trainer(
             cell.method, base, args, task=task, processor=processor, prompts=cell.prompts, teacher=cell.settings.get("teacher")
@@ -178,7 +178,8 @@ def _kept_training(folder: Path, needed: Mapping[str, Any]) -> dict[str, Any] | 
     return None
 
 
-def _training_arguments(cell: Cell, output: str) -> CaptTrainingArguments:
+def training_arguments(cell: Cell, output: str) -> CaptTrainingArguments:
+    """Returns what the adapter of a cell is tuned with, in a folder; a ValueError says what is wrong with the cell's settings."""
     settings = {name: value for name, value in cell.settings.items() if name != "teacher"}
     own = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": PartialState().device.type == "cpu"}
     own["stop_on_collapse"] = False  # a constant model is a result, and leaving it out would favour its method

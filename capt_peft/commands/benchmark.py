@@ -27,6 +27,7 @@ from accelerate import PartialState
 
 from ..benchmark import PROTOCOLS, Cell, Plan, Suite, get_suite, listing, run_cells
 from ..benchmark.plan import QUICK_LIMIT
+from ..benchmark.run import training_arguments
 from ..methods import METHODS
 from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
@@ -233,12 +234,22 @@ def main(argv: list[str]) -> None:
     quiet()
     plan = make_plan(args)
     cells = plan.cells()
+    check_settings(cells)
     output = Path(args.output or f"outputs/benchmark/{args.suite}{'-quick' if args.quick else ''}.jsonl")
     if args.list:
         print(listing(cells, output, args.workers, root=places(args)))
         return
     lines = run_cells(cells, output, backend=args.backend, workers=args.workers, root=places(args))
     show_lines(cells, lines, output, lambda: show_report([output], args.report or output.with_suffix("")))
+
+
+def check_settings(cells: Sequence[Cell]) -> None:
+    """Raises a ValueError for the first method whose settings no training takes, before anything runs."""
+    for cell in {(cell.label, str(cell.settings)): cell for cell in cells if cell.tuned}.values():
+        try:
+            training_arguments(cell, os.devnull)  # names a folder that is not made
+        except ValueError as error:
+            raise ValueError(f"{cell.label}: {error}") from error
 
 
 def show_lines(cells: Sequence[Cell], lines: Mapping[str, Any], output: Path, report: Callable[[], None]) -> None:
@@ -251,3 +262,5 @@ def show_lines(cells: Sequence[Cell], lines: Mapping[str, Any], output: Path, re
     if len(failed) < len(lines):
         report()
     print(f"\n{len(lines) - len(failed)} of {len(cells)} cells are finished; their lines are in {output}.")
+    if failed and len(failed) == len(lines):
+        raise SystemExit(1)

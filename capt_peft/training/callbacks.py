@@ -80,7 +80,8 @@ def advice(args: Any, state: Any) -> str:
 class StopOnCollapse(TrainerCallback):
     """Stops a run, where `args.stop_on_collapse` is set, whose model has become constant: FAP's trivial solution.
 
-    Its consistency loss has fallen to a thousandth of its largest value in the log, while the clean loss is that of guessing.
+    Its consistency loss has fallen to a thousandth of its largest value in the log, while the clean loss is that of guessing;
+    or, with an objective without one, the losses of clean and of adversarial images are both within 1% of that of guessing.
 
     Args:
         num_classes: Number of classes, N; guessing has a cross-entropy of log N.
@@ -97,27 +98,35 @@ class StopOnCollapse(TrainerCallback):
         """Looks at the means since the last log line."""
         self.found = (collapse(state.log_history, self.num_classes) if "loss" in (logs or {}) else None) or self.found
         if self.found and args.stop_on_collapse:
+            weight = f" or `consistency` ({args.consistency})" if "consistency" in self.found else ""
             raise TrainingStopped(
                 f"The model has become constant at step {state.global_step}: {self.found}. Lower the learning rate "
-                f"({args.learning_rate}) or `consistency` ({args.consistency}), or use another coupling. {last_good(args, state)}"
+                f"({args.learning_rate}){weight}, or use another coupling. {last_good(args, state)}"
             )
 
 
 def collapse(history: Sequence[Mapping[str, Any]], num_classes: int) -> str | None:
     """Returns a sentence if the last log line of a loss is that of a model that has become constant.
 
-    A model whose first predictions are nearly uniform has a small consistency loss too; only its fall is a collapse.
+    A model whose first predictions are nearly uniform has a small consistency loss too, and losses near log N; only a fall to
+    them is a collapse.
     """
-    lines = [line for line in history if "consistency_tuned" in line]
+    lines = [line for line in history if "consistency_tuned" in line or "adversarial_loss" in line]
     if not lines:
         return None
-    now, largest = lines[-1]["consistency_tuned"], max(line["consistency_tuned"] for line in lines)
+    watched = "consistency_tuned" if "consistency_tuned" in lines[-1] else "adversarial_loss"
+    now, largest = lines[-1][watched], max(line[watched] for line in lines)
     clean, chance = lines[-1]["clean_loss"], math.log(num_classes)
-    if now >= 0.001 * largest or clean <= 0.95 * chance:
-        return None
+    if watched == "consistency_tuned":
+        constant, fell = now < 0.001 * largest and clean > 0.95 * chance, f"from {largest:.1e} to {now:.1e}"
+    else:
+        constant = max(abs(now - chance), abs(clean - chance)) < 0.01 * chance and largest > 1.05 * chance
+        fell = f"from {largest:.2f} to {now:.2f}"
+    what = "consistency loss" if watched == "consistency_tuned" else "loss of adversarial images"
     return (
-        f"the consistency loss fell from {largest:.1e} to {now:.1e}, while the clean loss is {clean:.2f}, and guessing gives "
-        f"{chance:.2f}"
+        f"the {what} fell {fell}, while the clean loss is {clean:.2f}, and guessing gives {chance:.2f}"
+        if constant
+        else None
     )
 
 

@@ -21,6 +21,7 @@ from capt_peft.clip.classifier import ZeroShotClassifier
 from capt_peft.evaluation import evaluate
 from capt_peft.objectives import Views
 from capt_peft.randomness import example_generators
+from capt_peft.training.callbacks import collapse
 
 
 @pytest.mark.parametrize("strength", [1, 0.5])
@@ -198,6 +199,27 @@ def test_a_model_that_becomes_constant_stops_the_run(tmp_path, processor):
 
 def test_nearly_uniform_predictions_at_the_start_are_no_collapse(tmp_path, processor):
     make_trainer(tmp_path, processor, objective=Scripted(2e-4, 1e-4), num_train_epochs=3, attack_steps=1).train()
+
+
+LOG_3 = math.log(3)
+
+
+@pytest.mark.parametrize(
+    ("losses", "found"),
+    [
+        (
+            [(1.0, 2.0), (LOG_3, 1.008 * LOG_3)],
+            "loss of adversarial images fell from 2.00 to 1.11, while the clean loss is 1.10",
+        ),
+        ([(1.0, 2.0), (0.98 * LOG_3, LOG_3)], None),  # it still tells some clean images apart
+        ([(1.0, 2.0), (LOG_3, 1.02 * LOG_3)], None),
+        ([(LOG_3, 1.04 * LOG_3), (LOG_3, LOG_3)], None),  # it has never been anything else
+    ],
+)
+def test_adversarial_training_without_a_consistency_loss_collapses_into_the_losses_of_guessing(losses, found):
+    history = [{"clean_loss": clean, "adversarial_loss": attacked, "loss": attacked} for clean, attacked in losses]
+    said = collapse([*history, {"eval_clean_accuracy": 0.3}], 3)
+    assert said is None if found is None else found in said
 
 
 def test_the_adapter_records_the_class_names_and_template(tmp_path, processor):
