@@ -89,7 +89,9 @@ def scatter_figure(section: Section) -> Any | None:
     axis.spines[["top", "right"]].set_visible(False)
     title = "the best H of each method" if crowded else None
     figure.legend(loc="outside right upper", frameon=False, fontsize=10, title=title, alignment="left")
-    axis.set_title(f"{_heading(section)}\n{shots_name(shots)}; grey lines: equal harmonic mean H", fontsize=10)
+    axis.set_title(
+        f"{_heading(section)}\n{shots_name(shots)}; grey lines: equal harmonic mean H of the averages", fontsize=10
+    )
     return figure
 
 
@@ -103,7 +105,7 @@ def differences_figure(sections: Sequence[Section]) -> Any | None:
         return None
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     tallest = max(len(found) for _, found in panels)
-    figure = new_figure(3.6 * columns + 1.0, (0.36 * tallest + 1.1) * lines + 0.8)
+    figure = new_figure(max(3.6 * columns + 1.0, 7.2), (0.36 * tallest + 1.1) * lines + 0.8)  # as wide as its title
     for axis, (title, found) in zip(add_panels(figure, len(panels), columns), panels, strict=True):
         _bars(axis, found)
         axis.set_title(title, fontsize=10)

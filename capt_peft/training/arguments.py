@@ -152,6 +152,12 @@ class CaptTrainingArguments(TrainingArguments):
                 f"image_chunk_size={chunk} must be at least 1, or None for the whole batch.",
             ),
             (
+                self.frozen_term != "predictions"
+                and not CaptObjective(self.consistency, self.weighting, self.frozen_term).needs_frozen,
+                f"frozen_term={self.frozen_term!r} has no effect where nothing is held to the frozen model: "
+                f"weighting={self.weighting}, consistency={self.consistency}. Leave one of them out.",
+            ),
+            (
                 chunk and self.fp16,
                 "image_chunk_size takes gradients that fp16's loss scaling does not reach. Use bf16.",
             ),

@@ -69,6 +69,13 @@ def test_failed_cells_are_named_and_the_others_reported(run, tmp_path, capsys):
     assert [line["status"] for line in Lines(output).read().values()] == ["finished", "failed"]
 
 
+def test_a_benchmark_of_which_every_cell_failed_ends_in_an_error(tmp_path, capsys):
+    output = tmp_path / "lines.jsonl"
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, "--methods", "capt", "--shots", "1000", "--output", str(output)])
+    assert ended.value.code == 1 and "0 of 1 cells are finished" in capsys.readouterr().out
+
+
 def test_two_processes_run_each_cell_together(run, tmp_path):
     output = tmp_path / "lines.jsonl"
     done = subprocess.run(
@@ -218,6 +225,8 @@ def test_the_file_of_a_published_protocol_gives_settings_attack_and_model_and_no
         (["--split", "holdout"], "Unknown splits holdout"),
         (["--settings", "learning_rat=3"], "unknown settings learning_rat"),
         (["--settings", "learning_rate=high"], "'high'"),
+        (["--settings", "frozen_term=label"], "capt: frozen_term='label' is unknown. Allowed: predictions"),
+        (["--settings", "weighting=none", "--list"], "capt: weighting='none' is unknown. Allowed: confidence"),
         (["--backend", "slurm"], "Unknown backend 'slurm'"),
         (["--workers", "0"], "workers=0"),
         (["--root", "/"], "--root has no effect with --suite toy"),

@@ -244,6 +244,8 @@ def test_the_adapter_records_the_class_names_and_template(tmp_path, processor):
         ({"eval_attack": "square-0"}, "queries=0 must be 1 or more"),
         ({"consistency": -1.0}, "consistency=-1"),
         ({"weighting": "2"}, "weighting='2'"),
+        ({"frozen_term": "labelled", "weighting": "0"}, "frozen_term='labelled' has no effect"),
+        ({"frozen_term": "features", "consistency": 0.0}, "frozen_term='features' has no effect"),
         ({"remove_unused_columns": True}, "would drop the pixels"),
     ],
 )
