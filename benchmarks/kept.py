@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Kept:
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder}, the adapter of {self.cell}, is gone. Run the benchmark again.")
         model = PeftModel.from_pretrained(model, str(self.folder))
-        if adapter_fingerprint(model) != self.line["adapter_fingerprint"]:
+        if adapter_fingerprint(model) != self.line.get("adapter_fingerprint"):
             raise ValueError(
                 f"{self.folder} is not the adapter that was measured as {self.cell}. Run the benchmark again."
             )
@@ -68,3 +69,19 @@ def read_kept(path: Path, methods: Sequence[str] = (), seeds: Sequence[int] = ()
         if (not methods or {cell.method, cell.label} & {*methods})
         and (not seeds or not cell.tuned or cell.seed in seeds)
     ]
+
+
+def seeds_in(text: str | None) -> list[int]:
+    """Returns the seeds of a command line, such as "0,1,2"; a ValueError if they are none."""
+    parts = (text or "").split(",") if text else []
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"--seeds {text}: seeds are whole numbers with commas between them, such as 0,1,2.")
+    return [int(part) for part in parts]
+
+
+def or_one_sentence(main: Callable[[], None]) -> None:
+    """Runs a script, of which a ValueError is all that its user has to read."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kept import Kept, read_kept
+from kept import Kept, or_one_sentence, read_kept, seeds_in
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -120,8 +120,24 @@ def information(p: Tensor) -> Tensor:
 
 
 def with_zero_shot(found: Sequence[Kept]) -> list[Kept]:
-    """Returns a row of the base model for each task, and the tuned adapters, each once."""
-    tuned = {(of.cell.label, of.cell.task, of.cell.seed): of for of in found if of.cell.tuned}
+    """Returns a row of the base model for each task, and the tuned adapters, each once.
+
+    Raises:
+        ValueError: They are of several models, threat models or numbers of images, or two of them would be one row.
+    """
+    places = {(of.cell.model, str(of.cell.threat), of.cell.limit) for of in found}
+    if len(places) > 1:
+        raise ValueError(
+            "The adapters are of more than one model, threat model or limit, whose images cannot be compared: "
+            f"{'; '.join(sorted(f'{model}, {threat}, limit {limit}' for model, threat, limit in places))}."
+        )
+    tuned: dict[tuple[str, str, int], Kept] = {}
+    for of in (of for of in found if of.cell.tuned):
+        one = tuned.setdefault((of.cell.label, of.cell.task, of.cell.seed), of)
+        if one.folder != of.folder:
+            raise ValueError(
+                f"{one.cell} has adapters of different settings. Keep them in files of their own, or give one a variant."
+            )
     bases = {
         of.cell.task: Kept(replace(of.cell, method=ZERO_SHOT, variant="", shots=0, seed=0), {}, Path())
         for of in tuned.values()
@@ -271,12 +287,14 @@ def main() -> None:
     parser.add_argument("--shots", default="16", help="the number of shots of the protocol few-shot")
     parser.add_argument("--output", type=Path, default=Path("outputs/margins.json"), help="JSON file of the figures")
     args = parser.parse_args()
-    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else []
+    seeds = seeds_in(args.seeds)
+    if args.output.suffix != ".json" or args.output.with_suffix(".jsonl").resolve() == args.lines.resolve():
+        parser.error(f"--output {args.output}: it must end in .json, and its lines must not be those of the benchmark")
     found = [of for name in args.methods.split(",") for of in read_kept(args.lines, [name], seeds)]
     asked = with_zero_shot([of for of in found if (of.cell.protocol, str(of.cell.shots)) == ("few-shot", args.shots)])
     if not asked:
         parser.error(
-            f"{args.lines} has no adapters of these methods with {args.shots} shots; --shots takes another number"
+            f"{args.lines} has no adapters of these methods and seeds with {args.shots} shots (--shots takes another number)"
         )
     lines = Lines(args.output.with_suffix(".jsonl"))
     known = lines.read()
@@ -298,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    or_one_sentence(main)

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from kept import or_one_sentence
 
 from capt_peft.benchmark import Plan, get_suite, run_cells
 from capt_peft.results.accuracy import harmonic_mean
@@ -108,10 +109,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="a part of the methods")
     parser.add_argument("--workers", type=int, default=1, help="cells at a time")
     args = parser.parse_args(argv)
+    methods = args.methods.split(",")
+    if unknown := [method for method in methods if method not in METHODS]:
+        parser.error(f"--methods {', '.join(unknown)}: allowed are {', '.join(METHODS)}")
     search = Search(args.lines, args.workers)
-    chosen = {method: {**TOY.method_settings[method], **search.choose(method)[1]} for method in args.methods.split(",")}
+    chosen = {method: {**TOY.method_settings[method], **search.choose(method)[1]} for method in methods}
     print(yaml.safe_dump({"settings": dict(TOY.settings), "method_settings": chosen}, sort_keys=False))
 
 
 if __name__ == "__main__":
-    main()
+    or_one_sentence(main)

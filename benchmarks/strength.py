@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from kept import Kept, read_kept
+from kept import Kept, or_one_sentence, read_kept, seeds_in
 from tqdm.auto import tqdm
 
 from capt_peft import ZeroShotClassifier, set_strength
@@ -38,6 +38,7 @@ from capt_peft.utils.machine import describe_machine, versions
 STRENGTHS = (0, 0.1, 0.25, 0.5, 1)
 SOURCE, TARGET = "dial", "dial, target"
 FEW = 50  # labelled images of a target
+FINGERPRINT = "adapter_fingerprint"
 CHOOSING = 100  # validation images of what an adapter was tuned on
 
 
@@ -71,7 +72,7 @@ class Measurement:
     """One adapter, or the base model, that is measured as several cells."""
 
     def __init__(self, kept: Kept, whole: Cell) -> None:
-        self.cell = whole
+        self.cell, self.fingerprint = whole, kept.line.get(FINGERPRINT)
         self.model, self.processor = kept.load()
         self.fronts: dict[str, Any] = {}
         self.results: dict[tuple[Target, float], Any] = {}
@@ -126,6 +127,7 @@ class Measurement:
             "cell": cell.to_dict(),
             "results": results,
             "training": {},
+            FINGERPRINT: self.fingerprint,
             **more,
         }
         return {**line, **digests, "versions": versions(), "machine": describe_machine()}
@@ -145,15 +147,16 @@ def main() -> None:
     parser.add_argument("--seeds", help="seeds, such as 0,1,2; by default all")
     parser.add_argument("--attacks", help="attacks in place of the benchmark's, such as pgd-20,apgd-ce-20")
     args = parser.parse_args()
-    methods, seeds, attacks = (
-        [part for part in (text or "").split(",") if part] for text in (args.methods, args.seeds, args.attacks)
-    )
+    if args.output.resolve() == args.lines.resolve():
+        parser.error(f"--output {args.output} is the benchmark's own file")
+    methods, attacks = ([part for part in (text or "").split(",") if part] for text in (args.methods, args.attacks))
     lines, inputs = Lines(args.output), Inputs()
     done = lines.read()
     todo = {}
-    for kept in read_kept(args.lines, methods, [int(seed) for seed in seeds]):
+    for kept in read_kept(args.lines, methods, seeds_in(args.seeds)):
         of = cells(kept.cell, attacks)
-        left = {how: cell for how, cell in of.items() if cell.key not in done}
+        now = kept.line.get(FINGERPRINT)  # an adapter that was tuned again is measured again
+        left = {how: cell for how, cell in of.items() if done.get(cell.key, {FINGERPRINT: ""}).get(FINGERPRINT) != now}
         # of lines of the same adapter, the one that has the figures of the whole already
         if left and (of[""].key not in todo or kept.cell == of[""]):
             todo[of[""].key] = kept, of[""], left
@@ -166,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    or_one_sentence(main)

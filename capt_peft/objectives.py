@@ -127,7 +127,8 @@ class CaptObjective:
             frozen = views.frozen.detach()
             if self.frozen_term == "labelled":
                 label = F.one_hot(views.labels, frozen.shape[-1])
-                frozen = ((frozen.softmax(-1) + label) / 2).clamp_min(1e-30).log()
+                mixed = (frozen.float().softmax(-1) + label) / 2  # float16 has no number as small as the bound
+                frozen = mixed.clamp_min(1e-30).log().to(frozen.dtype)
             return kl_to(views.adversarial, frozen)
         if views.frozen_features is None or views.adversarial_features is None:
             raise ValueError("frozen_term='features' needs Views.frozen_features and Views.adversarial_features.")

@@ -1,6 +1,7 @@
 """CAPT's objective, against its equation written out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,6 +222,8 @@ def test_the_labelled_frozen_term_draws_to_the_mean_of_frozen_prediction_and_lab
 def test_the_labelled_frozen_term_is_finite_where_a_frozen_probability_is_nothing():
     v = views(frozen=torch.full((6, 4), -1e4).index_fill(1, torch.tensor([0]), 0.0))
     assert torch.isfinite(CaptObjective(1.5, 1.0, "labelled")(v)[0])
+    half = replace(v, **{name: getattr(v, name).half() for name in ("clean", "adversarial", "frozen")})
+    assert torch.isfinite(CaptObjective(1.5, 1.0, "labelled")(half)[0])
 
 
 # ------------------------------------------------------------------------------------- CAPT with features of the frozen model

@@ -26,9 +26,11 @@ import transformers
 from accelerate import PartialState
 
 from ..benchmark import PROTOCOLS, Cell, Plan, Suite, get_suite, listing, run_cells
+from ..benchmark.lines import read_lines
 from ..benchmark.plan import QUICK_LIMIT
 from ..benchmark.run import training_arguments
 from ..methods import METHODS
+from ..report.sections import check_rows
 from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
 from .options import values_in
@@ -103,17 +105,16 @@ def parse_args(argv: list[str]) -> Namespace:
     parser = build_parser()
     named = values_in(argv)
     path = parser.parse_known_args(argv)[0].config
-    own: dict[str, Any] = {"variants": None, "method_settings": {}}
+    own: dict[str, Any] = {"variants": None, "method_settings": {}, "file_settings": None}
     words: list[str] = []
     if path:
         try:
             content = read_mapping(path, {**parser.options, **own})
+            own["file_settings"] = content.pop("settings", None)
             for name in own.keys() & content.keys():
                 own[name] = known_names(f"{path}: {name}", content[name], content[name], "names")
         except ValueError as error:
             parser.error(str(error))
-        if isinstance(content.get("settings"), dict):
-            own["settings"] = content.pop("settings")
         rest = {name: value for name, value in content.items() if name not in own}
         words = parser.words(path, {name: _listed(name, value) for name, value in rest.items()})
     args = parser.parse_args([*words, *argv], Namespace(**own))
@@ -131,7 +132,13 @@ def parse_args(argv: list[str]) -> Namespace:
     if args.workers < 1:
         raise ValueError(f"workers={args.workers} must be at least 1.")
     check_places({"root": args.root, "model_name_or_path": args.model_name_or_path})
-    args.asked = {*settings_of(args.settings)} if "settings" in named else set()
+    args.asked = {*settings_of(args.settings)}
+    for setting, argument in (("eval_attack", "attacks"), ("model_name_or_path", "model_name_or_path")):
+        if setting in args.asked and argument not in named:  # the file's gives way to the command line's
+            setattr(args, argument, None)
+    if args.output is None or (args.quick and "output" not in named):
+        path = Path(args.output or f"outputs/benchmark/{args.suite}.jsonl")
+        args.output = path.with_stem(f"{path.stem}-quick") if args.quick else path
     return args
 
 
@@ -185,7 +192,8 @@ def places(args: Namespace) -> str | dict[str, str] | None:
 def make_plan(args: Namespace) -> Plan:
     """Returns what the arguments ask for."""
     suite = own_suite(args.tasks) if args.suite == "own" else get_suite(args.suite)
-    settings, variants = settings_of(args.settings), args.variants or {args.variant or "": {}}
+    settings = {**settings_of(args.file_settings), **settings_of(args.settings)}
+    variants = args.variants or {args.variant or "": {}}
     changed = {
         what: {name: settings_of(values, f"{what}: {name}") for name, values in mapping.items()}
         for what, mapping in (("variants", variants), ("method_settings", args.method_settings))
@@ -235,7 +243,8 @@ def main(argv: list[str]) -> None:
     plan = make_plan(args)
     cells = plan.cells()
     check_settings(cells)
-    output = Path(args.output or f"outputs/benchmark/{args.suite}{'-quick' if args.quick else ''}.jsonl")
+    output = Path(args.output)
+    check_rows([*cells, *(line.cell for line in read_lines(output) if not line.error)] if output.is_file() else cells)
     if args.list:
         print(listing(cells, output, args.workers, root=places(args)))
         return
@@ -245,9 +254,10 @@ def main(argv: list[str]) -> None:
 
 def check_settings(cells: Sequence[Cell]) -> None:
     """Raises a ValueError for the first method whose settings no training takes, before anything runs."""
-    for cell in {(cell.label, str(cell.settings)): cell for cell in cells if cell.tuned}.values():
+    for cell in {(cell.label, str(cell.settings), str(cell.prompts)): cell for cell in cells if cell.tuned}.values():
         try:
             training_arguments(cell, os.devnull)  # names a folder that is not made
+            CaptConfig(**cell.prompts)
         except ValueError as error:
             raise ValueError(f"{cell.label}: {error}") from error
 

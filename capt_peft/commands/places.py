@@ -24,7 +24,7 @@ def find_config(name: str) -> Path:
     """Returns the YAML file of this name: a file here, or one that comes with the package, as "fap" or "parts"."""
     path = Path(name).expanduser()
     own = packaged_configs().get(name.removesuffix(".yaml"))
-    return own if own and not path.exists() else path
+    return own if own and not path.is_file() else path
 
 
 def packaged_configs() -> dict[str, Path]:

@@ -17,6 +17,9 @@ from .tables import section_tables, to_latex, to_markdown
 __all__ = ["Section", "read_sections", "section_tables", "to_latex", "to_markdown", "write_report"]
 
 
+PICTURES = ("shots", "scatter", "differences")
+
+
 def write_report(
     lines_path: str | Path | Sequence[str | Path], folder: str | Path, *, attack: str | None = None
 ) -> list[Path]:
@@ -26,7 +29,7 @@ def write_report(
         lines_path: As for `read_sections`.
         folder: Where to write tables.md, tables.tex, and shots, scatter and differences as PNG and SVG. A picture with nothing to
             draw is left out; they draw rows without a defence (`capt-peft leaderboard` draws all). With several few-shot
-            sections, the names of shots and scatter say which one they are of.
+            sections, the names of shots and scatter say which one they are of. Pictures of an earlier report in it are removed.
         attack: As for `read_sections`.
 
     Returns:
@@ -52,6 +55,9 @@ def write_report(
                 files = [f"{name}.png", f"{name}.svg"]
                 save_figure(figure, *(temporary / file for file in files), dpi=130)
                 names += files
+    for old in (path for kind in PICTURES for end in ("png", "svg") for path in Path(folder).glob(f"{kind}*.{end}")):
+        if old.name not in names:
+            old.unlink()  # of an earlier report, and of other rows
     return [Path(folder, name) for name in names]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..benchmark.plan import TRANSFERS, Shots, shots_name
 from ..plotting import COLOURS, GREY, add_panels, new_figure, open_axis
+from ..utils.text import cut
 from .sections import Section
 from .statistics import CLEAN, HARMONIC, OURS, ROBUST, Difference, Rows, compare, rows_of
 
@@ -21,14 +22,16 @@ ISO = range(10, 100, 10)
 DODGE = 0.05  # moves rows apart, so that their error bars do not cover each other
 MARGIN = 0.4  # of a panel, beside its first and last number of shots
 PREFERRED_SHOTS = 16
+LONG = 32  # letters of a model's name
 CROWDED = 24  # rows, of which a picture can name no more
+CROWDED_PANELS = 16  # the same where each panel shows them all
 Styles = dict[str, tuple[str, str]]
 
 
 def shots_figure(section: Section) -> Any | None:
     """Draws clean and robust accuracy of a few-shot section against shots, one panel a task and one for their average.
 
-    None where more than 24 rows have one number of shots, as those of a search: their legend would leave no room for panels.
+    None where there are more than 16 rows, as those of a search: their legend would leave no room for panels.
     """
     rows = {shots: rows_of(section, shots) for shots in section.shots}
     tasks = list(dict.fromkeys(task for of in rows.values() for task in of.tasks))
@@ -37,7 +40,7 @@ def shots_figure(section: Section) -> Any | None:
     panels = {average: rows} if len(tasks) > 1 else {}
     panels |= {task: {shots: of.of_tasks([task]) for shots, of in rows.items()} for task in tasks}
     styles = row_styles(rows_of(section))
-    if len(rows) == 1 and len(styles) > CROWDED:
+    if len(styles) > CROWDED_PANELS:
         return None
     columns, lines = min(4, len(panels)), -(-len(panels) // 4)
     figure = new_figure(max(2.9 * columns + 0.6, 5.5), 2.5 * lines + 1.2)
@@ -98,7 +101,7 @@ def scatter_figure(section: Section) -> Any | None:
 def differences_figure(sections: Sequence[Section]) -> Any | None:
     """Draws how far CAPT is above each baseline in H, one panel a section and number of shots; None without any."""
     several = len({section.model for section in sections}) > 1
-    named = [(s, f"{s.title}\n{s.model}, " if several else f"{s.title}\n") for s in sections]
+    named = [(s, f"{s.title}\n{_model(s)}, " if several else f"{s.title}\n") for s in sections]
     panels = [(f"{name}{shots_name(shots)}", _compared(s, shots)) for s, name in named for shots in s.shots]
     panels = [(title, found) for title, found in panels if found]
     if not panels:
@@ -205,4 +208,10 @@ def _compared(section: Section, shots: Shots) -> list[Difference]:
 
 
 def _heading(section: Section) -> str:
-    return f"{section.title} ({section.split} split, {section.model})\n{section.attack}, {section.threat}"
+    return f"{section.title} ({section.split} split, {_model(section)})\n{section.attack}, {section.threat}"
+
+
+def _model(section: Section) -> str:
+    """Returns a name of the model that fits into a title."""
+    name = section.model if len(section.model) <= LONG else section.model.replace("\\", "/").rstrip("/").split("/")[-1]
+    return cut(name, LONG)

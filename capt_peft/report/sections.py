@@ -100,7 +100,7 @@ def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None =
             and of cells that were measured by a published protocol the protocol's.
 
     Raises:
-        ValueError: A line is broken, there is none at all, no cell has the attack, one cell was run with different settings, a
+        ValueError: A line is broken, there is none at all, no cell has the attack, one row was run with different settings, a
             figure is under another step size than its cell's, or cells of one section are of different images, base models or
             processors.
     """
@@ -121,8 +121,8 @@ def read_sections(paths: str | Path | Sequence[str | Path], attack: str | None =
     if attack is None and plain:  # what most cells have that are not measured by a published protocol
         chosen = _choose_attack(plain, None)
     rows: dict[Place, list[dict[str, Any]]] = {}
+    check_rows(line.cell for line in lines if not line.error)
     for place, of_run in runs.items():
-        _check_settings(of_run)
         rows.setdefault(place[0], []).extend(_rows(of_run, figures[place], _attack_of(place[0], attack or "", chosen)))
     sections = [
         Section(*place[:-1], _attack_of(place, attack or "", chosen), pd.DataFrame(of, columns=COLUMNS), place[-1])
@@ -210,13 +210,15 @@ def _single(figures: Mapping[str, Accuracy], attack: str) -> dict[str, float]:
     return {name: 100 * figures[name].value for name in same}
 
 
-def _check_settings(lines: Sequence[Line]) -> None:
-    """Raises a ValueError if the lines of one cell are of different settings."""
-    cells = [line.cell for line in lines if not line.error]
-    for cell in cells[1:]:
-        if differing := differing_settings(cells[0], cell):
+def check_rows(cells: Iterable[Cell]) -> None:
+    """Raises a ValueError if cells of different settings would be averaged in a table."""
+    first: dict[tuple[Any, ...], Cell] = {}
+    for cell in cells:
+        one = first.setdefault((_section(cell), cell.label, cell.defence, cell.shots), cell)
+        if differing := differing_settings(one, cell):
+            both = _name(cell) if _name(one) == _name(cell) else f"{_name(cell)}, beside {_name(one)},"
             raise ValueError(
-                f"{_name(cell)} ({cell.suite}, {cell.protocol}, {cell.split}) was run with different settings, which are: "
+                f"{both} ({cell.suite}, {cell.protocol}, {cell.split}) was run with different settings, which are: "
                 f"{', '.join(differing)}. Give one of them a variant, so that it has a row of its own."
             )
 

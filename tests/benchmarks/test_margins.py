@@ -93,6 +93,43 @@ def test_information_is_0_of_one_prediction_for_all_images_and_1_of_certain_and_
     assert float(margins.information(torch.eye(4)[:2])) == pytest.approx(0.5)  # half of the classes are never named
 
 
+def test_adapters_that_cannot_be_compared_are_refused(measured):
+    folder, _ = measured
+    one, other = kept.read_kept(folder / "lines.jsonl")
+    for change in ({"model": "tiny_clip_robust"}, {"limit": N - 1}, {"epsilon": "8/255"}):
+        with pytest.raises(ValueError, match="more than one model, threat model or limit"):
+            margins.with_zero_shot([one, replace(other, cell=replace(other.cell, **change))])
+    with pytest.raises(ValueError, match="adapters of different settings"):
+        margins.with_zero_shot([one, replace(other, cell=replace(other.cell, variant=one.cell.variant))])
+    assert len(margins.with_zero_shot([one, one, other])) == 3
+
+
+@pytest.mark.parametrize("output", ["lines.json", "margins.jsonl"])
+def test_it_does_not_write_over_the_lines_that_it_reads(measured, output, monkeypatch, capsys):
+    folder, _ = measured
+    lines = folder / "lines.jsonl"
+    before = lines.read_bytes()
+    arguments = ["margins.py", str(lines), "--methods", "capt", "--output", str(folder / output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        margins.main()
+    assert "must end in .json" in capsys.readouterr().err and lines.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--seeds", "a"], "such as 0,1,2"), (["--methods", "magic"], "no finished cells of magic")],
+)
+def test_bad_arguments_end_in_one_sentence(measured, monkeypatch, arguments, words):
+    folder, _ = measured
+    output = ["--output", str(folder / "other.json")]
+    monkeypatch.setattr(
+        sys, "argv", ["margins.py", str(folder / "lines.jsonl"), "--methods", "capt", *output, *arguments]
+    )
+    with pytest.raises(SystemExit, match=words):
+        kept.or_one_sentence(margins.main)
+
+
 def test_another_adapter_of_the_same_name_is_measured_again(measured):
     (one,) = kept.read_kept(measured[0] / "lines.jsonl", ["capt (plain)"])
     other = replace(one, line={**one.line, "adapter_fingerprint": "other"})

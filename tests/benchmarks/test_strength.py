@@ -98,6 +98,26 @@ def test_another_adapter_than_the_one_that_was_measured_is_refused(tmp_path):
         replace(found, folder=tmp_path / "nowhere").load()
 
 
+def test_an_adapter_that_was_tuned_again_is_measured_again(small, tmp_path, monkeypatch):
+    (cell,) = (cell for cell in cells() if cell.tuned)
+    lines, output = tmp_path / "toy.jsonl", tmp_path / "lines.jsonl"
+    for std in (0.1, 0.9):
+        keep(lines, cell, init_std=std)
+        run(monkeypatch, lines, output)
+        (found,) = kept.read_kept(lines)
+        fingerprints = {line["adapter_fingerprint"] for line in Lines(output).read().values()}
+        assert fingerprints == {found.line["adapter_fingerprint"]}
+
+
+def test_the_file_of_the_benchmark_is_no_output(tmp_path, monkeypatch, capsys):
+    lines = tmp_path / "toy.jsonl"
+    keep(lines, cells()[0])
+    before = lines.read_bytes()
+    with pytest.raises(SystemExit):
+        run(monkeypatch, lines, lines)
+    assert "the benchmark's own file" in capsys.readouterr().err and lines.read_bytes() == before
+
+
 def test_adapters_are_chosen_by_method_or_row_and_seed(tmp_path):
     lines, (zero_shot, cell) = tmp_path / "toy.jsonl", cells("few-shot", tasks=["digits"])
     for one in (zero_shot, cell, replace(cell, seed=1), replace(cell, variant=""), replace(cell, defence="identity")):

@@ -154,6 +154,42 @@ def test_a_file_gives_arguments_and_variants_and_the_command_line_wins(tmp_path)
     assert [cell.prompts for cell in found] == [{"text_depth": 1}] * 2 + [{}] * 2
 
 
+def test_settings_of_the_command_line_come_on_top_of_those_of_a_file(tmp_path):
+    settings = {"epsilon": "8/255", "learning_rate": 0.01, "consistency": 3.0}
+    path, few = tmp_path / "own.yaml", {"methods": "capt", "tasks": "digits", "protocols": "few-shot", "shots": 1}
+    for written in (settings, ",".join(f"{name}={value}" for name, value in settings.items())):
+        path.write_text(yaml.safe_dump({**few, "seeds": 0, "settings": written}))
+        (cell,) = cells("--config", str(path), "--settings", "max_steps=1,learning_rate=0.5")
+        found = {name: cell.settings[name] for name in ("learning_rate", "consistency", "max_steps")}
+        assert (cell.epsilon, found) == ("8/255", {"learning_rate": 0.5, "consistency": 3.0, "max_steps": 1})
+
+
+def test_an_attack_or_model_among_the_settings_of_the_command_line_wins_over_a_file_and_not_over_its_own_argument():
+    few = ["--config", "searched", "--methods", "zero-shot", "--tasks", "digits", "--settings"]
+    assert cells(*few, "eval_attack=pgd-5")[0].attacks == ("pgd-5",)
+    assert cells(*few, "eval_attack=pgd-5", "--attacks", "pgd-7")[0].attacks == ("pgd-7",)
+
+
+def test_a_quick_run_does_not_write_into_the_file_of_the_whole_one():
+    assert str(parse_args(["--config", "searched", "--quick"]).output) == "outputs/benchmark/searched-quick.jsonl"
+    assert str(parse_args(["--quick"]).output) == "outputs/benchmark/toy-quick.jsonl"
+    assert str(parse_args(["--quick", "--output", "a.jsonl"]).output) == "a.jsonl"
+
+
+def test_a_folder_of_its_name_does_not_hide_a_configuration_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "searched").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cells("--config", "searched", "--methods", "capt")
+
+
+def test_settings_that_cannot_stand_beside_those_in_the_file_are_refused_before_anything_runs(run, tmp_path):
+    output = tmp_path / "lines.jsonl"
+    output.write_bytes(run.read_bytes())
+    with pytest.raises(ValueError, match=r"run with different settings, which are: .*Give one of them a variant"):
+        main([*SMALL, "--methods", "capt", "--settings", "consistency=0.5", "--seeds", "7", "--output", str(output)])
+    assert output.read_bytes() == run.read_bytes()
+
+
 def test_settings_of_the_command_line_win_over_those_of_one_method_in_a_file_and_so_does_quick():
     few = ["--config", "searched", "--methods", "capt", "--tasks", "digits", "--seeds", "0"]
     (cell,) = cells(*few, "--settings", "max_steps=7,num_vision_tokens=4")
@@ -225,6 +261,7 @@ def test_the_file_of_a_published_protocol_gives_settings_attack_and_model_and_no
         (["--split", "holdout"], "Unknown splits holdout"),
         (["--settings", "learning_rat=3"], "unknown settings learning_rat"),
         (["--settings", "learning_rate=high"], "'high'"),
+        (["--settings", "squash=true,augment=true"], "squash and augment are two ways"),
         (["--settings", "frozen_term=label"], "capt: frozen_term='label' is unknown. Allowed: predictions"),
         (["--settings", "weighting=none", "--list"], "capt: weighting='none' is unknown. Allowed: confidence"),
         (["--backend", "slurm"], "Unknown backend 'slurm'"),

@@ -124,6 +124,12 @@ def test_methods_trained_on_other_images_do_not_share_a_table(tmp_path):
     assert report(tmp_path, line() | {"training_data": "a"}, line("adv-vlp", seed=1) | {"training_data": "b"})
 
 
+@pytest.mark.parametrize("other", [{"seed": 1}, {"task": "digits"}], ids=str)
+def test_runs_of_different_settings_are_not_averaged(tmp_path, other):
+    with pytest.raises(ValueError, match=r"beside capt on shapes, 16 shots, seed 0,.*learning_rate \(0.3 and 0.1\)"):
+        report(tmp_path, line(), line(settings={"learning_rate": 0.1}, **other))
+
+
 def test_different_settings_are_fine_where_a_variant_or_another_number_of_shots_tells_them_apart(tmp_path):
     other = {"learning_rate": 0.1}
     (section,) = report(tmp_path, line(), line(settings=other, variant="slow"), line(settings=other, shots=4))
