@@ -157,12 +157,24 @@ class Difference:
 
 def compare(rows: Rows) -> tuple[list[Difference], Difference | None]:
     """Returns CAPT's differences to the baselines, and the one to the best of them: of the highest mean H on common runs."""
-    scores = {label: of.droplevel("label") for label, of in rows.scores.groupby("label", sort=False)}
+    scores = _scores(rows)
     ours = scores.get(OURS, pd.DataFrame())
     baselines = [label for label in rows.labels if label in scores and label not in rows.ours]
     found = {label: of for label in baselines if (of := difference(ours, scores[label], label))}
     means = rows.averages[0].loc[list(found), HARMONIC].dropna()
     return list(found.values()), found[means.idxmax()] if len(means) else None
+
+
+def compare_variants(rows: Rows) -> tuple[str, list[Difference]]:
+    """Returns plain CAPT's row, or else the first of its variants, and how far each other of them is above it."""
+    scores = {label: of for label, of in _scores(rows).items() if label in rows.ours}
+    plain = OURS if OURS in scores else next((label for label in rows.labels if label in scores), "")
+    others = [label for label in rows.labels if label in scores and label != plain]
+    return plain, [of for label in others if (of := difference(scores[label], scores[plain], label))]
+
+
+def _scores(rows: Rows) -> dict[str, pd.DataFrame]:
+    return {str(label): of.droplevel("label") for label, of in rows.scores.groupby("label", sort=False)}
 
 
 def difference(first: pd.DataFrame, second: pd.DataFrame, baseline: str) -> Difference | None:

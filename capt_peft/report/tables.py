@@ -13,7 +13,7 @@ from ..benchmark.plan import QUICK_LIMIT, Shots, shots_name
 from ..utils.markup import Markdown, escape, table_row
 from ..utils.text import some
 from .sections import BY_PROTOCOL, Section
-from .statistics import CLEAN, GAP, HARMONIC, OURS, ROBUST, Rows, compare, rows_of
+from .statistics import CLEAN, GAP, HARMONIC, OURS, ROBUST, Difference, Rows, compare, compare_variants, rows_of
 
 PREAMBLE = "% needs \\usepackage{booktabs,adjustbox}"
 BOOTSTRAP = (
@@ -189,18 +189,27 @@ def _clean_and_robust(rows: Rows) -> pd.Series:
 
 
 def _differences(section: Section, rows: Rows, shots: Shots) -> list[Table]:
-    found, best = compare(rows)
-    if not found:
-        return []
-    entries = {
+    (found, best), (plain, variants) = compare(rows), compare_variants(rows)
+    notes = [BOOTSTRAP]
+    if section.protocol == "base-to-new":
+        notes.insert(0, "Clean and robust are harmonic means of base and new classes, H that of both.")
+    tables = []
+    for of, what, sentences in (
+        (found, f"{OURS} minus each baseline", [best.sentence()] if best else []),
+        (variants, f"other rows of {OURS} minus {plain}", []),
+    ):
+        if of:
+            title = f"{section.title}{_at(shots)}, {what} (95% interval)"
+            tables.append(Table(title, _entries(of), [*sentences, *notes]))
+    return tables
+
+
+def _entries(found: Sequence[Difference]) -> pd.DataFrame:
+    rows = {
         of.baseline: {**{("", m): str(of.measures[m]) for m in (HARMONIC, CLEAN, ROBUST)}, ("", "pairs"): of.pairs}
         for of in found
     }
-    notes = [best.sentence()] if best else []
-    if section.protocol == "base-to-new":
-        notes.append("Clean and robust are harmonic means of base and new classes, H that of both.")
-    title = f"{section.title}{_at(shots)}, {OURS} minus each baseline (95% interval)"
-    return [Table(title, pd.DataFrame(entries).T, [*notes, BOOTSTRAP])]
+    return pd.DataFrame(rows).T
 
 
 def about(section: Section, runs: pd.DataFrame, harmonic: bool = False) -> list[str]:
@@ -248,11 +257,13 @@ def _unequal(measured: pd.DataFrame) -> list[str]:
 def _troubles(runs: pd.DataFrame, counted: pd.DataFrame) -> list[str]:
     """Returns which runs failed and which collapsed, of how many."""
     failed, collapsed = runs.dropna(subset="failure"), counted.dropna(subset="collapsed")
+    rows = ", ".join(f"{n} of {label}" for label, n in collapsed.groupby("label", sort=False).size().items())
+    by_row = f" ({rows})" if len(collapsed) > 1 else ""  # those that are not listed too
     failed = [f"{name} ({_short(why)})" for name, why in zip(failed.name, failed.failure, strict=True)]
     collapsed = [f"{name} ({_short(why)})" for name, why in zip(collapsed.name, collapsed.collapsed, strict=True)]
     notes = {
         f"Failed, and so missing: {len(failed)} of {len(counted) + len(failed)} runs": failed,
-        f"Collapsed, and counted with their accuracies: {len(collapsed)} of {len(counted)} runs": collapsed,
+        f"Collapsed, and counted with their accuracies: {len(collapsed)} of {len(counted)} runs{by_row}": collapsed,
     }
     return [f"{start}: {some(of, LISTED, separator='; ')}." for start, of in notes.items() if of]
 

@@ -265,3 +265,23 @@ def test_a_quick_run_is_said_at_the_top_to_mean_nothing(tmp_path, limits, said):
     assert (to_markdown(parts).splitlines()[2] == f"**{QUICK_NOTE}**") == said
     assert (to_latex(parts).splitlines()[2] == f"\\noindent\\textbf{{{QUICK_NOTE}}}\\par") == said
     assert (QUICK_NOTE in to_markdown(parts)) == (QUICK_NOTE in to_latex(parts)) == said
+
+
+@pytest.mark.parametrize(("plain", "first"), [("", "capt"), ("b", "capt (a)")])
+def test_variants_are_compared_with_the_plain_row_or_else_with_the_first(tmp_path, plain, first):
+    accuracies = {"a": (80, 40), plain: (70, 50), "c": (60, 30)}
+    lines = [
+        line("capt", task, variant=variant, clean=clean, robust=robust)
+        for variant, (clean, robust) in accuracies.items()
+        for task in ("x", "y")
+    ]
+    (section,) = read_sections(write(tmp_path / "lines.jsonl", lines))
+    (found,) = [table for table in section_tables(section) if "minus" in table.title]
+    assert found.title.endswith(f"at 16 shots, other rows of capt minus {first} (95% interval)")
+    base = accuracies["" if first == "capt" else "a"]
+    others = {f"capt ({name})" if name else "capt": of for name, of in accuracies.items() if of != base}
+    assert [*found.entries.index] == [*others]
+    for label, (clean, robust) in others.items():
+        row = found.entries.loc[label]
+        assert row["", "clean"].startswith(f"{clean - base[0]:+.1f} (")
+        assert row["", "robust"].startswith(f"{robust - base[1]:+.1f} (")
