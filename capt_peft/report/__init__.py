@@ -29,7 +29,8 @@ def write_report(
         lines_path: As for `read_sections`.
         folder: Where to write tables.md, tables.tex, and shots, scatter and differences as PNG and SVG. A picture with nothing to
             draw is left out; they draw rows without a defence (`capt-peft leaderboard` draws all). With several few-shot
-            sections, the names of shots and scatter say which one they are of. Pictures of an earlier report in it are removed.
+            sections, the names of shots and scatter say which one they are of. Those that an earlier report left
+            under these names are removed, and nothing else.
         attack: As for `read_sections`.
 
     Returns:
@@ -55,9 +56,8 @@ def write_report(
                 files = [f"{name}.png", f"{name}.svg"]
                 save_figure(figure, *(temporary / file for file in files), dpi=130)
                 names += files
-    for old in (path for kind in PICTURES for end in ("png", "svg") for path in Path(folder).glob(f"{kind}*.{end}")):
-        if old.name not in names:
-            old.unlink()  # of an earlier report, and of other rows
+    for old in {f"{kind}.{end}" for kind in PICTURES for end in ("png", "svg")}.difference(names):
+        Path(folder, old).unlink(missing_ok=True)  # of an earlier report, and of other rows
     return [Path(folder, name) for name in names]
 
 

@@ -181,10 +181,10 @@ def test_a_long_name_of_a_model_fits_into_the_titles(tmp_path):
 def test_a_report_takes_the_pictures_of_an_earlier_one_away_and_nothing_else(tmp_path):
     few, folder = suite(["a", "b"]), tmp_path / "out"
     write_report(write(tmp_path / "lines.jsonl", few), folder)
-    (folder / "notes.png").write_bytes(b"mine")
+    (folder / "scatter_of_mine.png").write_bytes(b"mine")
     many = [line("capt", variant=f"rate {i}") for i in range(20)]
     names = {path.name for path in write_report(write(tmp_path / "lines.jsonl", many), folder)}
-    assert {path.name for path in folder.iterdir()} == {*names, "notes.png"} and "shots.png" not in names
+    assert {path.name for path in folder.iterdir()} == {*names, "scatter_of_mine.png"} and "shots.png" not in names
 
 
 def test_rows_without_a_common_run_are_drawn_without_an_average(tmp_path):
