@@ -112,6 +112,22 @@ def test_the_list_runs_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "searched"],
+        ["--config", "parts"],
+        ["--settings", "fap"],
+        ["--settings", "apt", "--methods", "capt,apt"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_what_the_package_and_its_pages_offer_passes_the_check_of_settings(tmp_path, capsys, arguments):
+    main([*arguments, "--tasks", "digits", "--protocols", "few-shot", "--output", str(tmp_path / "a.jsonl"), "--list"])
+    assert " 0 finished" in capsys.readouterr().out
+
+
 def test_the_list_of_what_has_run_says_so(run, capsys):
     main([*SMALL, "--output", str(run), "--list"])
     assert f"{len(METHODS)} cells, {len(METHODS)} finished" in capsys.readouterr().out
