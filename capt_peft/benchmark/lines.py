@@ -111,6 +111,8 @@ class Line:
             ValueError: It says what cannot be.
         """
         cell = Cell.from_dict(line["cell"])
+        if line["key"] != cell.key:
+            raise ValueError(f"its key is {line['key']!r}, that of its cell {cell.key!r}: one of them was edited")
         if line["status"] == "failed":
             return cls(line["key"], cell, error=f"{line['error']['type']}: {line['error']['message']}")
         if line["status"] != "finished":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +34,7 @@ from ..methods import METHODS
 from ..report.sections import check_rows
 from ..training import CaptTrainingArguments
 from ..tuner import CaptConfig
+from ..utils.text import some
 from .options import values_in
 from .parser import Parser
 from .places import check_places, is_path
@@ -84,7 +86,9 @@ def build_parser() -> Parser:
     parser.add_argument("--limit", type=int, help="test images per data set, drawn by seed 0; 0: all")
     parser.add_argument("--split", default="test", help="split that is measured; validation to choose settings")
     parser.add_argument(
-        "--settings", help="settings for all methods: a YAML file of `capt-peft train`, or name=value,..."
+        "--settings",
+        action="append",
+        help="settings for all methods: a YAML file of `capt-peft train`, or name=value,...; a second one comes on top",
     )
     parser.add_argument("--variant", help="a name for these settings in the tables")
     parser.add_argument("--output", help="file of lines; outputs/benchmark/SUITE.jsonl by default")
@@ -155,12 +159,20 @@ OF_A_RUN -= {"teacher", "model_name_or_path"}
 
 
 def settings_of(given: Any, where: str = "settings") -> dict[str, Any]:
-    """Reads settings: a mapping, `name=value,name=value`, or a YAML file of `capt-peft train`, without what names its run."""
+    """Reads settings: a mapping, `name=value,name=value`, or a YAML file of `capt-peft train`, without what names its run.
+
+    Of a list of these, each one comes on top of those before it.
+    """
+    if isinstance(given, list):
+        return {name: value for one in given for name, value in settings_of(one, where).items()}
     if isinstance(given, str) and "=" not in given:
         content = read_mapping(given, SETTINGS.options)
         return _typed(given, {name: value for name, value in content.items() if name not in OF_A_RUN})
     if isinstance(given, str):
-        pairs = (pair.partition("=") for pair in names(given))
+        pairs = [pair.partition("=") for pair in names(given)]
+        repeated = [name for name, count in Counter(name for name, _, _ in pairs).items() if count > 1]
+        if repeated:
+            raise ValueError(f"--settings gives {some(repeated)} twice: give each setting once.")
         where, given = "--settings", {name: load_yaml(value) for name, _, value in pairs}
     return _typed(where, known_names(where, given, SETTINGS.options, "settings"))
 

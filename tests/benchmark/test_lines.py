@@ -168,13 +168,14 @@ def test_of_several_files_the_later_line_of_a_key_counts_and_stands_last(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"protocol": "zero"}, "the protocol is 'zero'"),
-        ({"shots": "many"}, "the number of shots is 'many'"),
+        ({"cell": {**made()["cell"], "protocol": "zero"}}, "the protocol is 'zero'"),
+        ({"cell": {**made()["cell"], "shots": "many"}}, "the number of shots is 'many'"),
+        ({"cell": made(seed=1)["cell"]}, "its key is '[0-9a-f]{12}', that of its cell '[0-9a-f]{12}'"),
         ({"results": [{"task": "shapes", "classes": "all", "clean": {"correct": 3, "n": 2}, "attacks": {}}]}, "3 of 2"),
         ({"results": [{"task": "shapes"}]}, "KeyError: 'clean'"),
     ],
 )
 def test_a_typed_line_that_says_what_cannot_be_is_refused(tmp_path, changes, why):
-    path = write(tmp_path / "lines.jsonl", [made(), made(**changes)])
+    path = write(tmp_path / "lines.jsonl", [made(), {**made(), **changes}])
     with pytest.raises(ValueError, match=rf"Line 2 of .*lines\.jsonl is not a line of a benchmark \(.*{why}"):
         read_lines(path)

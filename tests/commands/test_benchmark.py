@@ -224,6 +224,13 @@ def test_settings_of_the_command_line_win_over_those_of_one_method_in_a_file_and
     }
 
 
+def test_settings_given_twice_come_on_top_of_each_other():
+    few = ["--methods", "capt", "--tasks", "digits", "--protocols", "few-shot", "--shots", "1", "--seeds", "0"]
+    (cell,) = cells(*few, "--settings", "fap", "--settings", "learning_rate=0.5", "--settings=max_steps=9")
+    (fap,) = cells(*few, "--settings", "fap")
+    assert cell.settings == {**fap.settings, "learning_rate": 0.5, "max_steps": 9} and cell.prompts == fap.prompts
+
+
 def test_settings_on_the_command_line_are_read_as_yaml():
     settings = "attack_steps=5,consistency=1e-1,augment=true,weighting=entropy,text_depth=1,epsilon=2/255"
     (cell,) = cells(*SMALL, "--methods", "capt", "--settings", settings, "--variant", "mine")
@@ -277,6 +284,7 @@ def test_the_file_of_a_published_protocol_gives_settings_attack_and_model_and_no
         (["--split", "holdout"], "Unknown splits holdout"),
         (["--settings", "learning_rat=3"], "unknown settings learning_rat"),
         (["--settings", "learning_rate=high"], "'high'"),
+        (["--settings", "max_steps=3,max_steps=4"], "gives max_steps twice"),
         (["--settings", "squash=true,augment=true"], "squash and augment are two ways"),
         (["--settings", "frozen_term=label"], "capt: frozen_term='label' is unknown. Allowed: predictions"),
         (["--settings", "weighting=none", "--list"], "capt: weighting='none' is unknown. Allowed: confidence"),

@@ -3,6 +3,8 @@
 import json
 import zlib
 
+from capt_peft.benchmark import Cell
+
 METHODS = {"zero-shot": (60, 5), "tecoa": (66, 30), "adv-vlp": (68, 40), "capt": (71, 43)}
 
 
@@ -35,8 +37,7 @@ def line(
         "limit": n,
         **changes,
     }
-    key = format(zlib.crc32(json.dumps(cell, sort_keys=True).encode()), "08x")
-    start = {"key": key, "cell": cell, "seconds": 15.2, "versions": {}, "machine": "a machine"}
+    start = {"key": Cell.from_dict(cell).key, "cell": cell, "seconds": 15.2, "versions": {}, "machine": "a machine"}
     if error:
         return {**start, "status": "failed", "error": {"type": "ValueError", "message": error}}
     training = {"seconds": 12.3, "steps": 60, "images": 160, "collapsed": collapsed, "parameters": 8704}
