@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, and two more; CAPT has the first one wherever it is drawn
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b", "#5e3c99")
+# Okabe and Ito's colours, which colour-blind people can tell apart, and three more; CAPT has the first one wherever it is drawn
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c564b", "#5e3c99", "#999933")
 GREY = "#6e7781"  # of zero-shot
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
