@@ -121,6 +121,8 @@ def recipes() -> dict[str, Recipe]:
 
 def main(argv: list[str]) -> None:
     """Shows what is needed, runs what is left, and writes our figures beside the published ones."""
+    if sum(word.partition("=")[0] == "--settings" for word in argv) > 1:  # of which the parser would keep the last
+        raise ValueError("--settings is given twice: write all of them behind one, as name=value,name=value.")
     (args,) = Parser(Arguments).into_dataclasses(argv)
     quiet()
     check_places({"root": args.root, "model_name_or_path": args.model_name_or_path})

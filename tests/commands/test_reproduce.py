@@ -265,6 +265,13 @@ def test_bad_input_is_one_sentence_before_anything_runs(place, tmp_path, capsys,
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
+def test_settings_given_twice_are_refused_and_not_lost(place, tmp_path):
+    words = arguments(place, output=tmp_path / "lines.jsonl")
+    with pytest.raises(ValueError, match="--settings is given twice: write all of them behind one"):
+        reproduce.main([*words, "--settings=bf16=true"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_data_sets_and_weights_that_are_missing_are_named_before_anything_runs(place, tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     words = [
